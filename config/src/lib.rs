@@ -1,0 +1,13 @@
+//! Settings of Penstock's processes: one struct per process, one commented TOML file per struct.
+//!
+//! A process reads its settings once, at start, in [`load`]: built-in defaults, then the file, then the environment.
+//! `config/*.toml` hold every key with its default and its meaning; a test keeps them equal to the structs.
+//! A setting that is off is an empty string or a zero, never an absent key, so that every key can be seen.
+
+pub mod agent;
+pub mod controlplane;
+mod load;
+pub mod logging;
+pub mod proxy;
+
+pub use load::{ConfigError, load};
