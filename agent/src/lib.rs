@@ -1,1 +1,28 @@
-//! placeholder
+//! The agent: owns the engines of one GPU node.
+//!
+//! The control plane assigns, the agent starts, watches, registers, drains and ends. It owns process *groups*, not pids:
+//! no process of an engine may outlive the engine unseen, and no other process on the machine is ever touched. It never
+//! ends an engine because the control plane is away, nor because it is itself restarted with `on_shutdown = "keep"` or
+//! killed: the next agent takes over what runs.
+//!
+//! A way through: `process` (start and stop in order) → `fleet` (the session) → `intake` (assignments in) → `reconcile`
+//! around `plan` (what to do) → `engine::supervisor` (one engine's life) → `registrations` (who is routed to) → back to
+//! `fleet`. Pure: `assignment`, `plan`, `backoff`, `registrations`, `engine` (the states), `engine::command`,
+//! `engine::load`, `engine::adopt::survey`.
+
+mod assignment;
+mod backoff;
+mod board;
+mod engine;
+mod fleet;
+mod gpu;
+mod intake;
+mod metrics;
+mod plan;
+mod private;
+mod process;
+mod reconcile;
+mod registrations;
+mod state;
+
+pub use process::{Error, main, run};

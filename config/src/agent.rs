@@ -1,13 +1,364 @@
 //! Settings of the agent process: `config/agent.toml` explains each.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::logging::LogConfig;
 
-/// Everything the agent process can be told.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+/// Everything the agent can be told.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AgentConfig {
+    /// This node's name in the fleet; empty takes the host's name.
+    pub node_id: String,
+    /// Fault domain; empty: none.
+    pub zone: String,
+    /// Group of zones; empty: none.
+    pub region: String,
+    /// Where assignments, engine records and engine logs live. `~/` is the home folder.
+    pub state_dir: String,
+    /// What SIGTERM does to the engines: "stop" or "keep".
+    pub on_shutdown: String,
     /// How it logs.
     pub log: LogConfig,
+    /// Free-form properties of the node, for placement.
+    pub labels: BTreeMap<String, String>,
+    /// Probes, metrics and the list of engines.
+    pub private: AgentPrivateConfig,
+    /// The session with the control plane.
+    pub controlplane: FleetConfig,
+    /// Where the node's GPUs are read from.
+    pub gpus: GpuConfig,
+    /// How engines are started, watched and stopped, and the programs that are known by name.
+    pub engines: EnginesConfig,
+}
+
+impl Default for AgentConfig {
+    fn default() -> Self {
+        Self {
+            node_id: String::new(),
+            zone: String::new(),
+            region: String::new(),
+            state_dir: "~/.local/share/penstock/agent".into(),
+            on_shutdown: "stop".into(),
+            log: LogConfig::default(),
+            labels: BTreeMap::new(),
+            private: AgentPrivateConfig::default(),
+            controlplane: FleetConfig::default(),
+            gpus: GpuConfig::default(),
+            engines: EnginesConfig::default(),
+        }
+    }
+}
+
+/// `[private]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AgentPrivateConfig {
+    /// host:port for probes, metrics and the list of engines; port 0 takes a free one.
+    pub listen: String,
+}
+
+impl Default for AgentPrivateConfig {
+    fn default() -> Self {
+        Self { listen: "127.0.0.1:18092".into() }
+    }
+}
+
+/// `[controlplane]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FleetConfig {
+    /// gRPC addresses of the control planes, tried in turn.
+    pub endpoints: Vec<String>,
+    /// Longest connect, and longest wait for the answer to our Hello.
+    pub connect_ms: u64,
+    /// Pause after the first failed try; each further one is up to twice as long.
+    pub backoff_min_ms: u64,
+    /// Longest pause between tries.
+    pub backoff_max_ms: u64,
+    /// How long a starting agent waits for assignments before it starts engines of the last ones it knew.
+    pub first_assignments_ms: u64,
+    /// A registration without an answer, or refused, is sent again after this.
+    pub register_retry_ms: u64,
+    /// Longest wait for the answer to a deregistration before an engine is stopped regardless.
+    pub deregister_ms: u64,
+}
+
+impl Default for FleetConfig {
+    fn default() -> Self {
+        Self {
+            endpoints: vec!["http://127.0.0.1:18091".into()],
+            connect_ms: 5_000,
+            backoff_min_ms: 200,
+            backoff_max_ms: 5_000,
+            first_assignments_ms: 3_000,
+            register_retry_ms: 5_000,
+            deregister_ms: 2_000,
+        }
+    }
+}
+
+/// `[gpus]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GpuConfig {
+    /// "auto" (NVML where there is a driver, else none), "nvml", "simulated" or "none".
+    pub source: String,
+    /// GPUs to pretend, with source "simulated".
+    pub simulated_count: u32,
+    /// Memory of each pretended GPU.
+    pub simulated_memory_mib: u64,
+    /// Path or name of NVML's library; empty takes the system's.
+    pub nvml_library: String,
+    /// Time between two readings.
+    pub sample_ms: u64,
+}
+
+impl Default for GpuConfig {
+    fn default() -> Self {
+        Self {
+            source: "auto".into(),
+            simulated_count: 8,
+            simulated_memory_mib: 81_920,
+            nvml_library: String::new(),
+            sample_ms: 1_000,
+        }
+    }
+}
+
+/// `[engines]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EnginesConfig {
+    /// First port given to an engine, then upwards; 0 takes any free port.
+    pub port_base: u16,
+    /// Address that engines listen on.
+    pub bind_host: String,
+    /// Host under which proxies reach this node's engines.
+    pub advertise_host: String,
+    /// Longest time from the start of an engine to its first completion; longer: it is started anew.
+    pub ready_s: u64,
+    /// Pause between two tries to find out whether an engine is ready.
+    pub ready_poll_ms: u64,
+    /// Longest wait for the completion that proves an engine ready.
+    pub first_completion_ms: u64,
+    /// Pause between two liveness checks of a ready engine.
+    pub liveness_ms: u64,
+    /// Longest wait for the answer of one liveness check.
+    pub liveness_timeout_ms: u64,
+    /// Failed liveness checks in a row after which an engine is started anew.
+    pub liveness_failures: u32,
+    /// Pause between two readings of a ready engine's /metrics.
+    pub load_ms: u64,
+    /// Longest wait for one reading.
+    pub load_timeout_ms: u64,
+    /// Shortest time between an engine's deregistration and its end, for proxies to learn of it.
+    pub settle_ms: u64,
+    /// Longest wait for an engine's running requests before it is stopped.
+    pub drain_ms: u64,
+    /// Time from SIGTERM to SIGKILL of an engine's processes.
+    pub term_ms: u64,
+    /// The same for what is left after an engine's main process has died.
+    pub orphan_term_ms: u64,
+    /// Time after SIGKILL after which a process that is still there is reported.
+    pub kill_ms: u64,
+    /// Pause before an engine that failed is started again; each further one is twice as long.
+    pub backoff_min_ms: u64,
+    /// Longest such pause.
+    pub backoff_max_ms: u64,
+    /// Time ready after which earlier failures are forgotten.
+    pub stable_s: u64,
+    /// Size at which an engine's log is put aside; one older file is kept.
+    pub log_bytes: u64,
+    /// Programs by the name that a deployment's `engine` gives.
+    #[serde(flatten)]
+    pub programs: BTreeMap<String, EngineProgram>,
+}
+
+impl Default for EnginesConfig {
+    fn default() -> Self {
+        let vllm = EngineProgram {
+            command: vec!["vllm".into()],
+            args: vec!["--shutdown-timeout".into(), "10".into()],
+            env: BTreeMap::new(),
+        };
+        let sim = EngineProgram { command: vec!["penstock-engine-sim".into()], ..EngineProgram::default() };
+        Self {
+            port_base: 10_814,
+            bind_host: "127.0.0.1".into(),
+            advertise_host: "127.0.0.1".into(),
+            ready_s: 900,
+            ready_poll_ms: 250,
+            first_completion_ms: 120_000,
+            liveness_ms: 2_000,
+            liveness_timeout_ms: 10_000,
+            liveness_failures: 3,
+            load_ms: 250,
+            load_timeout_ms: 5_000,
+            settle_ms: 1_000,
+            drain_ms: 30_000,
+            term_ms: 20_000,
+            orphan_term_ms: 2_000,
+            kill_ms: 10_000,
+            backoff_min_ms: 1_000,
+            backoff_max_ms: 60_000,
+            stable_s: 60,
+            log_bytes: 16 << 20,
+            programs: BTreeMap::from([("vllm".into(), vllm), ("sim".into(), sim)]),
+        }
+    }
+}
+
+/// `[engines.NAME]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EngineProgram {
+    /// Program and its leading arguments; `serve MODEL ...` follows.
+    pub command: Vec<String>,
+    /// Arguments of every engine of this name, put before the deployment's own.
+    pub args: Vec<String>,
+    /// Environment of every engine of this name; the deployment's own wins.
+    pub env: BTreeMap<String, String>,
+}
+
+impl AgentConfig {
+    /// Rules that types cannot say.
+    ///
+    /// # Errors
+    /// A sentence that names the key and what is accepted.
+    pub fn validate(&self) -> Result<(), String> {
+        one_of("on_shutdown", &self.on_shutdown, &["stop", "keep"])?;
+        one_of("gpus.source", &self.gpus.source, &["auto", "nvml", "simulated", "none"])?;
+        not_empty("state_dir", &self.state_dir)?;
+        not_empty("engines.bind_host", &self.engines.bind_host)?;
+        not_empty("engines.advertise_host", &self.engines.advertise_host)?;
+        if self.node_id.chars().any(|c| c.is_control() || c == '/') {
+            return Err(format!("node_id is {:?}; it must not contain '/' or control characters", self.node_id));
+        }
+        if self.controlplane.endpoints.is_empty() {
+            return Err("controlplane.endpoints is empty; name at least one, as \"http://HOST:18091\"".into());
+        }
+        if let Some(bad) = self.controlplane.endpoints.iter().find(|e| !is_endpoint(e)) {
+            return Err(format!("controlplane.endpoints has {bad:?}; accepted: \"http://HOST:PORT\""));
+        }
+        self.validate_times()?;
+        self.engines.programs.iter().try_for_each(|(name, program)| program.validate(name))
+    }
+
+    fn validate_times(&self) -> Result<(), String> {
+        let (fleet, engines) = (&self.controlplane, &self.engines);
+        let positive = [
+            ("controlplane.connect_ms", fleet.connect_ms),
+            ("controlplane.backoff_min_ms", fleet.backoff_min_ms),
+            ("controlplane.register_retry_ms", fleet.register_retry_ms),
+            ("gpus.sample_ms", self.gpus.sample_ms),
+            ("engines.ready_s", engines.ready_s),
+            ("engines.ready_poll_ms", engines.ready_poll_ms),
+            ("engines.first_completion_ms", engines.first_completion_ms),
+            ("engines.liveness_ms", engines.liveness_ms),
+            ("engines.liveness_timeout_ms", engines.liveness_timeout_ms),
+            ("engines.liveness_failures", u64::from(engines.liveness_failures)),
+            ("engines.load_ms", engines.load_ms),
+            ("engines.load_timeout_ms", engines.load_timeout_ms),
+            ("engines.kill_ms", engines.kill_ms),
+            ("engines.backoff_min_ms", engines.backoff_min_ms),
+            ("engines.log_bytes", engines.log_bytes),
+        ];
+        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(format!("{key} is 0; it must be at least 1"));
+        }
+        let ordered = [
+            ("controlplane.backoff", fleet.backoff_min_ms, fleet.backoff_max_ms),
+            ("engines.backoff", engines.backoff_min_ms, engines.backoff_max_ms),
+        ];
+        match ordered.iter().find(|(_, min, max)| min > max) {
+            Some((key, min, max)) => {
+                Err(format!("{key}_max_ms is {max}; it must be at least {key}_min_ms, {min}"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl EngineProgram {
+    fn validate(&self, name: &str) -> Result<(), String> {
+        if self.command.first().is_none_or(String::is_empty) {
+            return Err(format!("engines.{name}.command is empty; name the program, as [\"vllm\"]"));
+        }
+        match self.env.keys().find(|key| key.is_empty() || key.contains(['=', '\0'])) {
+            Some(key) => Err(format!("engines.{name}.env has the name {key:?}; it must not be empty or contain '='")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn one_of(key: &str, value: &str, accepted: &[&str]) -> Result<(), String> {
+    if accepted.contains(&value) {
+        return Ok(());
+    }
+    Err(format!("{key} is {value:?}; accepted: {}", accepted.join(", ")))
+}
+
+fn not_empty(key: &str, value: &str) -> Result<(), String> {
+    if value.trim().is_empty() { Err(format!("{key} is empty; it needs a value")) } else { Ok(()) }
+}
+
+/// `http://HOST:PORT`, nothing behind it but perhaps a slash.
+fn is_endpoint(text: &str) -> bool {
+    text.strip_prefix("http://").and_then(|rest| rest.trim_end_matches('/').rsplit_once(':')).is_some_and(
+        |(host, port)| {
+            !host.is_empty() && !host.contains(['/', '@', ' ']) && port.parse::<u16>().is_ok_and(|p| p != 0)
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(change: impl FnOnce(&mut AgentConfig)) -> String {
+        let mut config = AgentConfig::default();
+        change(&mut config);
+        config.validate().expect_err("must be refused")
+    }
+
+    #[test]
+    fn the_defaults_are_valid() {
+        AgentConfig::default().validate().expect("defaults");
+    }
+
+    #[test]
+    fn impossible_settings_name_their_key_and_what_is_accepted() {
+        assert!(refused(|c| c.on_shutdown = "kill".into()).contains("on_shutdown is \"kill\"; accepted: stop, keep"));
+        assert!(refused(|c| c.gpus.source = "amd".into()).contains("gpus.source"));
+        assert!(refused(|c| c.controlplane.endpoints.clear()).contains("controlplane.endpoints"));
+        assert!(refused(|c| c.engines.liveness_failures = 0).contains("engines.liveness_failures is 0"));
+        assert!(refused(|c| c.engines.backoff_max_ms = 1).contains("engines.backoff_max_ms is 1"));
+        let no_program = refused(|c| {
+            c.engines.programs.insert("mine".into(), EngineProgram::default());
+        });
+        assert!(no_program.contains("engines.mine.command"), "{no_program}");
+    }
+
+    #[test]
+    fn an_endpoint_is_a_plain_http_address() {
+        for good in ["http://127.0.0.1:18091", "http://cp-1.internal:18091/", "http://[::1]:18091"] {
+            assert!(is_endpoint(good), "{good}");
+        }
+        for bad in ["", "127.0.0.1:18091", "https://cp:18091", "http://cp", "http://:1", "http://cp:0", "http://cp:99999"] {
+            assert!(refused(|c| c.controlplane.endpoints = vec![bad.into()]).contains("http://HOST:PORT"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn named_programs_stand_beside_the_scalars_of_their_table() {
+        let text = "[engines]\nport_base = 0\n[engines.mine]\ncommand = ['serve-it']\n";
+        let config: AgentConfig = toml::from_str(text).expect("valid");
+        assert_eq!(config.engines.port_base, 0);
+        assert_eq!(config.engines.programs["mine"].command, ["serve-it"]);
+        let misspelt = toml::from_str::<AgentConfig>("[engines]\nport_bas = 0\n");
+        assert!(misspelt.is_err(), "a misspelt scalar is no program");
+    }
 }

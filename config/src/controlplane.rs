@@ -1,13 +1,226 @@
 //! Settings of the controlplane process: `config/controlplane.toml` explains each.
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::logging::LogConfig;
 
-/// Everything the controlplane process can be told.
+/// Everything the controlplane process can be told. All of it is read once, at start.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ControlPlaneConfig {
     /// How it logs.
     pub log: LogConfig,
+    /// Where it listens.
+    pub listen: ListenConfig,
+    /// Where its state lives.
+    pub store: StoreConfig,
+    /// How it deals with nodes.
+    pub fleet: FleetConfig,
+    /// How it decides.
+    pub reconcile: ReconcileConfig,
+    /// How it publishes to proxies.
+    pub xds: XdsConfig,
+    /// What it accepts.
+    pub limits: LimitsConfig,
+}
+
+/// `[listen]`: IP:PORT addresses; port 0 takes any free one (see `--announce`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ListenConfig {
+    /// REST, console, probes and metrics.
+    pub http: String,
+    /// xDS to proxies and the fleet sessions of agents.
+    pub grpc: String,
+}
+
+impl Default for ListenConfig {
+    fn default() -> Self {
+        Self { http: "127.0.0.1:18090".into(), grpc: "127.0.0.1:18091".into() }
+    }
+}
+
+/// `[store]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StoreConfig {
+    /// "embedded": one file, one process.
+    pub kind: String,
+    /// The embedded store's file; its folder is made if missing.
+    pub path: String,
+    /// Events kept for watchers that fall behind; 100 to 10,000,000.
+    pub history_events: usize,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self {
+            kind: "embedded".into(),
+            path: "/var/lib/penstock/controlplane.redb".into(),
+            history_events: 20_000,
+        }
+    }
+}
+
+/// `[fleet]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FleetConfig {
+    /// How long a node counts as present after its last report, in milliseconds; 1,000 to 600,000.
+    pub lease_ttl_ms: u64,
+    /// How often a node reports, in milliseconds; 50 up to a third of the lease.
+    pub report_interval_ms: u64,
+    /// How long a node is lost before its replicas are placed elsewhere, in milliseconds.
+    pub lost_grace_ms: u64,
+    /// How long a deregistration waits for proxies to acknowledge it, in milliseconds; at most 60,000.
+    pub deregister_ack_wait_ms: u64,
+}
+
+impl Default for FleetConfig {
+    fn default() -> Self {
+        Self {
+            lease_ttl_ms: 10_000,
+            report_interval_ms: 500,
+            lost_grace_ms: 30_000,
+            deregister_ack_wait_ms: 2_000,
+        }
+    }
+}
+
+/// `[reconcile]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReconcileConfig {
+    /// Longest pause between two looks at the fleet, in milliseconds; 50 to 600,000.
+    pub tick_ms: u64,
+    /// Shortest pause between two looks, in milliseconds, so that a burst of changes is planned once.
+    pub coalesce_ms: u64,
+}
+
+impl Default for ReconcileConfig {
+    fn default() -> Self {
+        Self { tick_ms: 1_000, coalesce_ms: 20 }
+    }
+}
+
+/// `[xds]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct XdsConfig {
+    /// Shortest pause between two pushed snapshots, in milliseconds; 0 pushes each change by itself.
+    pub push_coalesce_ms: u64,
+    /// After how long a response that a proxy refused is offered again unchanged, in milliseconds.
+    pub nack_retry_ms: u64,
+}
+
+impl Default for XdsConfig {
+    fn default() -> Self {
+        Self { push_coalesce_ms: 20, nack_retry_ms: 30_000 }
+    }
+}
+
+/// `[limits]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsConfig {
+    /// Largest REST request body, in bytes.
+    pub max_body_bytes: usize,
+    /// Most replicas of one deployment.
+    pub max_replicas: u32,
+    /// Most deployments.
+    pub max_deployments: usize,
+    /// Longest a clean stop may take before what still runs is dropped, in milliseconds.
+    pub shutdown_grace_ms: u64,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 1 << 20,
+            max_replicas: 10_000,
+            max_deployments: 10_000,
+            shutdown_grace_ms: 5_000,
+        }
+    }
+}
+
+impl ControlPlaneConfig {
+    /// Refuses values that cannot work; the text names the key, what it holds and what is accepted.
+    pub fn validate(&self) -> Result<(), String> {
+        for (key, value) in [("listen.http", &self.listen.http), ("listen.grpc", &self.listen.grpc)] {
+            if value.parse::<SocketAddr>().is_err() {
+                return Err(format!(
+                    "{key} is {value:?}: give an IP address and a port, such as 127.0.0.1:18090 or [::1]:0"
+                ));
+            }
+        }
+        if self.store.kind != "embedded" {
+            return Err(format!("store.kind is {:?}: this build knows \"embedded\"", self.store.kind));
+        }
+        if self.store.path.is_empty() {
+            return Err("store.path is empty: name the file that holds the state".into());
+        }
+        let ranges = [
+            ("store.history_events", self.store.history_events as u64, 100, 10_000_000),
+            ("fleet.lease_ttl_ms", self.fleet.lease_ttl_ms, 1_000, 600_000),
+            ("fleet.report_interval_ms", self.fleet.report_interval_ms, 50, self.fleet.lease_ttl_ms / 3),
+            ("fleet.lost_grace_ms", self.fleet.lost_grace_ms, 0, 86_400_000),
+            ("fleet.deregister_ack_wait_ms", self.fleet.deregister_ack_wait_ms, 0, 60_000),
+            ("reconcile.tick_ms", self.reconcile.tick_ms, 50, 600_000),
+            ("reconcile.coalesce_ms", self.reconcile.coalesce_ms, 1, 10_000),
+            ("xds.push_coalesce_ms", self.xds.push_coalesce_ms, 0, 10_000),
+            ("xds.nack_retry_ms", self.xds.nack_retry_ms, 100, 3_600_000),
+            ("limits.max_body_bytes", self.limits.max_body_bytes as u64, 1_024, 64 << 20),
+            ("limits.max_replicas", u64::from(self.limits.max_replicas), 1, 1_000_000),
+            ("limits.max_deployments", self.limits.max_deployments as u64, 1, 1_000_000),
+            ("limits.shutdown_grace_ms", self.limits.shutdown_grace_ms, 100, 600_000),
+        ];
+        for (key, value, low, high) in ranges {
+            if value < low || value > high {
+                return Err(format!("{key} is {value}: accepted is {low} to {high}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_accepted() {
+        ControlPlaneConfig::default().validate().expect("defaults");
+    }
+
+    #[test]
+    fn a_refusal_names_the_key_and_what_is_accepted() {
+        let mut config = ControlPlaneConfig::default();
+        config.listen.grpc = "localhost".into();
+        assert!(config.validate().expect_err("no port").starts_with("listen.grpc is \"localhost\""));
+        let mut config = ControlPlaneConfig::default();
+        config.fleet.report_interval_ms = 9_000;
+        let error = config.validate().expect_err("longer than a third of the lease");
+        assert_eq!(error, "fleet.report_interval_ms is 9000: accepted is 50 to 3333");
+        let mut config = ControlPlaneConfig::default();
+        config.store.kind = "mysql".into();
+        assert!(config.validate().expect_err("unknown").contains("embedded"));
+    }
+
+    #[test]
+    fn the_commented_file_holds_every_default() {
+        let text = include_str!("../controlplane.toml");
+        let parsed: ControlPlaneConfig = toml::from_str(text).expect("valid");
+        assert_eq!(parsed, ControlPlaneConfig::default());
+        let written: toml::Table = toml::from_str(text).expect("valid");
+        let complete = toml::Table::try_from(ControlPlaneConfig::default()).expect("serializes");
+        for (section, keys) in &complete {
+            for key in keys.as_table().expect("sections").keys() {
+                let there = written.get(section).and_then(|s| s.get(key)).is_some();
+                assert!(there, "controlplane.toml lacks {section}.{key}");
+            }
+        }
+    }
 }

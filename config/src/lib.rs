@@ -3,11 +3,17 @@
 //! A process reads its settings once, at start, in [`load`]: built-in defaults, then the file, then the environment.
 //! `config/*.toml` hold every key with its default and its meaning; a test keeps them equal to the structs.
 //! A setting that is off is an empty string or a zero, never an absent key, so that every key can be seen.
+//!
+//! Two things that every process does at start live here too, because they are told by settings: how it logs
+//! ([`logging::init`]) and how it says where it listens ([`announce`]).
 
 pub mod agent;
+mod announce;
 pub mod controlplane;
 mod load;
 pub mod logging;
 pub mod proxy;
+mod tree;
 
-pub use load::{ConfigError, load};
+pub use announce::announce;
+pub use load::{ConfigError, environment, load};

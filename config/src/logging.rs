@@ -1,6 +1,12 @@
-//! How a process logs.
+//! How a process logs: `tracing` to stderr, as text for people or JSON for collectors.
+//!
+//! Records of the `log` crate (Pingora's) take the same way. Libraries whose debug lines come per packet or per frame
+//! are held at `warn` unless the filter names them: `info,h2=debug` shows h2's.
+
+use std::io::IsTerminal;
 
 use serde::{Deserialize, Serialize};
+use tracing_subscriber::EnvFilter;
 
 /// `[log]` of every process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,5 +21,89 @@ pub struct LogConfig {
 impl Default for LogConfig {
     fn default() -> Self {
         Self { level: "info".into(), format: "text".into() }
+    }
+}
+
+/// The libraries that are held at `warn`.
+const NOISY: [&str; 10] = [
+    "h2",
+    "hyper",
+    "hyper_util",
+    "tower",
+    "tonic",
+    "reqwest",
+    "rustls",
+    "pingora_core",
+    "pingora_pool",
+    "pingora_proxy",
+];
+
+/// The accepted levels, quietest first.
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+/// Makes `config` the way the whole process logs. Once per process.
+///
+/// # Errors
+/// A sentence that names the key: an unknown level or format, or a second call in one process.
+pub fn init(config: &LogConfig) -> Result<(), String> {
+    let filter = EnvFilter::try_new(directives(&config.level)?)
+        .map_err(|e| format!("log.level: {:?} is not a filter: {e}", config.level))?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    match config.format.as_str() {
+        "text" => builder.try_init(),
+        "json" => builder.json().flatten_event(true).try_init(),
+        other => return Err(format!("log.format: {other:?} is unknown; accepted: \"text\", \"json\"")),
+    }
+    .map_err(|e| format!("logging was already set up in this process: {e}"))
+}
+
+/// The filter's text: [`NOISY`] libraries at `warn`, then what the settings say, which wins where both name a target.
+///
+/// `EnvFilter` takes any lone word for a target at `trace`, so that `level = "inof"` would silence the process; each
+/// directive is checked here instead.
+fn directives(level: &str) -> Result<String, String> {
+    let mut general = "error";
+    for directive in level.split(',').map(str::trim).filter(|d| !d.is_empty()) {
+        let (target, word) = directive.rsplit_once('=').map_or((None, directive), |(t, w)| (Some(t), w));
+        let known = LEVELS.into_iter().find(|known| word.eq_ignore_ascii_case(known)).ok_or_else(|| {
+            format!("log.level: {word:?} is no level; accepted: {}, or target=level", LEVELS.join(", "))
+        })?;
+        if target.is_none() {
+            general = known;
+        }
+    }
+    let quiet = matches!(general, "off" | "error");
+    let held = NOISY.iter().filter(|_| !quiet).map(|library| format!("{library}=warn"));
+    Ok(held.chain([level.to_string()]).collect::<Vec<_>>().join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libraries_are_held_at_warn_unless_the_whole_process_is_quieter() {
+        let text = directives("debug,h2=info").unwrap();
+        assert!(text.starts_with("h2=warn,"), "{text}");
+        assert!(text.ends_with(",debug,h2=info"), "{text}");
+        assert_eq!(directives("error").unwrap(), "error");
+        assert!(EnvFilter::try_new(directives("info").unwrap()).is_ok());
+    }
+
+    #[test]
+    fn a_misspelt_level_is_refused_and_the_accepted_ones_are_named() {
+        for wrong in ["inof", "info,pingora_core=loud", "penstock_proxy"] {
+            let error = directives(wrong).unwrap_err();
+            assert!(error.contains("warn") && error.starts_with("log.level"), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_format_is_refused() {
+        let error = init(&LogConfig { level: "info".into(), format: "xml".into() }).unwrap_err();
+        assert!(error.contains("xml") && error.contains("json"), "{error}");
     }
 }

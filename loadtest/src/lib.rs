@@ -1,1 +1,11 @@
-//! placeholder
+//! Load and engines for Penstock: the engine simulator and the load generator that checks every token.
+//!
+//! - [`engine`]: a stand-in for `vllm serve`, a product of its own: the same command line, routes, JSON, headers,
+//!   metrics and failures, over tokens that are a pure function of what came before them.
+//! - [`load`]: a client of many concurrent streams that computes what each stream must say and compares.
+//!
+//! The two meet in [`engine::tokens`] and [`engine::generation`] only: what the engine will answer can be computed by
+//! anyone who has the request, so a lost, doubled, reordered or foreign token is found by comparison, not by trust.
+
+pub mod engine;
+pub mod load;

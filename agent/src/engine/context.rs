@@ -1,0 +1,79 @@
+//! What all supervisors share: settings, paths, and the handles through which they act.
+
+use std::time::Duration;
+
+use penstock_config::agent::EnginesConfig;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{ports::Ports, probe::Probe, process::Tree, records::Records, stop};
+use crate::{
+    assignment::Assignment, board::Board, gpu::GpuReport, metrics::Metrics, registrations::Registry,
+    state::StateDir,
+};
+
+/// One per agent.
+pub(crate) struct Context {
+    /// `[engines]`
+    pub(crate) config: EnginesConfig,
+    /// Longest wait for the answer to a deregistration.
+    pub(crate) deregister: Duration,
+    /// Paths.
+    pub(crate) state: StateDir,
+    /// Records of engines.
+    pub(crate) records: Records,
+    /// This boot of the machine.
+    pub(crate) boot_id: String,
+    /// What is known of engines.
+    pub(crate) board: Board,
+    /// Who is to be routed to.
+    pub(crate) registry: Registry,
+    /// Ports in use.
+    pub(crate) ports: Ports,
+    /// Asks engines.
+    pub(crate) probe: Probe,
+    /// The node's GPUs.
+    pub(crate) gpus: watch::Receiver<GpuReport>,
+    /// Counters.
+    pub(crate) metrics: Metrics,
+    /// Cancelled when the operator asks a second time: drains are cut short.
+    pub(crate) hurry: CancellationToken,
+}
+
+impl Context {
+    /// Takes the replica out of routing: at once in what this agent wants, as soon as it hears in the control plane.
+    pub(crate) fn deregister(&self, assignment: &Assignment) {
+        let Assignment { model, replica_id, generation, .. } = assignment;
+        self.registry.change(|r| r.leave(replica_id, model, *generation));
+    }
+
+    /// Ends every process of the replica and forgets its record; SIGKILL follows SIGTERM after `term`.
+    pub(crate) async fn put_down(&self, replica_id: &str, tree: &mut Tree, term: Duration) {
+        let give_up = Duration::from_millis(self.config.kill_ms);
+        let stuck = |left: String| {
+            tracing::error!(replica = replica_id, "{left}");
+            self.board.update(replica_id, |view| view.reason = left);
+        };
+        stop::put_down(tree, term, give_up, &self.hurry, &self.metrics, stuck).await;
+        let strays_term = self.orphan_term();
+        stop::end_strays(&self.state, replica_id, strays_term, give_up).await;
+        self.forget(replica_id);
+    }
+
+    /// Removes the replica's record.
+    pub(crate) fn forget(&self, replica_id: &str) {
+        if let Err(error) = self.records.remove(replica_id) {
+            tracing::error!(replica = replica_id, %error, "cannot remove the engine's record");
+        }
+    }
+
+    /// Time from SIGTERM to SIGKILL in a stop.
+    pub(crate) fn term(&self) -> Duration {
+        Duration::from_millis(self.config.term_ms)
+    }
+
+    /// The same for what a dead main process has left.
+    pub(crate) fn orphan_term(&self) -> Duration {
+        Duration::from_millis(self.config.orphan_term_ms)
+    }
+}

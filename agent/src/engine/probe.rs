@@ -1,0 +1,184 @@
+//! Asking an engine over HTTP: health, models, one completion, metrics.
+//!
+//! Every question has a deadline and a bound on the answer's size, and goes straight to the engine: no proxy, no redirect.
+
+use std::{fmt, time::Duration};
+
+use serde_json::{Value, json};
+
+use super::load::{self, Load};
+
+/// Largest answer that is read. vLLM's /metrics is about 100 kB.
+const LONGEST_ANSWER: usize = 4 << 20;
+/// Below vLLM's keep-alive of 5 s, so that a question never meets a connection that is just being closed.
+const IDLE: Duration = Duration::from_secs(2);
+/// Longest wait for the list of models: it costs an engine nothing.
+const MODELS_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Asks engines. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Probe {
+    client: reqwest::Client,
+}
+
+/// One engine's HTTP server.
+#[derive(Debug, Clone)]
+pub(crate) struct Target {
+    base: String,
+}
+
+impl Target {
+    /// The server of an engine that was told to listen on `bind_host`:`port`.
+    pub(crate) fn new(bind_host: &str, port: u16) -> Self {
+        let host = match bind_host.trim_matches(['[', ']']) {
+            "0.0.0.0" | "" => "127.0.0.1".to_owned(),
+            "::" => "[::1]".to_owned(),
+            v6 if v6.contains(':') => format!("[{v6}]"),
+            other => other.to_owned(),
+        };
+        Self { base: format!("http://{host}:{port}") }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.base)
+    }
+}
+
+impl Probe {
+    /// A client of its own.
+    ///
+    /// # Errors
+    /// The HTTP client cannot be made.
+    pub(crate) fn new() -> Result<Self, reqwest::Error> {
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .pool_idle_timeout(IDLE)
+            .build()?;
+        Ok(Self { client })
+    }
+
+    /// `GET /health` is 200.
+    ///
+    /// # Errors
+    /// What came instead, for the operator.
+    pub(crate) async fn health(&self, target: &Target, deadline: Duration) -> Result<(), String> {
+        self.ask(self.client.get(format!("{}/health", target.base)), "/health", deadline).await.map(drop)
+    }
+
+    /// `GET /v1/models` has the model.
+    ///
+    /// # Errors
+    /// What came instead, for the operator.
+    pub(crate) async fn serves(&self, target: &Target, model: &str) -> Result<(), String> {
+        let request = self.client.get(format!("{}/v1/models", target.base));
+        let answer = json_of(&self.ask(request, "/v1/models", MODELS_DEADLINE).await?, "/v1/models")?;
+        let listed = answer.get("data").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        let names: Vec<&str> = listed.iter().filter_map(|entry| entry.get("id")?.as_str()).collect();
+        if names.contains(&model) {
+            return Ok(());
+        }
+        Err(format!("/v1/models lists {names:?}, not {model:?}"))
+    }
+
+    /// A completion of one token succeeds.
+    ///
+    /// # Errors
+    /// What came instead, for the operator.
+    pub(crate) async fn completes(
+        &self,
+        target: &Target,
+        model: &str,
+        deadline: Duration,
+    ) -> Result<(), String> {
+        let body = json!({"model": model, "prompt": "ping", "max_tokens": 1, "temperature": 0});
+        let request = self
+            .client
+            .post(format!("{}/v1/completions", target.base))
+            .header("content-type", "application/json")
+            .body(body.to_string());
+        let answer = json_of(&self.ask(request, "a completion", deadline).await?, "a completion")?;
+        match answer.get("choices").and_then(Value::as_array) {
+            Some(choices) if !choices.is_empty() => Ok(()),
+            _ => Err("a completion was answered without choices".into()),
+        }
+    }
+
+    /// The engine's load.
+    ///
+    /// # Errors
+    /// What came instead, or which figure is missing.
+    pub(crate) async fn load(&self, target: &Target, deadline: Duration) -> Result<Load, String> {
+        let body =
+            self.ask(self.client.get(format!("{}/metrics", target.base)), "/metrics", deadline).await?;
+        load::parse(&String::from_utf8_lossy(&body)).map_err(|missing| format!("/metrics has no {missing}"))
+    }
+
+    async fn ask(
+        &self,
+        request: reqwest::RequestBuilder,
+        what: &str,
+        deadline: Duration,
+    ) -> Result<Vec<u8>, String> {
+        let answer = async {
+            let mut response = request.send().await.map_err(|e| format!("{what}: {}", cause(&e)))?;
+            let status = response.status();
+            let mut body = Vec::new();
+            while let Some(chunk) = response.chunk().await.map_err(|e| format!("{what}: {}", cause(&e)))? {
+                body.extend_from_slice(&chunk);
+                if body.len() > LONGEST_ANSWER {
+                    return Err(format!("{what}: the answer is longer than {LONGEST_ANSWER} bytes"));
+                }
+            }
+            if status != reqwest::StatusCode::OK {
+                let text: String =
+                    String::from_utf8_lossy(&body).chars().filter(|c| !c.is_control()).take(200).collect();
+                return Err(format!("{what} answered {}: {text}", status.as_u16()));
+            }
+            Ok(body)
+        };
+        let late = |_| Err(format!("{what}: no answer within {} ms", deadline.as_millis()));
+        tokio::time::timeout(deadline, answer).await.unwrap_or_else(late)
+    }
+}
+
+fn json_of(body: &[u8], what: &str) -> Result<Value, String> {
+    serde_json::from_slice(body).map_err(|e| format!("{what} was not answered with JSON: {e}"))
+}
+
+/// The innermost reason: "Connection refused" rather than "error sending request".
+fn cause(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    cause.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engine_that_listens_everywhere_is_asked_at_home() {
+        for (bind, base) in [
+            ("127.0.0.1", "http://127.0.0.1:7"),
+            ("0.0.0.0", "http://127.0.0.1:7"),
+            ("::", "http://[::1]:7"),
+            ("fd00::1", "http://[fd00::1]:7"),
+            ("node-1", "http://node-1:7"),
+        ] {
+            assert_eq!(Target::new(bind, 7).base, base);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_refused_connection_is_said_plainly() {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let probe = Probe::new().unwrap();
+        let error = probe.health(&Target::new("127.0.0.1", free), Duration::from_secs(5)).await.unwrap_err();
+        assert!(error.contains("Connection refused"), "{error}");
+    }
+}

@@ -1,0 +1,135 @@
+//! One file per engine: what the next agent needs in order to take it over, or to end it.
+//!
+//! Written before the spawn (without a pid) and again right after it, and removed only when no process of the engine is
+//! left. An agent killed between spawn and second write leaves a process that no record names; the environment variables
+//! of `command` mark it, and `adopt` finds it by them.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    assignment::Assignment,
+    state::{stem, write_atomically},
+};
+
+/// What is known of an engine's process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// What it runs for.
+    pub(crate) assignment: Assignment,
+    /// Where it listens.
+    pub(crate) port: u16,
+    /// Its main process and group; 0 while it is being spawned.
+    pub(crate) pid: i32,
+    /// When the main process started: ticks since boot.
+    pub(crate) start_ticks: u64,
+    /// The boot that those ticks belong to.
+    pub(crate) boot_id: String,
+    /// Starts after the first, for this generation.
+    pub(crate) restarts: u32,
+    /// Where this life's output begins in the log.
+    pub(crate) log_from: u64,
+    /// What was executed, for the operator.
+    pub(crate) command: Vec<String>,
+}
+
+/// The folder of records.
+#[derive(Debug, Clone)]
+pub(crate) struct Records {
+    dir: PathBuf,
+}
+
+impl Records {
+    /// Records in `dir`, which exists.
+    pub(crate) fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// Writes the record of its replica.
+    pub(crate) fn write(&self, record: &Record) -> io::Result<()> {
+        write_atomically(&self.path(&record.assignment.replica_id), &serde_json::to_vec_pretty(record)?)
+    }
+
+    /// Removes the replica's record, if there is one.
+    pub(crate) fn remove(&self, replica_id: &str) -> io::Result<()> {
+        match fs::remove_file(self.path(replica_id)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// The replica's record. One that is damaged counts as none: the marks on its processes are still there.
+    pub(crate) fn read(&self, replica_id: &str) -> Option<Record> {
+        read(&self.path(replica_id))
+    }
+
+    /// Every record that can be read.
+    pub(crate) fn all(&self) -> Vec<Record> {
+        let Ok(entries) = fs::read_dir(&self.dir) else { return Vec::new() };
+        let paths = entries.filter_map(|e| Some(e.ok()?.path()));
+        paths.filter(|p| p.extension().is_some_and(|e| e == "json")).filter_map(|p| read(&p)).collect()
+    }
+
+    fn path(&self, replica_id: &str) -> PathBuf {
+        self.dir.join(format!("{}.json", stem(replica_id)))
+    }
+}
+
+fn read(path: &Path) -> Option<Record> {
+    let bytes = fs::read(path).ok()?;
+    serde_json::from_slice(&bytes)
+        .inspect_err(|error| tracing::error!(path = %path.display(), %error, "an engine's record is damaged"))
+        .ok()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::assignment::EngineSpec;
+
+    pub(crate) fn record(replica_id: &str, pid: i32) -> Record {
+        Record {
+            assignment: Assignment {
+                model: "m".into(),
+                replica_id: replica_id.into(),
+                generation: 1,
+                spec: EngineSpec::default(),
+                gpu_uuids: vec![],
+            },
+            port: 1,
+            pid,
+            start_ticks: 100,
+            boot_id: "boot".into(),
+            restarts: 0,
+            log_from: 0,
+            command: vec![],
+        }
+    }
+
+    #[test]
+    fn a_record_comes_back_until_it_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::new(dir.path().to_owned());
+        let first = record("org/a:0", 12);
+        records.write(&first).unwrap();
+        records.write(&record("b", 13)).unwrap();
+        assert_eq!(records.read("org/a:0"), Some(first));
+        assert_eq!(records.all().len(), 2);
+        records.remove("org/a:0").unwrap();
+        records.remove("org/a:0").unwrap();
+        assert_eq!(records.read("org/a:0"), None);
+    }
+
+    #[test]
+    fn a_damaged_record_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::new(dir.path().to_owned());
+        fs::write(dir.path().join("b.json"), "{").unwrap();
+        assert_eq!(records.read("b"), None);
+        assert!(records.all().is_empty());
+    }
+}

@@ -1,0 +1,70 @@
+//! Watching a ready engine: does it answer, what is its load, does its log grow too large.
+//!
+//! Three loops that the supervisor polls beside the engine's exit and its orders. Liveness is tolerant: a saturated vLLM
+//! can take 4 s to answer anything, and a restart costs a minute. An engine that answers and makes no progress is not
+//! found here.
+
+use std::{convert::Infallible, path::Path, time::Duration};
+
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::{
+    load::Load,
+    logs,
+    probe::{Probe, Target},
+};
+
+/// How often the size of a log is looked at.
+const LOG_PERIOD: Duration = Duration::from_secs(5);
+
+/// Returns, with the reason, when `failures` checks in a row have failed.
+pub(crate) async fn until_silent(
+    probe: &Probe,
+    target: &Target,
+    period: Duration,
+    deadline: Duration,
+    failures: u32,
+) -> String {
+    let mut in_a_row = 0;
+    loop {
+        tokio::time::sleep(period).await;
+        match probe.health(target, deadline).await {
+            Ok(()) => in_a_row = 0,
+            Err(reason) => {
+                in_a_row += 1;
+                tracing::warn!(in_a_row, reason, "an engine's liveness check failed");
+                if in_a_row >= failures {
+                    return format!("{in_a_row} liveness checks in a row failed: {reason}");
+                }
+            }
+        }
+    }
+}
+
+/// Reads the load every `period`, one reading at a time, and hands each outcome to `note`. Never returns.
+pub(crate) async fn follow_load(
+    probe: &Probe,
+    target: &Target,
+    period: Duration,
+    deadline: Duration,
+    mut note: impl FnMut(Result<Load, String>),
+) -> Infallible {
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        note(probe.load(target, deadline).await);
+    }
+}
+
+/// Keeps the log below `limit` bytes, about. Never returns.
+pub(crate) async fn keep_log_small(path: &Path, limit: u64) -> Infallible {
+    loop {
+        tokio::time::sleep(LOG_PERIOD).await;
+        let log = path.to_owned();
+        let rotated = tokio::task::spawn_blocking(move || logs::rotate(&log, limit)).await;
+        if let Ok(Err(error)) = rotated {
+            tracing::error!(path = %path.display(), %error, "cannot put an engine's log aside");
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Every metric of the agent, declared here and nowhere else, present at zero from the start.
+//!
+//! Labels are of fixed cardinality: engine states and outcomes, never a replica or a reason text; those are in
+//! `GET /engines`. Figures that are read off something (engines by state, GPUs) are set when `/metrics` is asked.
+
+use std::time::Duration;
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+
+use crate::{board::EngineView, engine::State, gpu::GpuReport};
+
+/// The agent's metrics.
+pub(crate) struct Metrics {
+    registry: Registry,
+    engines: IntGaugeVec,
+    gpus: IntGauge,
+    gpus_faulty: IntGauge,
+    /// Whether a session with a control plane stands.
+    pub(crate) session_connected: IntGauge,
+    /// Sessions that a control plane welcomed.
+    pub(crate) sessions: IntCounter,
+    /// Tries to get a session that failed.
+    pub(crate) session_failures: IntCounter,
+    /// Assignments taken over.
+    pub(crate) assignments_accepted: IntCounter,
+    /// Assignments refused because newer ones are known.
+    pub(crate) assignments_stale: IntCounter,
+    /// Registrations accepted by the control plane.
+    pub(crate) registrations_accepted: IntCounter,
+    /// Registrations refused by the control plane.
+    pub(crate) registrations_refused: IntCounter,
+    /// Engine processes started.
+    pub(crate) starts: IntCounter,
+    /// Engines taken over from an earlier agent.
+    pub(crate) adoptions: IntCounter,
+    exits: IntCounterVec,
+    /// Engines ended because they stopped answering.
+    pub(crate) liveness_failures: IntCounter,
+    /// Readings of an engine's /metrics that worked.
+    pub(crate) scrapes_ok: IntCounter,
+    /// Readings that failed or lacked a figure.
+    pub(crate) scrapes_failed: IntCounter,
+    /// SIGKILLs that were needed.
+    pub(crate) kills: IntCounter,
+    ready_seconds: Histogram,
+    stop_seconds: Histogram,
+}
+
+/// Engine exits by what `Exit::label` says.
+const EXIT_LABELS: [&str; 4] = ["clean", "code", "signal", "unknown"];
+
+impl Metrics {
+    /// All metrics at zero.
+    ///
+    /// # Errors
+    /// A name declared twice or malformed: a defect, found by any test that makes one.
+    pub(crate) fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str| -> Result<IntCounter, prometheus::Error> {
+            let counter = IntCounter::new(format!("penstock_agent_{name}"), help)?;
+            registry.register(Box::new(counter.clone()))?;
+            Ok(counter)
+        };
+        let gauge = |name: &str, help: &str| -> Result<IntGauge, prometheus::Error> {
+            let gauge = IntGauge::new(format!("penstock_agent_{name}"), help)?;
+            registry.register(Box::new(gauge.clone()))?;
+            Ok(gauge)
+        };
+        let histogram = |name: &str, help: &str, buckets: &[f64]| -> Result<Histogram, prometheus::Error> {
+            let opts = HistogramOpts::new(format!("penstock_agent_{name}"), help).buckets(buckets.to_vec());
+            let histogram = Histogram::with_opts(opts)?;
+            registry.register(Box::new(histogram.clone()))?;
+            Ok(histogram)
+        };
+        let engines = IntGaugeVec::new(Opts::new("penstock_agent_engines", "Engines by state."), &["state"])?;
+        registry.register(Box::new(engines.clone()))?;
+        let exits = IntCounterVec::new(
+            Opts::new(
+                "penstock_agent_engine_exits_total",
+                "Engine main processes that ended unasked, by cause.",
+            ),
+            &["cause"],
+        )?;
+        registry.register(Box::new(exits.clone()))?;
+        for label in EXIT_LABELS {
+            exits.with_label_values(&[label]);
+        }
+        for state in State::ALL {
+            engines.with_label_values(&[state.name()]);
+        }
+        Ok(Self {
+            engines,
+            exits,
+            gpus: gauge("gpus", "GPUs on this node.")?,
+            gpus_faulty: gauge("gpus_faulty", "GPUs on this node with a fault.")?,
+            session_connected: gauge("session_connected", "1 while a session with a control plane stands.")?,
+            sessions: counter("sessions_total", "Sessions that a control plane welcomed.")?,
+            session_failures: counter("session_failures_total", "Tries to get a session that failed.")?,
+            assignments_accepted: counter("assignments_accepted_total", "Assignments taken over.")?,
+            assignments_stale: counter(
+                "assignments_stale_total",
+                "Assignments refused because newer ones are known.",
+            )?,
+            registrations_accepted: counter("registrations_accepted_total", "Registrations accepted.")?,
+            registrations_refused: counter("registrations_refused_total", "Registrations refused.")?,
+            starts: counter("engine_starts_total", "Engine processes started.")?,
+            adoptions: counter("engine_adoptions_total", "Engines taken over from an earlier agent.")?,
+            liveness_failures: counter(
+                "engine_liveness_failures_total",
+                "Engines ended because they stopped answering.",
+            )?,
+            scrapes_ok: counter("engine_scrapes_total", "Readings of an engine's /metrics that worked.")?,
+            scrapes_failed: counter(
+                "engine_scrape_failures_total",
+                "Readings of an engine's /metrics that failed or lacked a figure.",
+            )?,
+            kills: counter("engine_kills_total", "Engines whose processes needed SIGKILL.")?,
+            // A simulator is ready in well under a second, a large model from cold storage in twenty minutes.
+            ready_seconds: histogram(
+                "engine_ready_seconds",
+                "Time from an engine's start to its first completion.",
+                &[0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0],
+            )?,
+            // From "nothing to drain" to the longest drain and both signals' time.
+            stop_seconds: histogram(
+                "engine_stop_seconds",
+                "Time from the order to stop an engine until no process of it was left.",
+                &[0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0],
+            )?,
+            registry,
+        })
+    }
+
+    /// Counts the end of a main process by `Exit::label`.
+    pub(crate) fn exited(&self, cause: &str) {
+        self.exits.with_label_values(&[cause]).inc();
+    }
+
+    /// An engine became ready this long after its start.
+    pub(crate) fn became_ready(&self, took: Duration) {
+        self.ready_seconds.observe(took.as_secs_f64());
+    }
+
+    /// An engine that was told to stop took this long.
+    pub(crate) fn stopped(&self, took: Duration) {
+        self.stop_seconds.observe(took.as_secs_f64());
+    }
+
+    /// Everything in Prometheus text.
+    ///
+    /// # Errors
+    /// The encoder's.
+    pub(crate) fn render(
+        &self,
+        engines: &[EngineView],
+        gpus: &GpuReport,
+    ) -> Result<String, prometheus::Error> {
+        for state in State::ALL {
+            let count = engines.iter().filter(|view| view.state == state).count();
+            self.engines.with_label_values(&[state.name()]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        let faulty = gpus.gpus.iter().filter(|gpu| !gpu.fault.is_empty()).count();
+        self.gpus.set(i64::try_from(gpus.gpus.len()).unwrap_or(i64::MAX));
+        self.gpus_faulty.set(i64::try_from(faulty).unwrap_or(i64::MAX));
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        String::from_utf8(text).map_err(|e| prometheus::Error::Msg(e.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{engine::records::tests::record, gpu::GpuKind};
+
+    #[test]
+    fn every_label_is_there_from_the_start() {
+        let metrics = Metrics::new().unwrap();
+        let gpus = GpuReport { kind: GpuKind::None, gpus: vec![], reason: String::new() };
+        let text = metrics.render(&[EngineView::new(record("a", 0).assignment, "")], &gpus).unwrap();
+        for line in [
+            "penstock_agent_engines{state=\"starting\"} 1",
+            "penstock_agent_engines{state=\"failed\"} 0",
+            "penstock_agent_engine_exits_total{cause=\"signal\"} 0",
+            "penstock_agent_assignments_stale_total 0",
+            "penstock_agent_engine_ready_seconds_count 0",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} not in\n{text}");
+        }
+    }
+}

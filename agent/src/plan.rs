@@ -1,0 +1,183 @@
+//! What to do next: a pure function of what is wanted and what runs.
+//!
+//! Called anew after every change and on a tick; it never remembers a step, so a step that was lost is simply planned
+//! again. A replica is keyed by its id: a new generation of a replica that still runs means "stop the old one"; when that
+//! one has gone, the next call starts the new one.
+//!
+//! Invariant: an engine is not started on a GPU while an engine that is being stopped still has processes there, since
+//! its memory is not free before. Two *wanted* engines on one GPU are the control plane's business and are both started.
+
+use std::collections::BTreeMap;
+
+use crate::assignment::{Assignment, Desired};
+
+/// An engine that has a supervisor, as far as the plan cares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Running {
+    /// What it was started for.
+    pub(crate) assignment: Assignment,
+    /// It has been told to stop and is not gone yet.
+    pub(crate) stopping: bool,
+}
+
+/// One thing to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Supervise an engine for this assignment.
+    Start(Assignment),
+    /// Tell the replica's supervisor to drain and end its engine.
+    Stop {
+        /// Which.
+        replica_id: String,
+        /// Why, for the operator.
+        reason: String,
+    },
+    /// Nothing yet: the assignment waits.
+    Wait {
+        /// Which.
+        assignment: Assignment,
+        /// On what, for the operator.
+        reason: String,
+    },
+}
+
+/// The steps from `running` (by replica id) to `desired`. Stops come first.
+pub(crate) fn plan(desired: &Desired, running: &BTreeMap<String, Running>) -> Vec<Step> {
+    let stops = running.values().filter(|r| !r.stopping).filter_map(|r| stop(desired, &r.assignment));
+    let starts = desired.assignments.iter().filter_map(|wanted| start(desired, wanted, running));
+    stops.chain(starts).collect()
+}
+
+fn stop(desired: &Desired, running: &Assignment) -> Option<Step> {
+    let reason = match desired.get(&running.replica_id) {
+        Some(wanted) if wanted == running => return None,
+        Some(wanted) if wanted.generation == running.generation => "its assignment has changed".to_owned(),
+        Some(wanted) => format!("generation {} replaces {}", wanted.generation, running.generation),
+        None => "it is no longer assigned to this node".to_owned(),
+    };
+    Some(Step::Stop { replica_id: running.replica_id.clone(), reason })
+}
+
+fn start(desired: &Desired, wanted: &Assignment, running: &BTreeMap<String, Running>) -> Option<Step> {
+    if running.contains_key(&wanted.replica_id) {
+        return None;
+    }
+    let leaving = |r: &&Running| r.stopping || desired.get(&r.assignment.replica_id) != Some(&r.assignment);
+    let shares_a_gpu = |r: &&Running| r.assignment.gpu_uuids.iter().any(|gpu| wanted.gpu_uuids.contains(gpu));
+    Some(match running.values().filter(leaving).find(shares_a_gpu) {
+        Some(holder) => Step::Wait {
+            assignment: wanted.clone(),
+            reason: format!("waits for {} to leave its GPU", holder.assignment.replica_id),
+        },
+        None => Step::Start(wanted.clone()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::assignment::EngineSpec;
+
+    fn assignment(id: &str, generation: u64, gpu: &str) -> Assignment {
+        Assignment {
+            model: "m".into(),
+            replica_id: id.into(),
+            generation,
+            spec: EngineSpec::default(),
+            gpu_uuids: vec![gpu.into()],
+        }
+    }
+
+    fn desired(assignments: &[Assignment]) -> Desired {
+        Desired { assignments: assignments.to_vec(), ..Desired::default() }
+    }
+
+    fn running(engines: &[(Assignment, bool)]) -> BTreeMap<String, Running> {
+        let entry = |(a, stopping): &(Assignment, bool)| {
+            (a.replica_id.clone(), Running { assignment: a.clone(), stopping: *stopping })
+        };
+        engines.iter().map(entry).collect()
+    }
+
+    #[test]
+    fn what_is_wanted_and_runs_is_left_alone() {
+        let a = assignment("a", 1, "g0");
+        assert_eq!(plan(&desired(std::slice::from_ref(&a)), &running(&[(a.clone(), false)])), []);
+    }
+
+    #[test]
+    fn a_new_generation_stops_the_old_one_and_starts_only_when_it_has_gone() {
+        let (old, new) = (assignment("a", 1, "g0"), assignment("a", 2, "g0"));
+        let wanted = desired(std::slice::from_ref(&new));
+        let reason = "generation 2 replaces 1".to_owned();
+        let stop = Step::Stop { replica_id: "a".into(), reason };
+        assert_eq!(plan(&wanted, &running(&[(old.clone(), false)])), [stop]);
+        assert_eq!(plan(&wanted, &running(&[(old, true)])), []);
+        assert_eq!(plan(&wanted, &BTreeMap::new()), [Step::Start(new)]);
+    }
+
+    #[test]
+    fn an_engine_waits_for_the_gpu_of_one_that_leaves() {
+        let (old, new) = (assignment("a", 1, "g0"), assignment("b", 1, "g0"));
+        let wanted = desired(std::slice::from_ref(&new));
+        for stopping in [false, true] {
+            let steps = plan(&wanted, &running(&[(old.clone(), stopping)]));
+            let reason = "waits for a to leave its GPU".to_owned();
+            assert_eq!(steps.last(), Some(&Step::Wait { assignment: new.clone(), reason }));
+        }
+        let elsewhere = assignment("b", 1, "g1");
+        let steps = plan(&desired(std::slice::from_ref(&elsewhere)), &running(&[(old, true)]));
+        assert_eq!(steps, [Step::Start(elsewhere)]);
+    }
+
+    #[test]
+    fn a_changed_spec_under_the_same_generation_is_a_restart_too() {
+        let old = assignment("a", 1, "g0");
+        let mut new = old.clone();
+        new.spec.args.push("--x".into());
+        assert!(matches!(plan(&desired(&[new]), &running(&[(old, false)])).as_slice(), [Step::Stop { .. }]));
+    }
+
+    /// Applies steps as the reconciler would; a stopping engine goes away between two rounds.
+    fn apply(steps: Vec<Step>, running: &mut BTreeMap<String, Running>) {
+        running.retain(|_, r| !r.stopping);
+        for step in steps {
+            match step {
+                Step::Start(a) => {
+                    let before =
+                        running.insert(a.replica_id.clone(), Running { assignment: a, stopping: false });
+                    assert!(before.is_none(), "two engines for one replica");
+                }
+                Step::Stop { replica_id, .. } => {
+                    if let Some(engine) = running.get_mut(&replica_id) {
+                        engine.stopping = true;
+                    }
+                }
+                Step::Wait { .. } => {}
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_change_settles_in_three_rounds_on_exactly_what_is_wanted(
+            before in proptest::collection::btree_map("[a-e]", (0u64..3, "[g-i]", any::<bool>()), 0..5),
+            after in proptest::collection::btree_map("[a-e]", (0u64..3, "[g-i]"), 0..5),
+        ) {
+            let engines: Vec<_> =
+                before.iter().map(|(id, (generation, gpu, stopping))| (assignment(id, *generation, gpu), *stopping)).collect();
+            let mut now = running(&engines);
+            let wanted: Vec<_> =
+                after.iter().map(|(id, (generation, gpu))| assignment(id, *generation, gpu)).collect();
+            let wanted = desired(&wanted);
+            for _ in 0..3 {
+                apply(plan(&wanted, &now), &mut now);
+            }
+            prop_assert_eq!(plan(&wanted, &now), vec![]);
+            let have: Vec<_> = now.into_values().map(|r| r.assignment).collect();
+            prop_assert_eq!(have, wanted.assignments);
+        }
+    }
+}

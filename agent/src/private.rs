@@ -1,0 +1,121 @@
+//! The private HTTP server: probes, metrics, and what runs here and why.
+//!
+//! `/livez` and `/healthz` say that the process answers. `/readyz` is 503 until a control plane has welcomed this agent
+//! once, and while it stops; a control plane that goes away later does not make it unready, since engines go on.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::{
+    Json, Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::{board::EngineView, engine::context::Context, fleet::SessionStatus};
+
+/// What the server shows.
+#[derive(Clone)]
+pub(crate) struct Shown {
+    /// This node.
+    pub(crate) node_id: String,
+    /// Everything about engines and GPUs.
+    pub(crate) cx: Arc<Context>,
+    /// How the session stands.
+    pub(crate) session: Arc<Mutex<SessionStatus>>,
+    /// Cancelled once the agent stops.
+    pub(crate) stopping: CancellationToken,
+}
+
+/// The routes.
+pub(crate) fn router(shown: Shown) -> Router {
+    Router::new()
+        .route("/livez", get(|| async { "ok" }))
+        .route("/healthz", get(|| async { "ok" }))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/engines", get(engines))
+        .route("/gpus", get(gpus))
+        .with_state(shown)
+}
+
+async fn readyz(State(shown): State<Shown>) -> Response {
+    let session = shown.session.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let mut reasons = Vec::new();
+    if shown.stopping.is_cancelled() {
+        reasons.push("the agent is stopping".to_owned());
+    }
+    if !session.was_welcomed {
+        let why =
+            if session.last_error.is_empty() { String::new() } else { format!(": {}", session.last_error) };
+        reasons.push(format!("no control plane has welcomed this agent yet{why}"));
+    }
+    let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let body = json!({
+        "status": if reasons.is_empty() { "ready" } else { "notready" },
+        "reasons": reasons,
+        "connected_to": session.connected_to,
+        "last_session_error": session.last_error,
+    });
+    (status, Json(body)).into_response()
+}
+
+async fn metrics(State(shown): State<Shown>) -> Response {
+    let gpus = shown.cx.gpus.borrow().clone();
+    match shown.cx.metrics.render(&shown.cx.board.all(), &gpus) {
+        Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
+async fn engines(State(shown): State<Shown>) -> Json<Value> {
+    let engines: Vec<Value> = shown.cx.board.all().iter().map(|view| engine(&shown, view)).collect();
+    Json(json!({"node_id": shown.node_id, "engines": engines}))
+}
+
+fn engine(shown: &Shown, view: &EngineView) -> Value {
+    let load = view.load.map(|(load, at)| {
+        json!({
+            "running": load.running,
+            "waiting": load.waiting,
+            "kv_used_ratio": load.kv_used_ratio,
+            "age_ms": u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX),
+        })
+    });
+    let assignment = &view.assignment;
+    json!({
+        "id": assignment.replica_id,
+        "model": assignment.model,
+        "generation": assignment.generation,
+        "state": view.state.name(),
+        "registration": view.registration,
+        "pid": view.pid,
+        "port": view.port,
+        "address": view.address,
+        "restarts": view.restarts,
+        "reason": view.reason,
+        "gpu_uuids": assignment.gpu_uuids,
+        "load": load,
+        "command": view.command,
+        "log": shown.cx.state.log(&assignment.replica_id),
+    })
+}
+
+async fn gpus(State(shown): State<Shown>) -> Json<Value> {
+    let report = shown.cx.gpus.borrow().clone();
+    let gpu = |gpu: &penstock_proto::v1::Gpu| {
+        json!({
+            "uuid": gpu.uuid,
+            "name": gpu.name,
+            "memory_total_mib": gpu.memory_total_mib,
+            "memory_used_mib": gpu.memory_used_mib,
+            "utilization_percent": gpu.utilization_percent,
+            "temperature_c": gpu.temperature_c,
+            "fault": gpu.fault,
+        })
+    };
+    Json(json!({"reason": report.reason, "gpus": report.gpus.iter().map(gpu).collect::<Vec<_>>()}))
+}

@@ -1,0 +1,282 @@
+//! The command line: what can be asked for, and nothing of how it is done.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+
+const EXIT_CODES: &str = "Exit codes:
+  0  done
+  1  failed: the server said no, a port is taken, not ready in time
+  2  wrong usage or settings
+  3  the control plane cannot be reached
+  4  the control plane knows no such thing";
+
+/// Penstock: a gateway for fleets of vLLM engines.
+#[derive(Debug, Parser)]
+#[command(name = "penstock", version, after_help = EXIT_CODES, max_term_width = 110)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a whole Penstock on this machine: control plane, agent, proxy and engines
+    Up(UpArgs),
+    /// The control plane and what it manages, in short
+    Status(Remote),
+    /// Models that are served
+    Models(Remote),
+    /// Create or replace a deployment: a model and how many engines serve it
+    Deploy(DeployArgs),
+    /// Change how many engines serve a model
+    Scale(ScaleArgs),
+    /// Delete a deployment; its engines finish their requests and stop
+    Delete(DeleteArgs),
+    /// Take an endpoint out of use until `undrain`: running requests finish, new ones go elsewhere
+    Drain(EndpointArgs),
+    /// Put a drained endpoint back into use
+    Undrain(EndpointArgs),
+    /// Engines: where each runs and in what state
+    Endpoints(EndpointsArgs),
+    /// Nodes: machines with GPUs, each with an agent
+    Nodes(Remote),
+    /// Proxies that subscribe to this control plane, and the version each has
+    Proxies(Remote),
+    /// Versions of this program and of the control plane
+    Version(Remote),
+    /// Print a completion script: penstock completions bash > /etc/bash_completion.d/penstock
+    Completions {
+        /// Shell to complete in
+        shell: clap_complete::Shell,
+    },
+    /// Run the data plane (`penstock proxy --help`)
+    Proxy(ProcessArgs),
+    /// Run the control plane (`penstock controlplane --help`)
+    Controlplane(ProcessArgs),
+    /// Run the agent of a node (`penstock agent --help`)
+    Agent(ProcessArgs),
+    /// Run a simulated vLLM engine (`penstock engine-sim --help`)
+    EngineSim(ProcessArgs),
+    /// Run the load generator (`penstock load --help`)
+    Load(ProcessArgs),
+}
+
+/// Here for `--help` and completions only: `processes::run` takes these lines before they are parsed.
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
+pub(crate) struct ProcessArgs {
+    /// The process's own flags
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) args: Vec<OsString>,
+}
+
+/// How to reach the control plane, and how to print what it says.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Remote {
+    /// Control plane's address [default: that of the `penstock up` on --data-dir, else http://127.0.0.1:18090]
+    #[arg(long, value_name = "URL", env = "PENSTOCK_CONTROLPLANE", value_hint = ValueHint::Url)]
+    pub(crate) controlplane: Option<String>,
+    /// Data directory of the `penstock up` to talk to [default: ~/.local/share/penstock]
+    #[arg(long, value_name = "DIR", env = "PENSTOCK_DATA_DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// How to print: a table for people, or the server's JSON
+    #[arg(long, short, value_name = "FORMAT", default_value = "table")]
+    pub(crate) output: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    Table,
+    Json,
+}
+
+/// `penstock up`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct UpArgs {
+    /// Engines to run [default: as many as this data directory's last start, else 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1000))]
+    pub(crate) engines: Option<u32>,
+    /// Kind of engine
+    #[arg(long, value_name = "KIND", default_value = "sim")]
+    pub(crate) engine: Engine,
+    /// Where vLLM is installed: DIR/venv/bin/vllm or DIR/bin/vllm [default: vllm on the PATH]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) vllm_dir: Option<PathBuf>,
+    /// vLLM's model folder
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) model_dir: Option<PathBuf>,
+    /// Name under which the model is served [default: sim-model, or the name of --model-dir]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<String>,
+    /// Further argument for each engine, repeatable: --engine-arg=--sim-itl-ms=5
+    #[arg(long = "engine-arg", value_name = "ARG", allow_hyphen_values = true)]
+    pub(crate) engine_args: Vec<String>,
+    /// GPUs to simulate [default: one for each engine and a spare; with vLLM and a GPU in the machine: none]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) gpus: Option<u32>,
+    /// Ports to listen on: the documented ones, or any that are free
+    #[arg(long, value_name = "WHICH", default_value = "default")]
+    pub(crate) ports: Ports,
+    /// Where state, settings and logs are kept [default: ~/.local/share/penstock]
+    #[arg(long, value_name = "DIR", env = "PENSTOCK_DATA_DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Print one line of JSON instead of the banner when all is ready
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Longest wait for all to be ready, in seconds [default: 60, with vLLM 600]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) ready_timeout_s: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Engine {
+    /// Simulated engines: no GPU, no model, vLLM's API
+    Sim,
+    /// Real vLLM
+    Vllm,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Ports {
+    /// API 8081, proxy private 18081, control plane 18090 and 18091, agent 18092, engines from 10814 up
+    Default,
+    /// Free ones, shown in the banner
+    Auto,
+}
+
+/// `penstock deploy`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DeployArgs {
+    /// Name under which clients ask for the model
+    pub(crate) model: String,
+    /// Engines
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) replicas: u32,
+    /// Kind of engine, as the agents' [engines] tables name it: vllm, sim
+    #[arg(long, value_name = "NAME")]
+    pub(crate) engine: Option<String>,
+    /// Model folder on the nodes, or a model id [default: MODEL]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) model_path: Option<String>,
+    /// Further argument of each engine, repeatable: --arg=--max-model-len=8192
+    #[arg(long = "arg", value_name = "ARG", allow_hyphen_values = true)]
+    pub(crate) args: Vec<String>,
+    /// Environment variable of each engine, repeatable
+    #[arg(long = "env", value_name = "NAME=VALUE", value_parser = name_and_value)]
+    pub(crate) env: Vec<(String, String)>,
+    /// GPUs of each engine
+    #[arg(long, value_name = "N")]
+    pub(crate) gpus_per_replica: Option<u32>,
+    #[command(flatten)]
+    pub(crate) wait: Wait,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
+/// `penstock scale`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ScaleArgs {
+    /// Model whose deployment changes
+    pub(crate) model: String,
+    /// Engines wanted
+    #[arg(long, value_name = "N")]
+    pub(crate) replicas: u32,
+    #[command(flatten)]
+    pub(crate) wait: Wait,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
+/// `penstock delete`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DeleteArgs {
+    /// Model whose deployment goes
+    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) wait: Wait,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
+/// Whether to come back at once or when it is done.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Wait {
+    /// Come back only when the engines are as asked for
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// Longest wait, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "wait")]
+    pub(crate) timeout_s: u64,
+}
+
+/// `penstock drain` and `undrain`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct EndpointArgs {
+    /// Endpoint's id, as `penstock endpoints` shows it
+    pub(crate) endpoint_id: String,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
+/// `penstock endpoints`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct EndpointsArgs {
+    /// Only this model's
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<String>,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
+fn name_and_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.into(), value.into())),
+        _ => Err("expected NAME=VALUE".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn error(line: &str) -> String {
+        Cli::try_parse_from(line.split(' ')).expect_err(line).to_string()
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_process_is_listed_in_the_help() {
+        let help = Cli::command().render_help().to_string();
+        for (name, _) in crate::processes::PROCESSES {
+            assert!(help.contains(&format!("  {name} ")), "{name} is missing in:\n{help}");
+        }
+    }
+
+    #[test]
+    fn mistakes_name_the_argument_and_what_is_accepted() {
+        assert!(error("penstock up --engines many").contains("--engines"));
+        assert!(error("penstock up --engines 1001").contains("0..=1000"));
+        assert!(error("penstock up --ports some").contains("possible values: default, auto"));
+        assert!(error("penstock up --engine tgi").contains("possible values: sim, vllm"));
+        assert!(error("penstock deploy m --env NOVALUE").contains("expected NAME=VALUE"));
+        assert!(error("penstock scale m").contains("--replicas"));
+        assert!(error("penstock scale m --replicas 1 --timeout-s 5").contains("--wait"));
+        assert!(error("penstock statsu").contains("status"));
+    }
+
+    #[test]
+    fn engine_arguments_may_start_with_dashes() {
+        let line = "penstock up --engine-arg=--sim-itl-ms=5 --engine-arg --sim-seed=1";
+        let Command::Up(options) = Cli::try_parse_from(line.split(' ')).expect("parses").command else {
+            panic!("not up");
+        };
+        assert_eq!(options.engine_args, ["--sim-itl-ms=5", "--sim-seed=1"]);
+    }
+}

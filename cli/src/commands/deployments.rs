@@ -1,0 +1,59 @@
+//! Commands that change something.
+
+use std::time::Duration;
+
+use super::{connect, views, wait};
+use crate::{
+    api::{ApiError, DeploymentSpec},
+    args::{DeleteArgs, DeployArgs, EndpointArgs, ScaleArgs},
+    output::show,
+};
+
+pub(crate) async fn deploy(args: &DeployArgs) -> Result<(), ApiError> {
+    let server = connect(&args.remote)?;
+    let spec = DeploymentSpec {
+        replicas: args.replicas,
+        engine: args.engine.clone(),
+        model_path: args.model_path.clone(),
+        args: args.args.clone(),
+        env: args.env.iter().cloned().collect(),
+        gpus_per_replica: args.gpus_per_replica,
+    };
+    let mut reply = server.deploy(&args.model, &spec).await?;
+    if args.wait.wait {
+        reply = wait::as_wanted(&server, &args.model, Duration::from_secs(args.wait.timeout_s)).await?;
+    }
+    show(args.remote.output, &reply.json, || views::deployment_table(&[reply.value]))?;
+    Ok(())
+}
+
+pub(crate) async fn scale(args: &ScaleArgs) -> Result<(), ApiError> {
+    let server = connect(&args.remote)?;
+    let mut reply = server.scale(&args.model, args.replicas).await?;
+    if args.wait.wait {
+        reply = wait::as_wanted(&server, &args.model, Duration::from_secs(args.wait.timeout_s)).await?;
+    }
+    show(args.remote.output, &reply.json, || views::deployment_table(&[reply.value]))?;
+    Ok(())
+}
+
+pub(crate) async fn delete(args: &DeleteArgs) -> Result<(), ApiError> {
+    let server = connect(&args.remote)?;
+    let reply = server.delete(&args.model).await?;
+    if args.wait.wait {
+        wait::gone(&server, &args.model, Duration::from_secs(args.wait.timeout_s)).await?;
+    }
+    show(args.remote.output, &reply.json, || format!("deleted {}\n", args.model))?;
+    Ok(())
+}
+
+pub(crate) async fn drain(args: &EndpointArgs, out_of_use: bool) -> Result<(), ApiError> {
+    let server = connect(&args.remote)?;
+    let reply = if out_of_use {
+        server.drain(&args.endpoint_id).await?
+    } else {
+        server.undrain(&args.endpoint_id).await?
+    };
+    show(args.remote.output, &reply.json, || views::endpoint_table(&[reply.value]))?;
+    Ok(())
+}

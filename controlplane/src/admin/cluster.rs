@@ -1,0 +1,65 @@
+//! `/api/v2/cluster/status`, `/readyz` and `/metrics`.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use crate::{core::Core, store::keys};
+
+/// Why this process should get no work; empty when it should.
+async fn reasons(core: &Core) -> Vec<String> {
+    let mut reasons = Vec::new();
+    if core.stop.is_cancelled() {
+        reasons.push("it is stopping".to_owned());
+    }
+    if let Err(error) = core.store.get(keys::LEADER).await {
+        reasons.push(error.to_string());
+    }
+    if core.hub.snapshot().sequence == 0 {
+        reasons.push("no snapshot has been published yet".to_owned());
+    }
+    reasons
+}
+
+pub(super) async fn readyz(State(core): State<Arc<Core>>) -> Response {
+    let reasons = reasons(&core).await;
+    let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let snapshot = core.hub.snapshot().version.to_string();
+    (status, Json(json!({ "ready": reasons.is_empty(), "reasons": reasons, "version": snapshot }))).into_response()
+}
+
+pub(super) async fn metrics(State(core): State<Arc<Core>>) -> Result<Response, ApiError> {
+    core.metrics.observe_view(&core.view());
+    core.metrics.uptime_seconds.set(core.started.elapsed().as_secs_f64());
+    let text = core.metrics.render().map_err(|error| {
+        tracing::error!(%error, "metrics cannot be rendered");
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "metrics cannot be rendered")
+    })?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
+}
+
+pub(super) async fn status(State(core): State<Arc<Core>>) -> Json<Value> {
+    let (view, reasons) = (core.view(), reasons(&core).await);
+    let deployed = view.models.values().filter(|m| m.deployment.is_some()).count();
+    let ready = view.models.values().flat_map(|m| m.endpoints.values().filter(|e| m.takes_requests(e))).count();
+    Json(json!({
+        "term": core.leadership.term,
+        "revision": view.revision,
+        "store": core.store.kind(),
+        "leader": true,
+        "version": env!("CARGO_PKG_VERSION"),
+        "uptime_s": core.started.elapsed().as_secs(),
+        "models": deployed,
+        "endpoints_ready": ready,
+        "nodes": view.nodes.len(),
+        "proxies": core.hub.subscribers().len(),
+        "readyz": { "ready": reasons.is_empty(), "reasons": reasons },
+    }))
+}

@@ -1,0 +1,131 @@
+//! How things look from outside: deployments with their status, endpoints with their state. Pure.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::{
+    model::{Assignment, EngineObserved, EngineState, NodeObserved, Phase},
+    view::{ModelView, View},
+};
+
+/// One replica, from its assignment, its registration and its node's report.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct EndpointShown {
+    pub(super) id: String,
+    pub(super) model: String,
+    pub(super) node: String,
+    pub(super) address: String,
+    pub(super) state: &'static str,
+    pub(super) generation: u64,
+    pub(super) pid: u32,
+    pub(super) restarts: u32,
+    pub(super) running: u32,
+    pub(super) waiting: u32,
+    pub(super) kv_used_ratio: f32,
+    pub(super) reason: String,
+}
+
+/// How a deployment stands.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub(super) struct Status {
+    pub(super) ready: usize,
+    pub(super) starting: usize,
+    pub(super) draining: usize,
+    pub(super) failed: usize,
+    pub(super) waiting: Vec<String>,
+}
+
+/// Every replica of a model: those with a place in order, then registered ones that have none any more.
+pub(super) fn endpoints(
+    view: &View,
+    name: &str,
+    model: &ModelView,
+    nodes: &BTreeMap<String, NodeObserved>,
+) -> Vec<EndpointShown> {
+    let placed = model.placement.iter().flat_map(|p| &p.value.assignments);
+    let mut out: Vec<EndpointShown> = placed
+        .map(|a| {
+            let engine = nodes.get(&a.node_id).and_then(|n| n.engines.get(&a.replica_id));
+            let engine = engine.filter(|e| e.generation == a.generation);
+            let present = view.nodes.contains_key(&a.node_id);
+            let (state, reason) = state(model, a, engine, present);
+            let mut shown = shown(name, &a.replica_id, &a.node_id, a.generation, engine);
+            (shown.state, shown.reason) = (state, reason);
+            if let Some(registered) = model.endpoints.get(&a.replica_id) {
+                shown.address.clone_from(&registered.address);
+                shown.pid = registered.pid;
+            }
+            shown
+        })
+        .collect();
+    let has_place = |id: &str| model.placement.as_ref().is_some_and(|p| p.value.find(id).is_some());
+    for endpoint in model.endpoints.values().filter(|e| !has_place(&e.replica_id)) {
+        let mut shown = shown(name, &endpoint.replica_id, &endpoint.node_id, endpoint.generation, None);
+        shown.address.clone_from(&endpoint.address);
+        (shown.state, shown.pid) = ("draining", endpoint.pid);
+        shown.reason = "it has no assignment any more".into();
+        out.push(shown);
+    }
+    out
+}
+
+fn shown(
+    model: &str,
+    id: &str,
+    node: &str,
+    generation: u64,
+    engine: Option<&EngineObserved>,
+) -> EndpointShown {
+    EndpointShown {
+        id: id.to_owned(),
+        model: model.to_owned(),
+        node: node.to_owned(),
+        address: engine.map(|e| e.address.clone()).unwrap_or_default(),
+        state: "starting",
+        generation,
+        pid: engine.map_or(0, |e| e.pid),
+        restarts: engine.map_or(0, |e| e.restarts),
+        running: engine.map_or(0, |e| e.running),
+        waiting: engine.map_or(0, |e| e.waiting),
+        kv_used_ratio: engine.map_or(0.0, |e| e.kv_used_ratio),
+        reason: String::new(),
+    }
+}
+
+fn state(
+    model: &ModelView,
+    a: &Assignment,
+    engine: Option<&EngineObserved>,
+    present: bool,
+) -> (&'static str, String) {
+    let said = || engine.map(|e| e.reason.clone()).unwrap_or_default();
+    let registered = model.endpoints.get(&a.replica_id).filter(|e| e.generation == a.generation);
+    match (a.phase, registered, engine) {
+        (Phase::Leaving, Some(_), _) => ("draining", "it shall end".into()),
+        (Phase::Leaving, None, Some(e)) if e.state == EngineState::Draining => ("draining", said()),
+        (Phase::Leaving, None, _) => ("stopping", "it shall end".into()),
+        (Phase::Active, Some(_), _) if model.drains.contains(&a.replica_id) => {
+            ("draining", "an operator drains it".into())
+        }
+        (Phase::Active, Some(_), _) => ("ready", String::new()),
+        (Phase::Active, None, _) if !present => ("lost", "its node is lost".into()),
+        (Phase::Active, None, Some(e)) if e.state == EngineState::Ready => ("registering", said()),
+        (Phase::Active, None, Some(e)) => (e.state.as_str(), said()),
+        (Phase::Active, None, None) => ("starting", String::new()),
+    }
+}
+
+/// Counts replicas by what they mean for the deployment.
+pub(super) fn status(endpoints: &[EndpointShown], waiting: Vec<String>) -> Status {
+    let mut status = Status { waiting, ..Status::default() };
+    for endpoint in endpoints {
+        match endpoint.state {
+            "ready" => status.ready += 1,
+            "draining" | "stopping" => status.draining += 1,
+            "failed" => status.failed += 1,
+            _ => status.starting += 1,
+        }
+    }
+    status
+}

@@ -1,0 +1,7 @@
+//! The wire to the agents: sessions, what nodes say, registrations, and who is lost.
+
+pub mod liveness;
+pub mod registration;
+pub mod roster;
+pub mod server;
+mod session;

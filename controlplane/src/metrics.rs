@@ -1,0 +1,212 @@
+//! Every series that this process can emit, declared once, at zero from the start.
+//!
+//! Labels are closed sets; no label carries a name from outside, so their number is bounded.
+
+use prometheus::{
+    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder, core::Collector,
+};
+
+use crate::view::View;
+
+/// See the module's text. All names begin with `penstock_controlplane_`.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// The term this process writes in.
+    pub term: IntGauge,
+    /// The store's revision that the view has reached.
+    pub view_revision: IntGauge,
+    /// Times the whole store was read again because the watch broke off or fell behind.
+    pub view_resyncs: IntCounter,
+    /// Stored values that could not be read and were passed over.
+    pub view_unreadable: IntCounter,
+    /// Models that are deployed.
+    pub deployments: IntGauge,
+    /// Replicas wanted, over all deployments.
+    pub replicas_wanted: IntGauge,
+    /// Registered endpoints by `state`.
+    pub endpoints: IntGaugeVec,
+    /// Nodes present.
+    pub nodes: IntGauge,
+    /// Open sessions of agents.
+    pub fleet_sessions: IntGauge,
+    /// Reports of agents taken in.
+    pub fleet_reports: IntCounter,
+    /// Registrations by `outcome`.
+    pub registrations: IntCounterVec,
+    /// Deregistrations answered.
+    pub deregistrations: IntCounter,
+    /// Decisions of the plan by `action`.
+    pub plan_actions: IntCounterVec,
+    /// Passes of reconcile by `outcome`.
+    pub reconciles: IntCounterVec,
+    /// How long a pass took, store writes included.
+    pub reconcile_seconds: Histogram,
+    /// Subscribed proxies.
+    pub xds_subscribers: IntGauge,
+    /// Snapshots published.
+    pub xds_snapshots: IntCounter,
+    /// Snapshots held back because they were not consistent.
+    pub xds_inconsistent: IntCounter,
+    /// Responses sent by `type`.
+    pub xds_responses: IntCounterVec,
+    /// Responses that proxies refused by `type`.
+    pub xds_nacks: IntCounterVec,
+    /// REST requests by `class` of status.
+    pub http_requests: IntCounterVec,
+    /// Seconds since the process started.
+    pub uptime_seconds: Gauge,
+}
+
+/// Values of `outcome` of registrations.
+pub const REGISTRATION_OUTCOMES: [&str; 9] = [
+    "accepted",
+    "repeated",
+    "unknown_assignment",
+    "withdrawn",
+    "stale_generation",
+    "future_generation",
+    "wrong_node",
+    "bad_address",
+    "store_error",
+];
+
+impl Metrics {
+    /// All series, at zero.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let r = Registry::new();
+        let types = ["endpoint_table", "model_route"];
+        let metrics = Self {
+            term: gauge(&r, "term", "The term this process writes in.")?,
+            view_revision: gauge(&r, "view_revision", "Store revision that the view has reached.")?,
+            view_resyncs: counter(&r, "view_resyncs_total", "Times the whole store was read again.")?,
+            view_unreadable: counter(&r, "view_unreadable_total", "Stored values passed over as unreadable.")?,
+            deployments: gauge(&r, "deployments", "Models that are deployed.")?,
+            replicas_wanted: gauge(&r, "replicas_wanted", "Replicas wanted over all deployments.")?,
+            endpoints: gauges(&r, "endpoints", "Registered endpoints.", "state", &["ready", "draining"])?,
+            nodes: gauge(&r, "nodes", "Nodes present.")?,
+            fleet_sessions: gauge(&r, "fleet_sessions", "Open sessions of agents.")?,
+            fleet_reports: counter(&r, "fleet_reports_total", "Reports of agents taken in.")?,
+            registrations: counters(
+                &r,
+                "registrations_total",
+                "Registrations.",
+                "outcome",
+                &REGISTRATION_OUTCOMES,
+            )?,
+            deregistrations: counter(&r, "deregistrations_total", "Deregistrations answered.")?,
+            plan_actions: counters(
+                &r,
+                "plan_actions_total",
+                "Decisions of the plan.",
+                "action",
+                &["place", "withdraw", "forget"],
+            )?,
+            reconciles: counters(
+                &r,
+                "reconciles_total",
+                "Passes of reconcile.",
+                "outcome",
+                &["settled", "changed", "conflict", "error"],
+            )?,
+            reconcile_seconds: histogram(&r)?,
+            xds_subscribers: gauge(&r, "xds_subscribers", "Subscribed proxies.")?,
+            xds_snapshots: counter(&r, "xds_snapshots_total", "Snapshots published.")?,
+            xds_inconsistent: counter(&r, "xds_inconsistent_total", "Snapshots held back as inconsistent.")?,
+            xds_responses: counters(&r, "xds_responses_total", "Responses sent.", "type", &types)?,
+            xds_nacks: counters(&r, "xds_nacks_total", "Responses that proxies refused.", "type", &types)?,
+            http_requests: counters(
+                &r,
+                "http_requests_total",
+                "REST requests.",
+                "class",
+                &["2xx", "3xx", "4xx", "5xx"],
+            )?,
+            uptime_seconds: register(
+                &r,
+                Gauge::new(name("uptime_seconds"), "Seconds since the process started.")?,
+            )?,
+            registry: r,
+        };
+        Ok(metrics)
+    }
+
+    /// Sets the gauges that follow the store.
+    pub fn observe_view(&self, view: &View) {
+        let (mut deployed, mut wanted, mut ready, mut draining) = (0_i64, 0_i64, 0_i64, 0_i64);
+        for model in view.models.values() {
+            if let Some(deployment) = &model.deployment {
+                deployed += 1;
+                wanted += i64::from(deployment.value.replicas);
+            }
+            for endpoint in model.endpoints.values() {
+                if model.takes_requests(endpoint) { ready += 1 } else { draining += 1 }
+            }
+        }
+        self.deployments.set(deployed);
+        self.replicas_wanted.set(wanted);
+        self.endpoints.with_label_values(&["ready"]).set(ready);
+        self.endpoints.with_label_values(&["draining"]).set(draining);
+        self.nodes.set(i64::try_from(view.nodes.len()).unwrap_or(i64::MAX));
+        self.view_revision.set(i64::try_from(view.revision).unwrap_or(i64::MAX));
+    }
+
+    /// In Prometheus' text format.
+    pub fn render(&self) -> Result<String, prometheus::Error> {
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+fn name(short: &str) -> String {
+    format!("penstock_controlplane_{short}")
+}
+
+fn register<C: Collector + Clone + 'static>(registry: &Registry, series: C) -> Result<C, prometheus::Error> {
+    registry.register(Box::new(series.clone()))?;
+    Ok(series)
+}
+
+fn gauge(registry: &Registry, short: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+    register(registry, IntGauge::new(name(short), help)?)
+}
+
+fn counter(registry: &Registry, short: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+    register(registry, IntCounter::new(name(short), help)?)
+}
+
+fn gauges(
+    registry: &Registry,
+    short: &str,
+    help: &str,
+    label: &str,
+    values: &[&str],
+) -> Result<IntGaugeVec, prometheus::Error> {
+    let series = register(registry, IntGaugeVec::new(Opts::new(name(short), help), &[label])?)?;
+    values.iter().for_each(|value| drop(series.with_label_values(&[value])));
+    Ok(series)
+}
+
+fn counters(
+    registry: &Registry,
+    short: &str,
+    help: &str,
+    label: &str,
+    values: &[&str],
+) -> Result<IntCounterVec, prometheus::Error> {
+    let series = register(registry, IntCounterVec::new(Opts::new(name(short), help), &[label])?)?;
+    values.iter().for_each(|value| drop(series.with_label_values(&[value])));
+    Ok(series)
+}
+
+/// From a pass that only looks (below a millisecond) to one that waits for a slow disk.
+fn histogram(registry: &Registry) -> Result<Histogram, prometheus::Error> {
+    let help = "How long a pass of reconcile took, store writes included.";
+    let buckets = vec![0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5];
+    register(
+        registry,
+        Histogram::with_opts(HistogramOpts::new(name("reconcile_seconds"), help).buckets(buckets))?,
+    )
+}

@@ -1,0 +1,147 @@
+//! What agents say, kept in memory only: it is repeated every report interval.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use penstock_proto::v1;
+
+/// An engine's state as its agent sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineState {
+    /// Its process is being started.
+    Starting,
+    /// It loads its model.
+    Loading,
+    /// It serves.
+    Ready,
+    /// It finishes what it has.
+    Draining,
+    /// It has ended.
+    Stopped,
+    /// It cannot run; its agent may try again.
+    Failed,
+}
+
+impl EngineState {
+    /// As shown by the API.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Loading => "loading",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// From the wire; a value that this build does not know counts as starting.
+    pub fn from_wire(state: i32) -> Self {
+        match v1::EngineState::try_from(state) {
+            Ok(v1::EngineState::Loading) => Self::Loading,
+            Ok(v1::EngineState::Ready) => Self::Ready,
+            Ok(v1::EngineState::Draining) => Self::Draining,
+            Ok(v1::EngineState::Stopped) => Self::Stopped,
+            Ok(v1::EngineState::Failed) => Self::Failed,
+            Ok(v1::EngineState::Starting | v1::EngineState::Unspecified) | Err(_) => Self::Starting,
+        }
+    }
+}
+
+/// One engine in a node's report.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineObserved {
+    /// The generation it runs for.
+    pub generation: u64,
+    /// Its state.
+    pub state: EngineState,
+    /// host:port; may be empty.
+    pub address: String,
+    /// Its process; 0 if none.
+    pub pid: u32,
+    /// Starts after the first, for this generation.
+    pub restarts: u32,
+    /// Why it is in this state; may be empty.
+    pub reason: String,
+    /// Requests it works on.
+    pub running: u32,
+    /// Requests that wait in it.
+    pub waiting: u32,
+    /// Share of its KV cache in use, 0.0 to 1.0.
+    pub kv_used_ratio: f32,
+}
+
+impl From<v1::EngineStatus> for EngineObserved {
+    fn from(status: v1::EngineStatus) -> Self {
+        let load = status.load.unwrap_or_default();
+        let ratio = load.kv_used_ratio;
+        Self {
+            generation: status.generation,
+            state: EngineState::from_wire(status.state),
+            address: status.address,
+            pid: status.pid,
+            restarts: status.restarts,
+            reason: status.reason,
+            running: load.running,
+            waiting: load.waiting,
+            kv_used_ratio: if ratio.is_finite() { ratio.clamp(0.0, 1.0) } else { 0.0 },
+        }
+    }
+}
+
+/// A node, as of its last report.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct NodeObserved {
+    /// A session is open.
+    pub connected: bool,
+    /// When it last reported, if it has since this process started.
+    pub reported_at: Option<Instant>,
+    /// Its engines by replica id.
+    pub engines: BTreeMap<String, EngineObserved>,
+    /// Its GPUs with live figures.
+    pub gpus: Vec<v1::Gpu>,
+    /// Replicas that its present session was told to end, and when.
+    pub withdrawn: BTreeMap<String, Instant>,
+}
+
+impl NodeObserved {
+    /// Whether a replica that was withdrawn has ended for certain: a report that was made well after the withdrawal
+    /// (`settle` covers one already under way) does not have it any more.
+    pub fn is_gone(&self, replica_id: &str, settle: std::time::Duration) -> bool {
+        let Some((withdrawn, reported)) = self.withdrawn.get(replica_id).zip(self.reported_at) else {
+            return false;
+        };
+        let ended = self.engines.get(replica_id).is_none_or(|e| e.state == EngineState::Stopped);
+        self.connected && ended && reported >= *withdrawn + settle
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_replica_is_gone_only_by_a_report_made_after_it_was_withdrawn() {
+        let (start, settle) = (Instant::now(), Duration::from_millis(500));
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut node = NodeObserved { connected: true, ..NodeObserved::default() };
+        assert!(!node.is_gone("m-0", settle), "never withdrawn");
+        node.withdrawn.insert("m-0".into(), at(1_000));
+        node.reported_at = Some(at(1_200));
+        assert!(!node.is_gone("m-0", settle), "that report may have been under way");
+        node.reported_at = Some(at(1_500));
+        assert!(node.is_gone("m-0", settle));
+        let running = v1::EngineStatus { state: 4, ..v1::EngineStatus::default() };
+        node.engines.insert("m-0".into(), running.into());
+        assert!(!node.is_gone("m-0", settle), "it still drains");
+    }
+
+    #[test]
+    fn nonsense_from_the_wire_is_tamed() {
+        let load = v1::EngineLoad { kv_used_ratio: f32::NAN, ..v1::EngineLoad::default() };
+        let status = v1::EngineStatus { state: 99, load: Some(load), ..v1::EngineStatus::default() };
+        let engine = EngineObserved::from(status);
+        assert_eq!((engine.state, engine.kv_used_ratio), (EngineState::Starting, 0.0));
+    }
+}

@@ -1,0 +1,362 @@
+//! What is accepted from outside: request bodies, model names, node ids, addresses. Every refusal is a sentence.
+//!
+//! Bodies are read into a [`Value`] first and checked field by field, because serde's own errors name neither the field
+//! nor what it would accept. Duplicate keys are refused: two readers of such a body could disagree about its meaning.
+
+use std::{collections::BTreeMap, fmt};
+
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value};
+
+use super::desired::EngineSpec;
+
+/// A field that was refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FieldError {
+    /// The field, or "model" for the name in the path.
+    pub field: String,
+    /// What is wrong and what is accepted.
+    pub message: String,
+}
+
+impl FieldError {
+    fn new(field: &str, message: impl Into<String>) -> Self {
+        Self { field: field.into(), message: message.into() }
+    }
+}
+
+/// A checked body of PUT /api/v2/deployments/{model}.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeploymentBody {
+    /// Wanted engines.
+    pub replicas: u32,
+    /// How each is started.
+    pub spec: EngineSpec,
+}
+
+const FIELDS: [&str; 6] = ["replicas", "engine", "model_path", "args", "env", "gpus_per_replica"];
+/// Most GPUs of one replica: more than any one host has.
+const MAX_GPUS: u64 = 64;
+const MAX_ARGS: usize = 256;
+const MAX_TEXT_BYTES: usize = 4_096;
+
+/// Arguments of `serve` that the agent sets itself.
+const OWNED_ARGS: [&str; 7] =
+    ["--port", "--host", "--served-model-name", "--api-key", "--model", "--uds", "--root-path"];
+
+/// Checks the body of a PUT.
+pub fn deployment_body(model: &str, body: &Value, max_replicas: u32) -> Result<DeploymentBody, FieldError> {
+    let fields = object(body, &FIELDS)?;
+    let spec = EngineSpec {
+        engine: text(fields, "engine")?.unwrap_or("vllm").to_owned(),
+        model_path: text(fields, "model_path")?.unwrap_or(model).to_owned(),
+        args: args(fields)?,
+        env: env(fields)?,
+        gpus_per_replica: whole(fields, "gpus_per_replica", 1, MAX_GPUS)?.unwrap_or(1),
+    };
+    let known = |c: char| c.is_ascii_alphanumeric() || "_-".contains(c);
+    if spec.engine.is_empty() || spec.engine.len() > 64 || !spec.engine.chars().all(known) {
+        let wanted = "must name an entry of the agents' [engines] settings, such as \"vllm\" or \"sim\"";
+        return Err(FieldError::new("engine", format!("engine {wanted}; it is {:?}", spec.engine)));
+    }
+    if spec.model_path.is_empty() || spec.model_path.starts_with('-') {
+        let wanted = "must be a model folder or id that does not start with '-'";
+        return Err(FieldError::new("model_path", format!("model_path {wanted}; it is {:?}", spec.model_path)));
+    }
+    let replicas = whole(fields, "replicas", 0, u64::from(max_replicas))?.unwrap_or(1);
+    Ok(DeploymentBody { replicas, spec })
+}
+
+/// Checks the body of a PATCH, which can change the number of replicas.
+pub fn scale_body(body: &Value, max_replicas: u32) -> Result<u32, FieldError> {
+    let fields = object(body, &["replicas"])?;
+    whole(fields, "replicas", 0, u64::from(max_replicas))?
+        .ok_or_else(|| FieldError::new("replicas", "replicas is missing: give a whole number"))
+}
+
+/// Checks a model's name.
+pub fn model_name(name: &str) -> Result<(), FieldError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._:/@-".contains(c);
+    if name.is_empty() || name.len() > 256 || !name.chars().all(allowed) || name.starts_with(['/', '.']) {
+        let shown: String = name.chars().take(64).collect();
+        return Err(FieldError::new(
+            "model",
+            format!(
+                "a model name has 1 to 256 characters out of A-Z a-z 0-9 . _ : / @ - and does not start with '/' \
+                 or '.'; this one is {shown:?}"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Checks a node's id.
+pub fn node_id(id: &str) -> Result<(), String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if id.is_empty() || id.len() > 128 || !id.chars().all(allowed) {
+        let shown: String = id.chars().take(64).collect();
+        return Err(format!(
+            "a node id has 1 to 128 characters out of A-Z a-z 0-9 . _ -; this one is {shown:?}"
+        ));
+    }
+    Ok(())
+}
+
+/// Checks an engine's address: a host name or IP address and a port that can be connected to.
+pub fn address(address: &str) -> Result<(), String> {
+    let wrong = || format!("{address:?} is not HOST:PORT with a port from 1 to 65535 (IPv6 in brackets)");
+    if address.len() > 300 {
+        return Err("the address is longer than 300 bytes".into());
+    }
+    if let Ok(socket) = address.parse::<std::net::SocketAddr>() {
+        if socket.ip().is_unspecified() || socket.ip().is_multicast() {
+            return Err(format!("{address:?} is no address that a proxy can connect to"));
+        }
+        return if socket.port() == 0 { Err(wrong()) } else { Ok(()) };
+    }
+    let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
+    let host_char = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    let number = !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit());
+    if host.is_empty() || !host.chars().all(host_char) || !number || !port.parse::<u16>().is_ok_and(|p| p > 0) {
+        return Err(wrong());
+    }
+    Ok(())
+}
+
+/// Parses JSON, refusing duplicate keys; the error says where.
+pub fn json(bytes: &[u8]) -> Result<Value, String> {
+    serde_json::from_slice::<Strict>(bytes).map(|strict| strict.0).map_err(|e| e.to_string())
+}
+
+fn object<'a>(body: &'a Value, known: &[&str]) -> Result<&'a Map<String, Value>, FieldError> {
+    let Some(fields) = body.as_object() else {
+        return Err(FieldError::new("", format!("the body must be a JSON object, not {}", kind(body))));
+    };
+    for field in fields.keys().filter(|field| !known.contains(&field.as_str())) {
+        let near = known.iter().map(|k| (strsim::damerau_levenshtein(field, k), k)).min();
+        let hint = match near {
+            Some((distance, name)) if distance <= 3 => format!("did you mean {name:?}?"),
+            _ => format!("known are {}", known.join(", ")),
+        };
+        let shown: String = field.chars().take(64).collect();
+        return Err(FieldError::new(&shown, format!("unknown field {shown:?}: {hint}")));
+    }
+    Ok(fields)
+}
+
+fn text<'a>(fields: &'a Map<String, Value>, field: &str) -> Result<Option<&'a str>, FieldError> {
+    match fields.get(field) {
+        None => Ok(None),
+        Some(value) => string(field, value).map(Some),
+    }
+}
+
+fn string<'a>(field: &str, value: &'a Value) -> Result<&'a str, FieldError> {
+    let Some(text) = value.as_str() else {
+        return Err(FieldError::new(field, format!("{field} must be a string, not {}", kind(value))));
+    };
+    if text.len() > MAX_TEXT_BYTES || text.contains('\0') {
+        let wanted = format!("{field} must be at most {MAX_TEXT_BYTES} bytes without NUL");
+        return Err(FieldError::new(field, wanted));
+    }
+    Ok(text)
+}
+
+fn whole(fields: &Map<String, Value>, field: &str, low: u64, high: u64) -> Result<Option<u32>, FieldError> {
+    let Some(value) = fields.get(field) else { return Ok(None) };
+    let number = value.as_u64().filter(|n| (low..=high).contains(n)).and_then(|n| u32::try_from(n).ok());
+    number.map(Some).ok_or_else(|| {
+        let found = if value.is_number() { value.to_string() } else { kind(value).to_owned() };
+        FieldError::new(field, format!("{field} must be a whole number from {low} to {high}, not {found}"))
+    })
+}
+
+fn args(fields: &Map<String, Value>) -> Result<Vec<String>, FieldError> {
+    let Some(value) = fields.get("args") else { return Ok(Vec::new()) };
+    let Some(items) = value.as_array().filter(|items| items.len() <= MAX_ARGS) else {
+        let wanted = format!("args must be an array of at most {MAX_ARGS} strings, not {}", kind(value));
+        return Err(FieldError::new("args", wanted));
+    };
+    let mut out = Vec::with_capacity(items.len());
+    for (n, item) in items.iter().enumerate() {
+        let arg = string(&format!("args[{n}]"), item)?;
+        // vLLM takes '_' for '-' in long options.
+        let option = arg.split('=').next().unwrap_or(arg).replace('_', "-");
+        if OWNED_ARGS.contains(&option.as_str()) {
+            let message = format!("args[{n}] is {option}, which the agent sets itself: leave it out");
+            return Err(FieldError::new("args", message));
+        }
+        out.push(arg.to_owned());
+    }
+    Ok(out)
+}
+
+fn env(fields: &Map<String, Value>) -> Result<BTreeMap<String, String>, FieldError> {
+    let Some(value) = fields.get("env") else { return Ok(BTreeMap::new()) };
+    let Some(pairs) = value.as_object().filter(|pairs| pairs.len() <= MAX_ARGS) else {
+        let wanted = format!("env must be an object of at most {MAX_ARGS} strings, not {}", kind(value));
+        return Err(FieldError::new("env", wanted));
+    };
+    let mut out = BTreeMap::new();
+    for (name, value) in pairs {
+        let field = format!("env.{}", name.chars().take(64).collect::<String>());
+        let letters = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        if name.is_empty() || name.len() > 256 || !letters || name.starts_with(|c: char| c.is_ascii_digit()) {
+            let wanted = "a variable's name has letters, digits and '_' and does not start with a digit";
+            return Err(FieldError::new(&field, wanted));
+        }
+        out.insert(name.clone(), string(&field, value)?.to_owned());
+    }
+    Ok(out)
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "true or false",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// A [`Value`] whose objects have no duplicate keys.
+struct Strict(Value);
+
+impl<'de> Deserialize<'de> for Strict {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(StrictVisitor).map(Self)
+    }
+}
+
+struct StrictVisitor;
+
+impl<'de> Visitor<'de> for StrictVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
+        Number::from_f64(value).map(Value::Number).ok_or_else(|| E::custom("a number out of range"))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut out = Vec::new();
+        while let Some(Strict(item)) = items.next_element()? {
+            out.push(item);
+        }
+        Ok(Value::Array(out))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Value, A::Error> {
+        let mut out = Map::new();
+        while let Some(key) = fields.next_key::<String>()? {
+            if out.contains_key(&key) {
+                return Err(A::Error::custom(format!("the key {key:?} is there twice")));
+            }
+            let Strict(value) = fields.next_value()?;
+            out.insert(key, value);
+        }
+        Ok(Value::Object(out))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json as value;
+
+    use super::*;
+
+    #[test]
+    fn defaults_fill_what_is_left_out() {
+        let body = deployment_body("m", &value!({}), 10).expect("valid");
+        assert_eq!((body.replicas, body.spec.engine.as_str(), body.spec.model_path.as_str()), (1, "vllm", "m"));
+        assert_eq!(body.spec.gpus_per_replica, 1);
+    }
+
+    #[test]
+    fn every_refusal_names_its_field() {
+        for (body, field, part) in [
+            (value!([]), "", "a JSON object"),
+            (value!({"replica": 1}), "replica", "did you mean \"replicas\"?"),
+            (value!({"zebra_stripes": 1}), "zebra_stripes", "known are replicas, engine"),
+            (value!({"replicas": "3"}), "replicas", "whole number from 0 to 10, not a string"),
+            (value!({"replicas": -1}), "replicas", "not -1"),
+            (value!({"replicas": 1.5}), "replicas", "not 1.5"),
+            (value!({"replicas": 11}), "replicas", "not 11"),
+            (value!({"replicas": null}), "replicas", "not null"),
+            (value!({"engine": 1}), "engine", "must be a string"),
+            (value!({"engine": "a b"}), "engine", "[engines]"),
+            (value!({"model_path": ""}), "model_path", "folder or id"),
+            (value!({"model_path": "--help"}), "model_path", "start with '-'"),
+            (value!({"args": "--x"}), "args", "array"),
+            (value!({"args": ["--x", 1]}), "args[1]", "must be a string"),
+            (value!({"args": ["--port=1"]}), "args", "--port, which the agent sets"),
+            (value!({"args": ["--served_model_name", "x"]}), "args", "--served-model-name"),
+            (value!({"env": []}), "env", "object"),
+            (value!({"env": {"A": 1}}), "env.A", "must be a string"),
+            (value!({"env": {"1A": "x"}}), "env.1A", "digit"),
+            (value!({"env": {"A": "x\u{0}"}}), "env.A", "NUL"),
+            (value!({"gpus_per_replica": 0}), "gpus_per_replica", "from 1 to 64"),
+        ] {
+            let error = deployment_body("m", &body, 10).expect_err(&body.to_string());
+            assert_eq!(error.field, field, "{body}");
+            assert!(error.message.contains(part), "{body}: {}", error.message);
+        }
+        assert_eq!(scale_body(&value!({}), 10).expect_err("missing").field, "replicas");
+    }
+
+    #[test]
+    fn names_and_addresses() {
+        for good in ["m", "Qwen/Qwen2.5-7B", "a:b@c_d"] {
+            model_name(good).expect(good);
+        }
+        for bad in ["", "/m", ".m", "a b", "ü", &"x".repeat(257)] {
+            assert_eq!(model_name(bad).expect_err(bad).field, "model");
+        }
+        for good in ["127.0.0.1:1", "gpu-1.example:65535", "[::1]:80"] {
+            address(good).expect(good);
+        }
+        for bad in ["", "h", "h:", "h:0", "h:65536", ":80", "h:+80", "::1:80", "0.0.0.0:80", "a/b:80", "127.0.0.1:0"] {
+            address(bad).expect_err(bad);
+        }
+        node_id("gpu-1.rack_2").expect("valid");
+        for bad in ["", "a b", "a/b", &"x".repeat(129)] {
+            node_id(bad).expect_err(bad);
+        }
+    }
+
+    #[test]
+    fn duplicate_keys_and_garbage_are_no_json() {
+        assert!(json(br#"{"a":1,"a":2}"#).expect_err("twice").contains("\"a\" is there twice"));
+        assert!(json(br#"{"x":{"a":1,"a":2}}"#).is_err());
+        for bad in [&b""[..], b"{", b"{} x", b"\xff", b"nope"] {
+            assert!(json(bad).is_err());
+        }
+        assert_eq!(json(br#"{"a":[1,-2,3.5,null,true,"x"]}"#), Ok(value!({"a":[1,-2,3.5,null,true,"x"]})));
+        assert!(json("[".repeat(100_000).as_bytes()).is_err(), "no stack overflow");
+    }
+}

@@ -1,0 +1,282 @@
+//! The process: settings, sockets, tasks, and an orderly end.
+
+use std::{ffi::OsString, future::Future, io, path::PathBuf, process::ExitCode, sync::Arc, time::{Duration, Instant}};
+
+use clap::Parser;
+use penstock_config::controlplane::ControlPlaneConfig;
+use serde_json::json;
+use tokio::{net::TcpListener, signal::unix::{SignalKind, signal}, sync::watch};
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    admin,
+    core::Core,
+    fleet::{roster::Roster, server::FleetService},
+    leadership::Leadership,
+    metrics::Metrics,
+    reconcile,
+    store::{EmbeddedStore, Store, StoreError},
+    view::ViewKeeper,
+    xds::{hub::{self, Hub}, server::AdsService},
+};
+
+/// The control plane of Penstock: REST and console on one port, agents and proxies on the other.
+#[derive(Debug, Parser)]
+#[command(name = "penstock-controlplane", version)]
+struct Args {
+    /// Settings file; config/controlplane.toml explains every key.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where to write the bound addresses once everything listens.
+    #[arg(long, value_name = "FILE")]
+    announce: Option<PathBuf>,
+    /// Instead of log.level.
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+    /// Instead of listen.http.
+    #[arg(long, value_name = "IP:PORT")]
+    http_listen: Option<String>,
+    /// Instead of listen.grpc.
+    #[arg(long, value_name = "IP:PORT")]
+    grpc_listen: Option<String>,
+    /// Keep the embedded store in DIR/controlplane.redb, instead of store.path.
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+}
+
+/// Why the process could not start, or could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A setting that cannot work.
+    #[error("{0}")]
+    Settings(String),
+    /// A socket that could not be had.
+    #[error("cannot listen on {address} ({setting}): {source}")]
+    Bind {
+        /// The address.
+        address: String,
+        /// The setting that names it.
+        setting: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The store could not be opened, or failed for good.
+    #[error("{0}")]
+    Store(#[from] StoreError),
+    /// The addresses could not be announced.
+    #[error("{0}")]
+    Announce(io::Error),
+    /// A part of the process ended, which none does before the stop.
+    #[error("{0} ended unexpectedly")]
+    Ended(String),
+}
+
+/// Parses `args` (the first names the program), runs until SIGTERM or SIGINT. 0: stopped cleanly; 1: could not run;
+/// 2: bad usage or settings.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args = match Args::try_parse_from(args) {
+        Ok(args) => args,
+        Err(error) => {
+            // Nobody may be left to read it.
+            drop(error.print());
+            return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
+        }
+    };
+    let config = match settings(&args) {
+        Ok(config) => config,
+        Err(message) => return fail(2, &message),
+    };
+    if let Err(message) = penstock_config::logging::init(&config.log) {
+        return fail(2, &message);
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(1, &format!("cannot start: {error}")),
+    };
+    let outcome = runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let mut terminate = signal(SignalKind::terminate()).map_err(Error::Announce)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Announce)?;
+        let mut running = std::pin::pin!(run(config, args.announce, stop.clone()));
+        tokio::select! {
+            outcome = &mut running => return outcome,
+            _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+            _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+        }
+        stop.cancel();
+        running.await
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error @ Error::Settings(_)) => fail(2, &error.to_string()),
+        Err(error) => fail(1, &error.to_string()),
+    }
+}
+
+fn fail(code: u8, message: &str) -> ExitCode {
+    eprintln!("penstock-controlplane: {message}");
+    ExitCode::from(code)
+}
+
+fn settings(args: &Args) -> Result<ControlPlaneConfig, String> {
+    let load = penstock_config::load::<ControlPlaneConfig>;
+    let mut config =
+        load("controlplane", args.config.as_deref(), std::env::vars()).map_err(|e| e.to_string())?;
+    for (flag, setting) in [
+        (&args.log_level, &mut config.log.level),
+        (&args.http_listen, &mut config.listen.http),
+        (&args.grpc_listen, &mut config.listen.grpc),
+    ] {
+        if let Some(value) = flag {
+            setting.clone_from(value);
+        }
+    }
+    if let Some(dir) = &args.data_dir {
+        let path = dir.join("controlplane.redb");
+        let text = path.to_str().ok_or("--data-dir: the path is not UTF-8")?;
+        config.store.path = text.to_owned();
+    }
+    config.validate()?;
+    Ok(config)
+}
+
+/// Runs a control plane until `shutdown` is cancelled, then ends it: streams are closed with a word, so that peers
+/// connect again elsewhere or later, requests are finished, and the store is closed.
+///
+/// `announce`: a file that gets the bound addresses once everything listens.
+pub async fn run(
+    config: ControlPlaneConfig,
+    announce: Option<PathBuf>,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    config.validate().map_err(Error::Settings)?;
+    let http = bind(&config.listen.http, "listen.http").await?;
+    let grpc = bind(&config.listen.grpc, "listen.grpc").await?;
+    let path = PathBuf::from(&config.store.path);
+    let store: Arc<dyn Store> = Arc::new(EmbeddedStore::open(&path, config.store.history_events).await?);
+    let outcome = with_store(config, announce, shutdown, store.clone(), http, grpc).await;
+    store.close().await;
+    outcome
+}
+
+async fn with_store(
+    config: ControlPlaneConfig,
+    announce: Option<PathBuf>,
+    shutdown: CancellationToken,
+    store: Arc<dyn Store>,
+    http: TcpListener,
+    grpc: TcpListener,
+) -> Result<(), Error> {
+    let metrics = Arc::new(Metrics::new().map_err(|e| Error::Settings(format!("metrics: {e}")))?);
+    let leadership = Leadership::take(&store).await?;
+    let keeper = ViewKeeper::load(store.clone(), metrics.clone()).await?;
+    metrics.term.set(i64::try_from(leadership.term).unwrap_or(i64::MAX));
+    let grace = Duration::from_millis(config.limits.shutdown_grace_ms);
+    let stop = shutdown.child_token();
+    let core = Arc::new(Core {
+        store,
+        leadership,
+        views: keeper.subscribe(),
+        roster: Roster::default(),
+        hub: Hub::default(),
+        reports: watch::Sender::default(),
+        metrics,
+        stop: stop.clone(),
+        tasks: TaskTracker::new(),
+        started: Instant::now(),
+        config,
+    });
+    let addresses = (local(&http)?, local(&grpc)?);
+    let (ended, mut first_ended) = watch::channel(None);
+    let parts = Parts { core: core.clone(), ended };
+    parts.spawn("the view", keeper.run());
+    parts.spawn("reconcile", reconcile::run(core.clone()));
+    parts.spawn("publishing", hub::publish(core.clone()));
+    parts.serve("the gRPC server", serve_grpc(core.clone(), grpc));
+    parts.serve("the HTTP server", serve_http(core.clone(), http));
+    core.tasks.close();
+    let (term, revision) = (leadership.term, core.view().revision);
+    tracing::info!(http = addresses.0, grpc = addresses.1, term, revision, "the control plane is up");
+    let announced = announce.map_or(Ok(()), |file| {
+        let addresses = json!({ "pid": std::process::id(), "http": addresses.0, "grpc": addresses.1 });
+        penstock_config::announce(&file, &addresses)
+    });
+    let outcome = match announced {
+        Err(error) => Err(Error::Announce(error)),
+        Ok(()) => tokio::select! {
+            () = stop.cancelled() => Ok(()),
+            error = core.store.failed() => Err(error.into()),
+            _ = first_ended.changed() => {
+                Err(Error::Ended(first_ended.borrow().clone().unwrap_or_else(|| "a part".to_owned())))
+            }
+        },
+    };
+    stop.cancel();
+    if tokio::time::timeout(grace, core.tasks.wait()).await.is_err() {
+        tracing::warn!(tasks = core.tasks.len(), "what still ran after limits.shutdown_grace_ms was dropped");
+    }
+    tracing::info!("the control plane has stopped");
+    outcome
+}
+
+/// Starts the parts of the process; the first that ends too early is told of.
+struct Parts {
+    core: Arc<Core>,
+    ended: watch::Sender<Option<String>>,
+}
+
+impl Parts {
+    /// A loop that is cut short at the stop.
+    fn spawn(&self, name: &'static str, part: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.core.stop.clone();
+        self.serve(name, async move {
+            stop.run_until_cancelled_owned(part).await;
+            Ok(())
+        });
+    }
+
+    /// A part that ends by itself at the stop.
+    fn serve(&self, name: &'static str, part: impl Future<Output = Result<(), String>> + Send + 'static) {
+        let (stop, ended) = (self.core.stop.clone(), self.ended.clone());
+        self.core.tasks.spawn(async move {
+            let outcome = part.await;
+            if let Err(error) = &outcome {
+                tracing::error!(error, "{name} failed");
+            }
+            if !stop.is_cancelled() {
+                let why = outcome.err().map(|error| format!(": {error}")).unwrap_or_default();
+                ended.send_replace(Some(format!("{name}{why}")));
+            }
+        });
+    }
+}
+
+async fn serve_http(core: Arc<Core>, listener: TcpListener) -> Result<(), String> {
+    let stop = core.stop.clone();
+    let app = admin::router(core);
+    let server = axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned());
+    server.await.map_err(|e| e.to_string())
+}
+
+async fn serve_grpc(core: Arc<Core>, listener: TcpListener) -> Result<(), String> {
+    let stop = core.stop.clone();
+    tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        // A peer that vanished without a word is noticed within 15 seconds.
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .add_service(FleetService::server(core.clone()))
+        .add_service(AdsService::server(core))
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
+        .await
+        .map_err(|e| e.to_string())
+}
+
+async fn bind(address: &str, setting: &'static str) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).await.map_err(|source| Error::Bind { address: address.to_owned(), setting, source })
+}
+
+fn local(listener: &TcpListener) -> Result<String, Error> {
+    listener.local_addr().map(|address| address.to_string()).map_err(Error::Announce)
+}

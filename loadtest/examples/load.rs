@@ -1,0 +1,3 @@
+fn main() -> std::process::ExitCode {
+    penstock_loadtest::load::main(std::env::args_os())
+}

@@ -1,0 +1,357 @@
+//! `/v1/chat/completions`: from messages to a job, and from tokens to chat chunks.
+
+use serde_json::Value;
+
+use super::{
+    args::Options,
+    error::ApiError,
+    generation::{Outcome, block_hashes},
+    render::{Frame, Job, Render, Token, Usage, push_escaped, push_finish, push_ids, quoted},
+    request::{Fields, Sampling, StreamUsage},
+    template::{Ending, Message, render},
+};
+
+/// What is known of a request before its body.
+#[derive(Debug, Clone)]
+pub(super) struct Origin {
+    /// Id without its prefix, from X-Request-Id or random.
+    pub(super) id: String,
+    /// Unix time, s.
+    pub(super) created: u64,
+    /// `vllm-VERSION-HASH`.
+    pub(super) fingerprint: String,
+}
+
+/// Makes a job of a chat request.
+///
+/// # Errors
+/// 400 or 404, naming the field.
+pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Result<Job, ApiError> {
+    let (model, ids, stream) =
+        (fields.model(options)?, prompt(&mut fields, options)?, fields.flag("stream")?);
+    let usage = StreamUsage::take(&mut fields, stream, options)?;
+    let return_ids = fields.flag("return_token_ids")?;
+    let sampling = Sampling::take(&mut fields, &["max_completion_tokens", "max_tokens"], "stop")?;
+    let (prefix, blocks) = block_hashes(&ids);
+    let generations = sampling.generations(prefix, options.max_model_len)?;
+    let id = format!("chatcmpl-{}", origin.id);
+    let renderer =
+        Chat::new(&id, &model, origin, usage, if return_ids { Some(ids) } else { None }, generations.len());
+    Ok(Job {
+        blocks: vec![blocks; generations.len()],
+        generations,
+        prompt_tokens: prefix.len(),
+        n: sampling.n,
+        max_tokens: sampling.max_tokens,
+        stream,
+        render: Box::new(renderer),
+    })
+}
+
+/// The prompt's ids of a chat request.
+///
+/// # Errors
+/// 400, naming the field.
+pub(super) fn prompt(fields: &mut Fields, options: &Options) -> Result<Vec<u32>, ApiError> {
+    let messages = match fields.take("messages") {
+        Some(Value::Array(items)) => items.into_iter().map(message).collect::<Result<Vec<_>, _>>()?,
+        Some(_) => return Err(ApiError::invalid("list_type", "messages", "Input should be a valid list")),
+        None => return Err(ApiError::invalid("missing", "messages", "Field required")),
+    };
+    if messages.is_empty() {
+        return Err(ApiError::bad("messages", "messages must have at least one element"));
+    }
+    refuse_tools(fields, options)?;
+    let continues = fields.flag("continue_final_message")?;
+    let answers = fields.optional_flag("add_generation_prompt")?.unwrap_or(true);
+    let ending = match (continues, answers) {
+        (true, true) => {
+            let message = "Cannot set both `continue_final_message` and `add_generation_prompt` to True.";
+            return Err(ApiError::bad("continue_final_message", message));
+        }
+        (true, false) => Ending::Continue,
+        (false, true) => Ending::Answer,
+        (false, false) => Ending::Closed,
+    };
+    Ok(render(&messages, ending))
+}
+
+fn refuse_tools(fields: &mut Fields, options: &Options) -> Result<(), ApiError> {
+    let tools = fields.take("tools").is_some_and(|t| t.as_array().is_none_or(|t| !t.is_empty()));
+    let choice = fields.take("tool_choice");
+    if tools && !options.auto_tool_choice && choice != Some("none".into()) {
+        let message =
+            "\"auto\" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set";
+        return Err(ApiError::bad("tool_choice", message));
+    }
+    Ok(())
+}
+
+/// One message, its parts joined.
+///
+/// # Errors
+/// 400 if it has no role, or parts that are no text.
+pub(super) fn message(item: Value) -> Result<Message, ApiError> {
+    let Value::Object(mut item) = item else {
+        return Err(ApiError::invalid("dict_type", "messages", "Input should be a valid dictionary"));
+    };
+    let Some(Value::String(role)) = item.remove("role") else {
+        return Err(ApiError::invalid("missing", "messages", "A message needs a role that is a string"));
+    };
+    let mut content = match item.remove("content") {
+        None | Some(Value::Null) => String::new(),
+        Some(Value::String(text)) => text,
+        Some(Value::Array(parts)) => parts.into_iter().map(part).collect::<Result<String, _>>()?,
+        Some(_) => {
+            return Err(ApiError::invalid(
+                "string_type",
+                "messages",
+                "Content should be a string or a list of parts",
+            ));
+        }
+    };
+    if let Some(calls) = item.remove("tool_calls").filter(|c| !c.is_null()) {
+        content.push_str(&calls.to_string());
+    }
+    Ok(Message { role, content })
+}
+
+fn part(part: Value) -> Result<String, ApiError> {
+    match part {
+        Value::String(text) => Ok(text),
+        Value::Object(mut part) => match part.remove("text") {
+            Some(Value::String(text)) => Ok(text),
+            _ => {
+                let kind = part.get("type").and_then(Value::as_str).unwrap_or("unknown");
+                Err(ApiError::bad("messages", format!("At most 0 {kind}(s) may be provided in one prompt.")))
+            }
+        },
+        _ => Err(ApiError::invalid("dict_type", "messages", "A part of a message should be a dictionary")),
+    }
+}
+
+/// Renders chat chunks.
+struct Chat {
+    /// The object's start, up to `created` and `model`.
+    head: String,
+    /// Before the text of choice i, from `data:`.
+    before: Vec<Vec<u8>>,
+    fingerprint: String,
+    usage: StreamUsage,
+    prompt_ids: Option<Vec<u32>>,
+    unfinished: usize,
+}
+
+impl Chat {
+    fn new(
+        id: &str,
+        model: &str,
+        origin: &Origin,
+        usage: StreamUsage,
+        prompt_ids: Option<Vec<u32>>,
+        choices: usize,
+    ) -> Self {
+        let rest = format!("\"created\":{},\"model\":{}", origin.created, quoted(model));
+        let head = format!("{{\"id\":{},\"object\":\"chat.completion.chunk\",{rest}", quoted(id));
+        let before =
+            |i| format!("data: {head},\"choices\":[{{\"index\":{i},\"delta\":{{\"content\":\"").into_bytes();
+        Self {
+            before: (0..choices).map(before).collect(),
+            head,
+            fingerprint: origin.fingerprint.clone(),
+            usage,
+            prompt_ids,
+            unfinished: choices,
+        }
+    }
+
+    fn push_usage(&self, out: &mut Vec<u8>, usage: Usage) {
+        if self.usage.continuous {
+            out.extend_from_slice(b",\"usage\":");
+            usage.push_openai(out);
+        }
+    }
+
+    fn push_fingerprint(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(b",\"system_fingerprint\":\"");
+        out.extend_from_slice(self.fingerprint.as_bytes());
+        out.push(b'"');
+    }
+}
+
+impl Render for Chat {
+    fn open(&mut self, frame: &mut Frame, usage: Usage) {
+        for i in 0..self.before.len() {
+            frame.event(|out| {
+                out.extend_from_slice(format!("data: {},\"choices\":[{{\"index\":{i},", self.head).as_bytes());
+                out.extend_from_slice(
+                    b"\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":null}]",
+                );
+                self.push_usage(out, usage);
+                out.extend_from_slice(b",\"prompt_token_ids\":");
+                match &self.prompt_ids {
+                    Some(ids) => push_ids(out, ids),
+                    None => out.extend_from_slice(b"null"),
+                }
+                out.extend_from_slice(b"}\n\n");
+            });
+        }
+    }
+
+    fn token(&mut self, frame: &mut Frame, token: &Token<'_>) {
+        let last = token.finish.is_some();
+        self.unfinished -= usize::from(last);
+        frame.event(|out| {
+            out.extend_from_slice(&self.before[token.choice]);
+            push_escaped(out, token.text);
+            out.extend_from_slice(b"\"},\"logprobs\":null,");
+            match token.finish {
+                None => out.extend_from_slice(b"\"finish_reason\":null"),
+                Some(finish) => push_finish(out, finish),
+            }
+            out.extend_from_slice(b",\"token_ids\":");
+            match token.id {
+                _ if self.prompt_ids.is_none() => out.extend_from_slice(b"null"),
+                Some(id) => push_ids(out, &[id]),
+                None => out.extend_from_slice(b"[]"),
+            }
+            out.extend_from_slice(b"}]");
+            self.push_usage(out, token.usage);
+            if last && self.unfinished == 0 && !self.usage.at_end {
+                self.push_fingerprint(out);
+            }
+            out.extend_from_slice(b"}\n\n");
+        });
+    }
+
+    fn close(&mut self, frame: &mut Frame, usage: Usage) {
+        if self.usage.at_end {
+            frame.event(|out| {
+                out.extend_from_slice(format!("data: {},\"choices\":[],\"usage\":", self.head).as_bytes());
+                usage.push_openai(out);
+                self.push_fingerprint(out);
+                out.extend_from_slice(b"}\n\n");
+            });
+        }
+        frame.done();
+    }
+
+    fn error(&mut self, frame: &mut Frame, error: &ApiError) {
+        frame.event(|out| out.extend_from_slice(format!("data: {}\n\n", error.in_band()).as_bytes()));
+        frame.done();
+    }
+
+    fn unary(&mut self, outcomes: &[Outcome], usage: Usage) -> Vec<u8> {
+        let head = self.head.replacen("chat.completion.chunk", "chat.completion", 1);
+        let mut out = format!("{head},\"choices\":[").into_bytes();
+        for (i, outcome) in outcomes.iter().enumerate() {
+            let comma = if i > 0 { "," } else { "" };
+            out.extend_from_slice(
+                format!("{comma}{{\"index\":{i},\"message\":{{\"role\":\"assistant\",\"content\":\"")
+                    .as_bytes(),
+            );
+            push_escaped(&mut out, &outcome.text);
+            out.extend_from_slice(
+                b"\",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"tool_calls\":[],\"reasoning\":null},\"logprobs\":null,",
+            );
+            push_finish(&mut out, &outcome.finish);
+            out.extend_from_slice(b",\"token_ids\":");
+            push_optional_ids(&mut out, self.prompt_ids.as_ref().map(|_| &outcome.ids));
+            out.push(b'}');
+        }
+        out.extend_from_slice(b"],\"service_tier\":null");
+        self.push_fingerprint(&mut out);
+        out.extend_from_slice(b",\"usage\":");
+        push_unary_usage(&mut out, usage);
+        out.extend_from_slice(b",\"prompt_logprobs\":null,\"prompt_token_ids\":");
+        push_optional_ids(&mut out, self.prompt_ids.as_ref());
+        out.extend_from_slice(b",\"kv_transfer_params\":null}");
+        out
+    }
+}
+
+/// Appends ids, or null.
+pub(super) fn push_optional_ids(out: &mut Vec<u8>, ids: Option<&Vec<u32>>) {
+    match ids {
+        Some(ids) => push_ids(out, ids),
+        None => out.extend_from_slice(b"null"),
+    }
+}
+
+/// Appends the usage of a unary response, where vLLM spells the absent details out.
+pub(super) fn push_unary_usage(out: &mut Vec<u8>, usage: Usage) {
+    usage.push_openai(out);
+    if usage.cached == 0 {
+        out.pop();
+        out.extend_from_slice(b",\"prompt_tokens_details\":null}");
+    }
+}
+
+/// The reason a list of outcomes gives for /metrics and records: that of the first.
+pub(super) fn first_reason(outcomes: &[Outcome]) -> &'static str {
+    outcomes.first().map_or("stop", |o| o.finish.reason())
+}
+
+/// vLLM's `system_fingerprint` of an engine.
+pub(super) fn fingerprint(model: &str) -> String {
+    let hash = xxhash_rust::xxh3::xxh3_64(model.as_bytes()) >> 32;
+    format!("vllm-{}-{hash:08x}", super::VLLM_VERSION)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::{super::generation::Finish, *};
+
+    #[test]
+    fn parts_are_joined_and_others_refused() {
+        let joined =
+            message(json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}]}))
+                .unwrap();
+        assert_eq!(joined, Message::new("user", "ab"));
+        assert_eq!(message(json!({"role": "assistant", "content": null})).unwrap().content, "");
+        let image =
+            message(json!({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}));
+        assert!(image.unwrap_err().message.contains("0 image_url"));
+        assert!(message(json!({"content": "x"})).is_err());
+        assert!(message(json!({"role": "user", "content": 5})).is_err());
+        assert!(message(json!("x")).is_err());
+    }
+
+    #[test]
+    fn chunks_are_json_of_the_expected_shape() {
+        let origin = Origin { id: "x".into(), created: 7, fingerprint: "f".into() };
+        let usage = StreamUsage { at_end: true, continuous: false };
+        let mut chat = Chat::new("chatcmpl-x", "m\"", &origin, usage, Some(vec![1, 2]), 1);
+        let mut frame = Frame::default();
+        let counts = Usage { prompt: 2, completion: 1, cached: 0 };
+        chat.open(&mut frame, counts);
+        chat.token(&mut frame, &Token { choice: 0, id: Some(5), text: "\"a", finish: None, usage: counts });
+        chat.token(
+            &mut frame,
+            &Token { choice: 0, id: Some(6), text: "b", finish: Some(&Finish::Length), usage: counts },
+        );
+        chat.close(&mut frame, counts);
+        let text = String::from_utf8(frame.out).unwrap();
+        let events: Vec<Value> = text
+            .lines()
+            .filter_map(|l| l.strip_prefix("data: "))
+            .filter(|d| *d != "[DONE]")
+            .map(|d| serde_json::from_str(d).unwrap())
+            .collect();
+        assert_eq!(events[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
+        assert_eq!(events[0]["prompt_token_ids"], json!([1, 2]));
+        assert_eq!(events[1]["choices"][0]["delta"]["content"], "\"a");
+        assert_eq!(events[1]["choices"][0]["token_ids"], json!([5]));
+        assert_eq!(events[2]["choices"][0]["finish_reason"], "length");
+        assert_eq!(events[3]["usage"]["total_tokens"], 3);
+        assert_eq!(events.iter().filter(|e| e.get("system_fingerprint").is_some()).count(), 1);
+        assert!(text.ends_with("data: [DONE]\n\n\r\n"));
+        let whole = Outcome { text: "hi\n".into(), ids: vec![5], finish: Finish::StopString("x".into()) };
+        let body: Value = serde_json::from_slice(&chat.unary(&[whole], counts)).unwrap();
+        assert_eq!(body["choices"][0]["message"]["content"], "hi\n");
+        assert_eq!(body["choices"][0]["stop_reason"], "x");
+        assert_eq!(body["object"], "chat.completion");
+    }
+}

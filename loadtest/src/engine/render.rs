@@ -1,0 +1,213 @@
+//! From tokens to bytes: what each API must be able to render, and the framing all of them share. Pure.
+//!
+//! Each API ([`super::chat`], [`super::completions`], [`super::responses`], [`super::messages`]) prepares what never changes
+//! within a request once; an event is then a few copies into one buffer. No JSON value is built per token.
+
+use super::{
+    error::ApiError,
+    generation::{Finish, Generation, Outcome},
+    http::{push_chunk, push_chunk_size, push_decimal},
+};
+
+/// Token counts of a request.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Usage {
+    /// Prompt tokens of all prompts.
+    pub(super) prompt: u64,
+    /// Generated tokens of all choices.
+    pub(super) completion: u64,
+    /// Prompt tokens found in the prefix cache; 0 if the engine does not report them.
+    pub(super) cached: u64,
+}
+
+impl Usage {
+    /// Appends OpenAI's usage object, in vLLM's order.
+    pub(super) fn push_openai(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(b"{\"prompt_tokens\":");
+        push_decimal(out, self.prompt);
+        out.extend_from_slice(b",\"total_tokens\":");
+        push_decimal(out, self.prompt + self.completion);
+        out.extend_from_slice(b",\"completion_tokens\":");
+        push_decimal(out, self.completion);
+        if self.cached > 0 {
+            out.extend_from_slice(b",\"prompt_tokens_details\":{\"cached_tokens\":");
+            push_decimal(out, self.cached);
+            out.push(b'}');
+        }
+        out.push(b'}');
+    }
+}
+
+/// One token, or the abort of a choice, to be rendered.
+#[derive(Debug)]
+pub(super) struct Token<'a> {
+    /// Which choice.
+    pub(super) choice: usize,
+    /// None if a choice ends without a further token.
+    pub(super) id: Option<u32>,
+    /// Text it releases; may be empty.
+    pub(super) text: &'a str,
+    /// Set on the choice's last.
+    pub(super) finish: Option<&'a Finish>,
+    /// Counts so far, this token included. Completion tokens are those of this choice.
+    pub(super) usage: Usage,
+}
+
+/// One API's way of saying things.
+pub(super) trait Render: Send + Sync {
+    /// Events before the first token.
+    fn open(&mut self, frame: &mut Frame, usage: Usage);
+    /// The events of one token.
+    fn token(&mut self, frame: &mut Frame, token: &Token<'_>);
+    /// Events after the last token of all choices.
+    fn close(&mut self, frame: &mut Frame, usage: Usage);
+    /// The events of an error within the stream, its end included.
+    fn error(&mut self, frame: &mut Frame, error: &ApiError);
+    /// The whole body of a response that is not streamed.
+    fn unary(&mut self, outcomes: &[Outcome], usage: Usage) -> Vec<u8>;
+    /// The body of an error instead of a response.
+    fn error_body(&self, error: &ApiError) -> String {
+        error.openai_body()
+    }
+}
+
+/// A request ready to run.
+pub(super) struct Job {
+    /// One per prompt and choice, in the order of their indices.
+    pub(super) generations: Vec<Generation>,
+    /// Hashes of the full blocks of each generation's prompt.
+    pub(super) blocks: Vec<Vec<u64>>,
+    /// Prompt tokens of all prompts, each counted once.
+    pub(super) prompt_tokens: u64,
+    /// Choices per prompt.
+    pub(super) n: u32,
+    /// The limit asked for.
+    pub(super) max_tokens: Option<u64>,
+    /// Stream or one body.
+    pub(super) stream: bool,
+    /// How it is said.
+    pub(super) render: Box<dyn Render>,
+}
+
+/// Server-sent events in the chunks of a response body.
+#[derive(Debug, Default)]
+pub(super) struct Frame {
+    scratch: Vec<u8>,
+    /// Framed bytes, ready to send.
+    pub(super) out: Vec<u8>,
+}
+
+impl Frame {
+    /// Adds one event: `write` writes all of it, from `data:` or `event:` to the empty line.
+    pub(super) fn event(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        self.scratch.clear();
+        write(&mut self.scratch);
+        push_chunk(&mut self.out, &self.scratch);
+    }
+
+    /// Adds OpenAI's last event.
+    pub(super) fn done(&mut self) {
+        push_chunk(&mut self.out, b"data: [DONE]\n\n");
+    }
+
+    /// Adds the first `bytes` bytes of an event whose chunk announces all of it: what a peer sees of a cut.
+    pub(super) fn cut_event(&mut self, bytes: usize, write: impl FnOnce(&mut Frame)) {
+        let mut whole = Self::default();
+        write(&mut whole);
+        let line = whole.out.iter().position(|&b| b == b'\n').map_or(0, |at| at + 1);
+        let end = whole.out.len().min(line.saturating_add(bytes));
+        self.out.extend_from_slice(&whole.out[..end]);
+    }
+
+    /// Adds bytes as one chunk that claims to be longer than it is, or not at all a chunk.
+    pub(super) fn garbage(&mut self) {
+        self.out.extend_from_slice(b"ZZ not a chunk\r\n");
+        push_chunk_size(&mut self.out, 5);
+    }
+}
+
+/// Appends the inside of a JSON string.
+pub(super) fn push_escaped(out: &mut Vec<u8>, text: &str) {
+    let bytes = text.as_bytes();
+    let mut from = 0;
+    for (at, &byte) in bytes.iter().enumerate() {
+        let escape: &[u8] = match byte {
+            b'"' => b"\\\"",
+            b'\\' => b"\\\\",
+            b'\n' => b"\\n",
+            b'\r' => b"\\r",
+            b'\t' => b"\\t",
+            8 => b"\\b",
+            12 => b"\\f",
+            0..0x20 => b"\\u00",
+            _ => continue,
+        };
+        out.extend_from_slice(&bytes[from..at]);
+        out.extend_from_slice(escape);
+        if escape == b"\\u00" {
+            out.extend([byte >> 4, byte & 15].map(|digit| b"0123456789abcdef"[usize::from(digit)]));
+        }
+        from = at + 1;
+    }
+    out.extend_from_slice(&bytes[from..]);
+}
+
+/// `text` as a JSON string, quotes included.
+pub(super) fn quoted(text: &str) -> String {
+    let mut out = vec![b'"'];
+    push_escaped(&mut out, text);
+    out.push(b'"');
+    String::from_utf8(out).unwrap_or_default()
+}
+
+/// Appends a JSON list of ids.
+pub(super) fn push_ids(out: &mut Vec<u8>, ids: &[u32]) {
+    out.push(b'[');
+    for (i, &id) in ids.iter().enumerate() {
+        if i > 0 {
+            out.push(b',');
+        }
+        push_decimal(out, u64::from(id));
+    }
+    out.push(b']');
+}
+
+/// Appends `"finish_reason"` and `"stop_reason"` of a finished choice.
+pub(super) fn push_finish(out: &mut Vec<u8>, finish: &Finish) {
+    out.extend_from_slice(b"\"finish_reason\":\"");
+    out.extend_from_slice(finish.reason().as_bytes());
+    out.extend_from_slice(b"\",\"stop_reason\":");
+    match finish {
+        Finish::StopString(stop) => out.extend_from_slice(quoted(stop).as_bytes()),
+        Finish::StopToken(id) => push_decimal(out, u64::from(*id)),
+        Finish::Length | Finish::End | Finish::Abort => out.extend_from_slice(b"null"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn strings_are_json(text: String) {
+            prop_assert_eq!(serde_json::from_str::<String>(&quoted(&text)).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn a_cut_event_keeps_its_chunk_size() {
+        let mut frame = Frame::default();
+        frame.cut_event(4, |whole| whole.event(|out| out.extend_from_slice(b"data: 12\n\n")));
+        assert_eq!(frame.out, b"a\r\ndata");
+    }
+
+    #[test]
+    fn usage_is_in_the_order_of_vllm() {
+        let mut out = Vec::new();
+        Usage { prompt: 3, completion: 4, cached: 0 }.push_openai(&mut out);
+        assert_eq!(out, b"{\"prompt_tokens\":3,\"total_tokens\":7,\"completion_tokens\":4}");
+    }
+}

@@ -1,0 +1,197 @@
+//! `/v1/responses`: input items to a job, tokens to typed events.
+//!
+//! Nothing is stored, as in vLLM without its store: `previous_response_id` is refused, and a response cannot be fetched.
+//! At `max_output_tokens` the status is "incomplete", yet the last event is `response.completed`, as observed.
+
+use serde_json::{Value, json};
+
+use super::{
+    args::Options,
+    chat::{Origin, message},
+    error::ApiError,
+    generation::{Finish, Outcome, block_hashes},
+    http::push_decimal,
+    render::{Frame, Job, Render, Token, Usage, push_escaped, quoted},
+    request::{Fields, Sampling},
+    template::{Ending, Message, render},
+};
+
+/// Makes a job of a Responses request.
+///
+/// # Errors
+/// 400 or 404, naming the field.
+pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Result<Job, ApiError> {
+    let model = fields.model(options)?;
+    if let Some(id) = fields.string("previous_response_id")? {
+        return Err(not_stored(&id));
+    }
+    let messages = messages(&mut fields)?;
+    let stream = fields.flag("stream")?;
+    let sampling = Sampling::take(&mut fields, &["max_output_tokens"], "stop")?;
+    if sampling.n != 1 {
+        return Err(ApiError::bad("n", "The Responses API has one choice."));
+    }
+    let (prefix, blocks) = block_hashes(&render(&messages, Ending::Answer));
+    let generations = sampling.generations(prefix, options.max_model_len)?;
+    let id = format!("resp_{}", origin.id);
+    let renderer = Responses {
+        item: format!("msg_{}", origin.id),
+        response: json!({
+            "id": id, "created_at": origin.created, "instructions": null, "metadata": null, "model": model,
+            "object": "response", "output": [], "parallel_tool_calls": true, "tool_choice": "auto", "tools": [],
+            "background": false, "max_output_tokens": sampling.max_tokens, "previous_response_id": null,
+            "service_tier": "auto", "status": "in_progress", "incomplete_details": null, "truncation": "disabled",
+            "usage": null, "user": null,
+        }),
+        sequence: 0,
+        text: String::new(),
+        finish: None,
+        before: Vec::new(),
+    };
+    Ok(Job {
+        blocks: vec![blocks; generations.len()],
+        generations,
+        prompt_tokens: prefix.len(),
+        n: 1,
+        max_tokens: sampling.max_tokens,
+        stream,
+        render: Box::new(renderer),
+    })
+}
+
+/// The answer to whoever asks for a stored response.
+pub(super) fn not_stored(id: &str) -> ApiError {
+    ApiError::not_found("response_id", format!("Response with id '{id}' not found."))
+}
+
+fn messages(fields: &mut Fields) -> Result<Vec<Message>, ApiError> {
+    let mut messages = Vec::new();
+    if let Some(instructions) = fields.string("instructions")? {
+        messages.push(Message::new("system", instructions));
+    }
+    match fields.take("input") {
+        Some(Value::String(text)) => messages.push(Message::new("user", text)),
+        Some(Value::Array(items)) => {
+            for item in items {
+                messages.push(match item.get("role") {
+                    Some(_) => message(item)?,
+                    // A tool's result or another item without a role: its JSON is its content.
+                    None => Message::new("tool", item.to_string()),
+                });
+            }
+        }
+        Some(_) => {
+            return Err(ApiError::invalid("string_type", "input", "Input should be a valid string or list"));
+        }
+        None => return Err(ApiError::invalid("missing", "input", "Field required")),
+    }
+    Ok(messages)
+}
+
+struct Responses {
+    /// Id of the one output item.
+    item: String,
+    response: Value,
+    sequence: u64,
+    text: String,
+    finish: Option<Finish>,
+    /// A delta event up to its text.
+    before: Vec<u8>,
+}
+
+impl Responses {
+    fn event(&mut self, frame: &mut Frame, kind: &str, mut data: Value) {
+        data["sequence_number"] = self.sequence.into();
+        data["type"] = kind.into();
+        self.sequence += 1;
+        frame.event(|out| out.extend_from_slice(format!("event: {kind}\ndata: {data}\n\n").as_bytes()));
+    }
+
+    fn part(text: &str) -> Value {
+        json!({"annotations": [], "text": text, "type": "output_text", "logprobs": null})
+    }
+
+    fn message(&self, text: &str, status: &str) -> Value {
+        let content = if status == "in_progress" { json!([]) } else { json!([Self::part(text)]) };
+        json!({"id": self.item, "content": content, "role": "assistant", "status": status, "type": "message"})
+    }
+
+    /// The response object at its end.
+    fn finished(&self, text: &str, finish: &Finish, usage: Usage) -> Value {
+        let mut response = self.response.clone();
+        let (status, details) = match finish {
+            Finish::Length => ("incomplete", json!({"reason": "max_output_tokens"})),
+            Finish::Abort => ("cancelled", Value::Null),
+            Finish::End | Finish::StopString(_) | Finish::StopToken(_) => ("completed", Value::Null),
+        };
+        response["status"] = status.into();
+        response["incomplete_details"] = details;
+        response["output"] = json!([self.message(text, "completed")]);
+        response["usage"] = json!({
+            "input_tokens": usage.prompt, "input_tokens_details": {"cached_tokens": usage.cached},
+            "output_tokens": usage.completion, "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.prompt + usage.completion,
+        });
+        response
+    }
+}
+
+impl Render for Responses {
+    fn open(&mut self, frame: &mut Frame, _usage: Usage) {
+        let response = self.response.clone();
+        self.event(frame, "response.created", json!({"response": response}));
+        self.event(frame, "response.in_progress", json!({"response": response}));
+        let item = self.message("", "in_progress");
+        self.event(frame, "response.output_item.added", json!({"item": item, "output_index": 0}));
+        let place =
+            json!({"content_index": 0, "item_id": self.item, "output_index": 0, "part": Self::part("")});
+        self.event(frame, "response.content_part.added", place);
+        self.before = format!(
+            "event: response.output_text.delta\ndata: {{\"content_index\":0,\"item_id\":{},\"logprobs\":[],\
+             \"output_index\":0,\"type\":\"response.output_text.delta\",\"delta\":\"",
+            quoted(&self.item)
+        )
+        .into_bytes();
+    }
+
+    fn token(&mut self, frame: &mut Frame, token: &Token<'_>) {
+        self.finish = token.finish.cloned();
+        if token.text.is_empty() {
+            return;
+        }
+        self.text.push_str(token.text);
+        frame.event(|out| {
+            out.extend_from_slice(&self.before);
+            push_escaped(out, token.text);
+            out.extend_from_slice(b"\",\"sequence_number\":");
+            push_decimal(out, self.sequence);
+            out.extend_from_slice(b"}\n\n");
+        });
+        self.sequence += 1;
+    }
+
+    fn close(&mut self, frame: &mut Frame, usage: Usage) {
+        let text = std::mem::take(&mut self.text);
+        let item = self.item.clone();
+        let done =
+            json!({"content_index": 0, "item_id": item, "logprobs": [], "output_index": 0, "text": text});
+        self.event(frame, "response.output_text.done", done);
+        let part = json!({"content_index": 0, "item_id": item, "output_index": 0, "part": Self::part(&text)});
+        self.event(frame, "response.content_part.done", part);
+        let message = self.message(&text, "completed");
+        self.event(frame, "response.output_item.done", json!({"item": message, "output_index": 0}));
+        let finish = self.finish.take().unwrap_or(Finish::End);
+        let response = self.finished(&text, &finish, usage);
+        self.event(frame, "response.completed", json!({"response": response}));
+    }
+
+    fn error(&mut self, frame: &mut Frame, error: &ApiError) {
+        frame.event(|out| out.extend_from_slice(format!("data: {}\n\n", error.in_band()).as_bytes()));
+        frame.done();
+    }
+
+    fn unary(&mut self, outcomes: &[Outcome], usage: Usage) -> Vec<u8> {
+        let Some(outcome) = outcomes.first() else { return Vec::new() };
+        self.finished(&outcome.text, &outcome.finish, usage).to_string().into_bytes()
+    }
+}

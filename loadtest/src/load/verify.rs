@@ -1,0 +1,156 @@
+//! What an answer must be, token by token. Pure.
+
+use crate::engine::{
+    generation::{Generation, Limits},
+    template::{Ending, Message, render},
+    tokens::Prefix,
+};
+
+/// How an answer was wrong.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Wrong {
+    /// The text differs from what the engine must say.
+    #[error("after {tokens} tokens: expected {expected:?}, got {got:?}")]
+    Text {
+        /// Tokens that were right.
+        tokens: u64,
+        /// What should have come.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// It ended before its last token.
+    #[error("ended after {tokens} of {wanted} tokens")]
+    Short {
+        /// Tokens that came.
+        tokens: u64,
+        /// Tokens asked for.
+        wanted: u64,
+    },
+    /// The finish reason is not "length".
+    #[error("finish reason {0:?} instead of \"length\"")]
+    Finish(Option<String>),
+    /// The usage is missing or wrong.
+    #[error("usage {got:?} instead of {wanted:?} (prompt, completion)")]
+    Usage {
+        /// What was said.
+        got: Option<(u64, u64)>,
+        /// What is right.
+        wanted: (u64, u64),
+    },
+}
+
+/// Follows one answer of exactly `wanted` tokens.
+#[derive(Debug)]
+pub struct Checker {
+    generation: Generation,
+    wanted: u64,
+    prompt_tokens: u64,
+    /// Text that must come next.
+    expected: String,
+}
+
+impl Checker {
+    /// What the engine must answer to `messages` in a chat with `max_tokens: wanted` and `ignore_eos`.
+    pub fn chat(messages: &[Message], wanted: u64) -> Self {
+        let prefix = Prefix::of(&render(messages, Ending::Answer));
+        let limits = Limits { max_tokens: wanted, ..Limits::default() };
+        Self {
+            prompt_tokens: prefix.len(),
+            generation: Generation::new(prefix, 0, limits),
+            wanted,
+            expected: String::new(),
+        }
+    }
+
+    /// Takes a piece of text that came.
+    ///
+    /// # Errors
+    /// [`Wrong::Text`] if it is not the next piece.
+    pub fn text(&mut self, got: &str) -> Result<(), Wrong> {
+        while self.expected.len() < got.len() && self.generation.step(&mut self.expected).is_some() {}
+        if !self.expected.starts_with(got) {
+            let tokens = self.generation.generated();
+            return Err(Wrong::Text { tokens, expected: self.expected.clone(), got: got.to_string() });
+        }
+        self.expected.drain(..got.len());
+        Ok(())
+    }
+
+    /// Checks that the answer is whole, once all text was taken.
+    ///
+    /// # Errors
+    /// [`Wrong`].
+    pub fn end(&mut self, finish_reason: Option<&str>, usage: Option<(u64, u64)>) -> Result<(), Wrong> {
+        let tokens = self.generation.generated();
+        // A last token may be half a character: it has no text, and is proved by the usage.
+        self.generation.step(&mut self.expected);
+        if !self.generation.is_finished() || !self.expected.is_empty() {
+            return Err(Wrong::Short { tokens, wanted: self.wanted });
+        }
+        if finish_reason != Some("length") {
+            return Err(Wrong::Finish(finish_reason.map(String::from)));
+        }
+        let wanted = (self.prompt_tokens, self.wanted);
+        if usage != Some(wanted) {
+            return Err(Wrong::Usage { got: usage, wanted });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::generation::complete;
+
+    fn messages() -> Vec<Message> {
+        vec![Message::new("user", "hello")]
+    }
+
+    fn answer(tokens: u64) -> String {
+        let prefix = Prefix::of(&render(&messages(), Ending::Answer));
+        complete(Generation::new(prefix, 0, Limits { max_tokens: tokens, ..Limits::default() }), u64::MAX)
+            .text
+    }
+
+    fn check(text: &str, tokens: u64) -> Result<(), Wrong> {
+        let mut checker = Checker::chat(&messages(), tokens);
+        for part in text.split_inclusive(' ') {
+            checker.text(part)?;
+        }
+        let prompt = checker.prompt_tokens;
+        checker.end(Some("length"), Some((prompt, tokens)))
+    }
+
+    #[test]
+    fn the_right_answer_passes_for_every_length() {
+        for tokens in 1..200 {
+            assert_eq!(check(&answer(tokens), tokens), Ok(()), "{tokens}");
+        }
+    }
+
+    #[test]
+    fn every_lost_doubled_or_changed_character_is_found() {
+        let right: Vec<char> = answer(40).chars().collect();
+        for at in 0..right.len() {
+            let lost: String = right[..at].iter().chain(&right[at + 1..]).collect();
+            assert!(check(&lost, 40).is_err(), "lost {at}");
+            let doubled: String = right[..=at].iter().chain(&right[at..]).collect();
+            assert!(check(&doubled, 40).is_err(), "doubled {at}");
+        }
+        assert!(check(&(answer(40) + "x"), 40).is_err());
+    }
+
+    #[test]
+    fn finish_and_usage_are_checked() {
+        let end = |finish: Option<&str>, usage| {
+            let mut checker = Checker::chat(&messages(), 9);
+            checker.text(&answer(9)).unwrap();
+            checker.end(finish, usage)
+        };
+        assert!(matches!(end(Some("abort"), None), Err(Wrong::Finish(_))));
+        assert!(matches!(end(Some("length"), None), Err(Wrong::Usage { .. })));
+        assert!(matches!(end(Some("length"), Some((1, 9))), Err(Wrong::Usage { .. })));
+    }
+}

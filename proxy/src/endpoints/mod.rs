@@ -1,0 +1,13 @@
+//! Where requests can go. An *endpoint* is one registered engine, a *pool* the endpoints that serve one model, a
+//! *snapshot* everything routable at one moment.
+//!
+//! - [`table`]: the one swap: a request loads one [`Snapshot`] and reads nothing else.
+//! - [`endpoint`]: identity (immutable) and live figures (shared across swaps), the in-flight [`Ticket`].
+//! - [`outlier`]: when failures take an endpoint out of picks.
+
+pub mod endpoint;
+pub mod outlier;
+pub mod table;
+
+pub use endpoint::{Endpoint, Ticket};
+pub use table::{EndpointTable, Pool, Route, Snapshot};

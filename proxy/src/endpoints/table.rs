@@ -1,0 +1,263 @@
+//! The one swap: everything routable, immutable, behind a single `ArcSwap`.
+//!
+//! A request loads one [`Snapshot`] per attempt and reads nothing else; an update builds the next snapshot beside it and
+//! swaps. What an update carries over from the old snapshot is each surviving endpoint's live figures and each pool's
+//! retry budget.
+//! Cost: a load is one atomic operation, no lock; an update is linear in the number of endpoints.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::{SocketAddr, ToSocketAddrs},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use arc_swap::ArcSwap;
+use penstock_config::proxy::UpstreamConfig;
+use penstock_proto::{Version, v1};
+
+use super::endpoint::Endpoint;
+use crate::{upstream::retry::RetryBudget, xds::state::XdsState};
+
+/// The endpoints that serve one model.
+#[derive(Debug)]
+pub struct Pool {
+    /// In the order of their ids.
+    pub endpoints: Vec<Arc<Endpoint>>,
+    /// Shared by all requests to the pool, across snapshots.
+    pub budget: Arc<RetryBudget>,
+    /// What it was made from: the same again needs no work.
+    pub source: Arc<v1::EndpointTable>,
+}
+
+/// Where one client-visible model name leads.
+#[derive(Debug)]
+pub struct Route {
+    /// The name clients use.
+    pub model: Arc<str>,
+    /// The name the engines use.
+    pub served_model: String,
+    /// Unix seconds, for /v1/models.
+    pub created_unix_s: i64,
+    /// Who serves it.
+    pub pool: Arc<Pool>,
+}
+
+/// Everything routable at one moment.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// Of the control plane's state it was made from.
+    pub version: Version,
+    /// Whether any state was ever applied; false only before the first.
+    pub loaded: bool,
+    /// By client-visible name.
+    pub routes: BTreeMap<String, Arc<Route>>,
+    /// By pool name.
+    pub pools: HashMap<String, Arc<Pool>>,
+}
+
+/// Holder of the present [`Snapshot`].
+#[derive(Debug)]
+pub struct EndpointTable {
+    current: ArcSwap<Snapshot>,
+    /// Serialises updates; requests never take it.
+    updating: Mutex<()>,
+    upstream: UpstreamConfig,
+}
+
+impl EndpointTable {
+    /// Nothing routable yet.
+    pub fn new(upstream: UpstreamConfig) -> Self {
+        Self { current: ArcSwap::default(), updating: Mutex::default(), upstream }
+    }
+
+    /// The present snapshot. Cheap; hold it for one attempt, not for a whole stream.
+    pub fn load(&self) -> arc_swap::Guard<Arc<Snapshot>> {
+        self.current.load()
+    }
+
+    /// Swaps in what the control plane said. Endpoints whose host name cannot be resolved now are left out and logged;
+    /// they return with the next update.
+    pub fn apply(&self, state: &XdsState) {
+        let _one_at_a_time = self.updating.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = self.next_snapshot(&self.current.load(), state);
+        self.current.store(Arc::new(next));
+    }
+
+    fn next_snapshot(&self, old: &Snapshot, state: &XdsState) -> Snapshot {
+        let pools: HashMap<String, Arc<Pool>> = state
+            .tables()
+            .iter()
+            .map(|(name, table)| (name.clone(), self.next_pool(old.pools.get(name), &table.value)))
+            .collect();
+        let routes = state
+            .routes()
+            .iter()
+            .filter_map(|(name, route)| {
+                let pool = pools.get(&route.value.pool)?; // xds has checked that a route's table exists
+                let route = Route {
+                    model: name.as_str().into(),
+                    served_model: route.value.served_model.clone(),
+                    created_unix_s: route.value.created_unix_s,
+                    pool: Arc::clone(pool),
+                };
+                Some((name.clone(), Arc::new(route)))
+            })
+            .collect();
+        Snapshot { version: state.version(), loaded: true, routes, pools }
+    }
+
+    fn next_pool(&self, old: Option<&Arc<Pool>>, table: &Arc<v1::EndpointTable>) -> Arc<Pool> {
+        let whole = |pool: &Pool| pool.endpoints.len() == pool.source.endpoints.len();
+        if let Some(same) = old.filter(|pool| Arc::ptr_eq(&pool.source, table) && whole(pool)) {
+            return Arc::clone(same);
+        }
+        let known: HashMap<&str, &Arc<Endpoint>> =
+            old.iter().flat_map(|pool| &pool.endpoints).map(|endpoint| (&*endpoint.id, endpoint)).collect();
+        let mut endpoints: Vec<Arc<Endpoint>> = table
+            .endpoints
+            .iter()
+            .filter_map(|wire| self.next_endpoint(known.get(wire.id.as_str()).copied(), wire))
+            .collect();
+        endpoints.sort_by(|a, b| a.id.cmp(&b.id));
+        let budget = old.map_or_else(
+            || Arc::new(RetryBudget::new(self.upstream.retry_percent, self.upstream.retry_floor_per_s)),
+            |pool| Arc::clone(&pool.budget),
+        );
+        Arc::new(Pool { endpoints, budget, source: Arc::clone(table) })
+    }
+
+    fn next_endpoint(&self, old: Option<&Arc<Endpoint>>, wire: &v1::Endpoint) -> Option<Arc<Endpoint>> {
+        let draining = wire.state() == v1::EndpointState::Draining;
+        let same_process = old.filter(|old| old.address == wire.address && old.generation == wire.generation);
+        if let Some(old) = same_process.filter(|old| old.draining == draining && old.zone == wire.zone) {
+            return Some(Arc::clone(old));
+        }
+        let resolved = match resolve(&wire.address) {
+            Ok(resolved) => resolved,
+            Err(reason) => {
+                tracing::warn!(
+                    endpoint = wire.id,
+                    address = wire.address,
+                    reason,
+                    "endpoint left out: its address does not resolve"
+                );
+                return None;
+            }
+        };
+        let live = same_process.map(|old| Arc::clone(&old.live)).unwrap_or_default();
+        let mut endpoint =
+            Endpoint::new(&wire.id, &wire.address, resolved, wire.generation, &self.upstream, live);
+        endpoint.draining = draining;
+        endpoint.zone.clone_from(&wire.zone);
+        Some(Arc::new(endpoint))
+    }
+}
+
+/// Addresses are nearly always literal; a name costs a blocking lookup, on the control thread, never on a request's.
+fn resolve(address: &str) -> Result<SocketAddr, String> {
+    if let Ok(literal) = address.parse() {
+        return Ok(literal);
+    }
+    let mut found = address.to_socket_addrs().map_err(|e| e.to_string())?;
+    found.next().ok_or_else(|| "the name has no address".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use penstock_proto::xds;
+
+    use super::*;
+
+    fn wire(id: &str, address: &str, generation: u64) -> v1::Endpoint {
+        v1::Endpoint {
+            id: id.into(),
+            address: address.into(),
+            generation,
+            state: v1::EndpointState::Ready.into(),
+            ..Default::default()
+        }
+    }
+
+    fn resource(name: &str, type_url: &str, message: &impl prost::Message) -> xds::Resource {
+        xds::Resource {
+            name: name.into(),
+            version: format!("{:?}", message.encode_to_vec()),
+            resource: Some(xds::Any { type_url: type_url.into(), value: message.encode_to_vec() }),
+            ..Default::default()
+        }
+    }
+
+    fn response(type_url: &str, revision: u64, resource: xds::Resource) -> xds::DeltaDiscoveryResponse {
+        xds::DeltaDiscoveryResponse {
+            type_url: type_url.into(),
+            system_version_info: format!("1.{revision}"),
+            nonce: revision.to_string(),
+            resources: vec![resource],
+            ..Default::default()
+        }
+    }
+
+    fn with_table(before: &XdsState, revision: u64, endpoints: Vec<v1::Endpoint>) -> XdsState {
+        let table = v1::EndpointTable { pool: "p".into(), endpoints };
+        let table = resource("p", xds::ENDPOINT_TABLE_TYPE, &table);
+        before.apply(&response(xds::ENDPOINT_TABLE_TYPE, revision, table)).expect("a good table")
+    }
+
+    fn state(endpoints: Vec<v1::Endpoint>) -> XdsState {
+        let route = v1::ModelRoute { model: "m".into(), pool: "p".into(), ..Default::default() };
+        let route = resource("m", xds::MODEL_ROUTE_TYPE, &route);
+        with_table(&XdsState::default(), 1, endpoints)
+            .apply(&response(xds::MODEL_ROUTE_TYPE, 1, route))
+            .expect("a good route")
+    }
+
+    fn first(table: &EndpointTable) -> Arc<Endpoint> {
+        Arc::clone(&table.load().pools["p"].endpoints[0])
+    }
+
+    #[test]
+    fn counts_survive_a_swap_and_a_change_of_state() {
+        let table = EndpointTable::new(UpstreamConfig::default());
+        let before = state(vec![wire("a", "127.0.0.1:1", 7)]);
+        table.apply(&before);
+        let ticket = first(&table).reserve();
+        let mut draining = wire("a", "127.0.0.1:1", 7);
+        draining.state = v1::EndpointState::Draining.into();
+        table.apply(&with_table(&before, 2, vec![draining]));
+        let after = first(&table);
+        assert!(after.draining);
+        assert_eq!(after.inflight(), 1);
+        drop(ticket);
+        assert_eq!(after.inflight(), 0, "a ticket taken before the swap is given back after it");
+    }
+
+    #[test]
+    fn a_new_generation_starts_clean() {
+        let table = EndpointTable::new(UpstreamConfig::default());
+        let before = state(vec![wire("a", "127.0.0.1:1", 7)]);
+        table.apply(&before);
+        let _ticket = first(&table).reserve();
+        table.apply(&with_table(&before, 2, vec![wire("a", "127.0.0.1:1", 8)]));
+        assert_eq!(first(&table).inflight(), 0);
+    }
+
+    #[test]
+    fn an_unchanged_pool_is_kept_as_it_is() {
+        let table = EndpointTable::new(UpstreamConfig::default());
+        let state = state(vec![wire("a", "127.0.0.1:1", 7)]);
+        table.apply(&state);
+        let before = Arc::clone(&table.load().pools["p"]);
+        table.apply(&state);
+        assert!(Arc::ptr_eq(&before, &table.load().pools["p"]));
+    }
+
+    #[test]
+    fn an_unresolvable_endpoint_does_not_take_the_others_with_it() {
+        let table = EndpointTable::new(UpstreamConfig::default());
+        table.apply(&state(vec![wire("a", "no-such-host.invalid:1", 1), wire("b", "127.0.0.1:2", 1)]));
+        let snapshot = table.load();
+        assert_eq!(snapshot.pools["p"].endpoints.len(), 1);
+        assert_eq!(&*snapshot.pools["p"].endpoints[0].id, "b");
+        assert_eq!(snapshot.routes["m"].served_model, "m");
+    }
+}

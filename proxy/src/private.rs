@@ -1,0 +1,95 @@
+//! The private port: probes, metrics, and a look inside. Never behind auth, never on the public network.
+//!
+//! `/livez` says that the process runs and nothing else. `/readyz` is 200 while there are routes and no drain; with the
+//! control plane away it stays 200 and says `degraded`, since requests are served.
+
+use std::sync::Arc;
+
+use axum::{
+    Json, Router,
+    extract::State,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use serde_json::{Value, json};
+
+use crate::{endpoints::Endpoint, gateway::Gateway, xds::status::XdsStatus};
+
+/// What the handlers look at.
+#[derive(Debug, Clone)]
+pub struct PrivateState {
+    /// The gateway.
+    pub gateway: Arc<Gateway>,
+    /// The control plane's connection.
+    pub xds: Arc<XdsStatus>,
+}
+
+/// All routes of the private port.
+pub fn router(state: PrivateState) -> Router {
+    Router::new()
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/debug/endpoints", get(debug_endpoints))
+        .with_state(state)
+}
+
+async fn readyz(State(state): State<PrivateState>) -> Response {
+    let snapshot = Arc::clone(&state.gateway.table.load());
+    let xds = state.xds.view();
+    let draining = state.gateway.lifecycle.is_draining();
+    let ready = snapshot.loaded && !draining;
+    let status = match (draining, snapshot.loaded, xds.connected) {
+        (true, ..) => "draining",
+        (_, false, _) => "waiting for a first snapshot",
+        (_, _, true) => "ok",
+        (_, _, false) => "degraded: no control plane, serving the last good snapshot",
+    };
+    let body = json!({
+        "ready": ready,
+        "status": status,
+        "snapshot_version": snapshot.version.to_string(),
+        "last_response_age_s": xds.last_response_age.map(|age| age.as_secs()),
+        "controlplane": {
+            "connected": xds.connected,
+            "endpoint": xds.endpoint,
+            "last_error": xds.last_error,
+            "last_nack": xds.last_nack,
+        },
+        "models": snapshot.routes.len(),
+        "inflight": state.gateway.lifecycle.inflight(),
+        "uptime_s": state.gateway.now_ms() / 1_000,
+    });
+    let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, Json(body)).into_response()
+}
+
+async fn metrics(State(state): State<PrivateState>) -> String {
+    let gateway = &state.gateway;
+    let draining = gateway.lifecycle.is_draining();
+    gateway.metrics.render(&gateway.table.load(), &state.xds.view(), draining, gateway.now_ms())
+}
+
+async fn debug_endpoints(State(state): State<PrivateState>) -> Json<Value> {
+    let snapshot = Arc::clone(&state.gateway.table.load());
+    let now_ms = state.gateway.now_ms();
+    let show = |endpoint: &Arc<Endpoint>| {
+        json!({
+            "id": &*endpoint.id,
+            "address": endpoint.address,
+            "generation": endpoint.generation,
+            "zone": endpoint.zone,
+            "draining": endpoint.draining,
+            "ejected": endpoint.is_ejected(now_ms),
+            "inflight": endpoint.inflight(),
+        })
+    };
+    let models: serde_json::Map<String, Value> = snapshot
+        .routes
+        .iter()
+        .map(|(name, route)| (name.clone(), route.pool.endpoints.iter().map(show).collect()))
+        .collect();
+    Json(json!({"version": snapshot.version.to_string(), "models": models}))
+}

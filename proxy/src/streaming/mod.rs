@@ -1,0 +1,3 @@
+//! Handing on an answer that goes on: [`relay`].
+
+pub mod relay;

@@ -1,0 +1,270 @@
+//! Every series this process can emit, in one struct, each at zero from the start.
+//!
+//! Labels are bounded: `api` is [`crate::openai::Api::label`], `code` an HTTP status we send, `blame` and `reason` closed
+//! enums. `model` takes only names of deployed models, so that a client cannot make series.
+//! Cost: a counter behind resolved labels is one atomic add; the labelled ones here are resolved once a request.
+
+use std::time::Duration;
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+};
+
+use crate::{
+    endpoints::Snapshot, error::UpstreamFailure, upstream::client::Origin, xds::status::XdsStatusView,
+};
+
+/// Seconds. From a cached prefix on an idle engine (milliseconds) to a long queue.
+const TTFT_BUCKETS: &[f64] =
+    &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
+
+/// Seconds. From an embedding to an hour's reasoning.
+const DURATION_BUCKETS: &[f64] =
+    &[0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
+
+/// The label of requests that never came to a deployed model.
+pub const NO_MODEL: &str = "";
+
+/// The proxy's metrics and the registry they are in.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// Finished requests by api, model, code and blame ("none" for success).
+    pub requests: IntCounterVec,
+    /// Requests under way, from head to the end of the answer.
+    pub inflight: IntGauge,
+    /// Head read to the first byte of the answer written.
+    pub ttft: Histogram,
+    /// Head read to the end of the answer.
+    pub duration: Histogram,
+    /// SSE events relayed.
+    pub events: IntCounter,
+    /// Bytes of answers written to clients.
+    pub bytes_out: IntCounter,
+    /// Bytes of request bodies read.
+    pub bytes_in: IntCounter,
+    /// Tokens as engines reported them, by kind: prompt, completion.
+    pub tokens: IntCounterVec,
+    /// Failed attempts by reason.
+    pub attempt_failures: IntCounterVec,
+    /// Attempts after the first, by the reason of the failure before.
+    pub retries: IntCounterVec,
+    /// Endpoints taken out of picks for failures.
+    pub ejections: IntCounter,
+    /// Upstream connections by origin: new, reused.
+    pub upstream_connections: IntCounterVec,
+    /// Clients that left before the end.
+    pub client_disconnects: IntCounter,
+    /// Error frames engines sent inside a 200.
+    pub inband_errors: IntCounter,
+    /// Request bytes held in memory.
+    pub body_bytes_held: IntGauge,
+    snapshot_revision: IntGauge,
+    snapshot_term: IntGauge,
+    endpoints: IntGauge,
+    endpoints_ejected: IntGauge,
+    models: IntGauge,
+    xds_connected: IntGauge,
+    xds_age_seconds: IntGauge,
+    xds_acks: IntGauge,
+    xds_nacks: IntGauge,
+    draining: IntGauge,
+}
+
+impl Metrics {
+    /// All series, at zero.
+    ///
+    /// # Errors
+    /// A name declared twice: a defect, found by the first test that runs.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let make = Maker { registry: &registry };
+        let metrics = Self {
+            requests: make.counters(
+                "penstock_proxy_requests_total",
+                "Finished requests; code 499 is a client that left.",
+                &["api", "model", "code", "blame"],
+            )?,
+            inflight: make.gauge("penstock_proxy_requests_inflight", "Requests under way.")?,
+            ttft: make.histogram(
+                "penstock_proxy_time_to_first_byte_seconds",
+                "Request head read to the first byte of the answer written.",
+                TTFT_BUCKETS,
+            )?,
+            duration: make.histogram(
+                "penstock_proxy_request_duration_seconds",
+                "Request head read to the end of the answer.",
+                DURATION_BUCKETS,
+            )?,
+            events: make.counter("penstock_proxy_stream_events_total", "SSE events relayed.")?,
+            bytes_out: make.counter("penstock_proxy_response_bytes_total", "Bytes of answers written.")?,
+            bytes_in: make
+                .counter("penstock_proxy_request_body_bytes_total", "Bytes of request bodies read.")?,
+            tokens: make.counters(
+                "penstock_proxy_tokens_total",
+                "Tokens as reported by engines.",
+                &["kind"],
+            )?,
+            attempt_failures: make.counters(
+                "penstock_proxy_attempt_failures_total",
+                "Attempts at an engine that failed.",
+                &["reason"],
+            )?,
+            retries: make.counters(
+                "penstock_proxy_retries_total",
+                "Attempts after the first, by why the one before failed.",
+                &["reason"],
+            )?,
+            ejections: make
+                .counter("penstock_proxy_ejections_total", "Endpoints taken out of picks for failures.")?,
+            upstream_connections: make.counters(
+                "penstock_proxy_upstream_connections_total",
+                "Connections to engines that requests used.",
+                &["origin"],
+            )?,
+            client_disconnects: make
+                .counter("penstock_proxy_client_disconnects_total", "Clients that left before the end.")?,
+            inband_errors: make.counter(
+                "penstock_proxy_inband_errors_total",
+                "Error frames that engines sent inside a 200.",
+            )?,
+            body_bytes_held: make
+                .gauge("penstock_proxy_request_bytes_held", "Request bytes held in memory.")?,
+            snapshot_revision: make
+                .gauge("penstock_proxy_snapshot_revision", "Revision of the tables in use.")?,
+            snapshot_term: make.gauge("penstock_proxy_snapshot_term", "Term of the tables in use.")?,
+            endpoints: make.gauge("penstock_proxy_endpoints", "Endpoints in the tables in use.")?,
+            endpoints_ejected: make
+                .gauge("penstock_proxy_endpoints_ejected", "Endpoints out of picks for failures.")?,
+            models: make.gauge("penstock_proxy_models", "Models that can be asked for.")?,
+            xds_connected: make
+                .gauge("penstock_proxy_xds_connected", "1 while a control plane is connected.")?,
+            xds_age_seconds: make.gauge(
+                "penstock_proxy_xds_last_response_age_seconds",
+                "Age of the control plane's last word; -1 before the first.",
+            )?,
+            xds_acks: make.gauge("penstock_proxy_xds_acks", "Responses accepted since the start.")?,
+            xds_nacks: make.gauge("penstock_proxy_xds_nacks", "Responses refused since the start.")?,
+            draining: make.gauge("penstock_proxy_draining", "1 once the process is stopping.")?,
+            registry: registry.clone(),
+        };
+        for failure in UpstreamFailure::ALL {
+            metrics.attempt_failures.with_label_values(&[failure.label()]).inc_by(0);
+            metrics.retries.with_label_values(&[failure.label()]).inc_by(0);
+        }
+        for kind in ["prompt", "completion"] {
+            metrics.tokens.with_label_values(&[kind]).inc_by(0);
+        }
+        for origin in ["new", "reused"] {
+            metrics.upstream_connections.with_label_values(&[origin]).inc_by(0);
+        }
+        Ok(metrics)
+    }
+
+    /// The Prometheus text of everything, with the gauges of state brought up to date first.
+    pub fn render(&self, snapshot: &Snapshot, xds: &XdsStatusView, draining: bool, now_ms: u64) -> String {
+        let all = || snapshot.pools.values().flat_map(|pool| &pool.endpoints);
+        self.snapshot_revision.set(clamp(snapshot.version.revision));
+        self.snapshot_term.set(clamp(snapshot.version.term));
+        self.endpoints.set(clamp(all().count() as u64));
+        self.endpoints_ejected.set(clamp(all().filter(|e| e.is_ejected(now_ms)).count() as u64));
+        self.models.set(clamp(snapshot.routes.len() as u64));
+        self.xds_connected.set(i64::from(xds.connected));
+        self.xds_age_seconds.set(xds.last_response_age.map_or(-1, |age| clamp(age.as_secs())));
+        self.xds_acks.set(clamp(xds.acks));
+        self.xds_nacks.set(clamp(xds.nacks));
+        self.draining.set(i64::from(draining));
+        let mut text = Vec::new();
+        match TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+            Ok(()) => String::from_utf8_lossy(&text).into_owned(),
+            Err(e) => format!("# metrics could not be rendered: {e}\n"),
+        }
+    }
+
+    /// Counts a connection that a request used.
+    pub fn connected(&self, origin: Origin) {
+        self.upstream_connections.with_label_values(&[origin.label()]).inc();
+    }
+
+    /// Counts a finished request.
+    pub fn finished(&self, api: &str, model: &str, status: u16, blame: &str, took: Duration) {
+        let mut digits = [0u8; 5];
+        self.requests.with_label_values(&[api, model, status_text(status, &mut digits), blame]).inc();
+        self.duration.observe(took.as_secs_f64());
+    }
+}
+
+/// The status in decimal without an allocation.
+fn status_text(status: u16, digits: &mut [u8; 5]) -> &str {
+    let mut rest = status;
+    let mut start = digits.len();
+    loop {
+        start -= 1;
+        digits[start] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 {
+            return std::str::from_utf8(&digits[start..]).unwrap_or_default();
+        }
+    }
+}
+
+fn clamp(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+struct Maker<'a> {
+    registry: &'a Registry,
+}
+
+impl Maker<'_> {
+    fn registered<C: prometheus::core::Collector + Clone + 'static>(
+        &self,
+        c: C,
+    ) -> Result<C, prometheus::Error> {
+        self.registry.register(Box::new(c.clone()))?;
+        Ok(c)
+    }
+
+    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+        self.registered(IntCounter::new(name, help)?)
+    }
+
+    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
+        self.registered(IntCounterVec::new(Opts::new(name, help), labels)?)
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+        self.registered(IntGauge::new(name, help)?)
+    }
+
+    fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, prometheus::Error> {
+        self.registered(Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_series_exists_at_zero() {
+        let metrics = Metrics::new().expect("names are unique");
+        let text =
+            metrics.render(&Snapshot::default(), &crate::xds::status::XdsStatus::default().view(), false, 0);
+        for line in [
+            "penstock_proxy_retries_total{reason=\"connect\"} 0",
+            "penstock_proxy_requests_inflight 0",
+            "penstock_proxy_upstream_connections_total{origin=\"reused\"} 0",
+            "penstock_proxy_xds_last_response_age_seconds -1",
+        ] {
+            assert!(text.contains(line), "{line} missing in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_status_is_written_in_decimal() {
+        for status in [0, 7, 200, 499, 65_535] {
+            assert_eq!(status_text(status, &mut [0; 5]), status.to_string());
+        }
+    }
+}

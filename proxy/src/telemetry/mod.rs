@@ -1,0 +1,3 @@
+//! What the proxy tells about itself: [`metrics`], every series it can emit.
+
+pub mod metrics;

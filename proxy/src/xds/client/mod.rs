@@ -1,0 +1,351 @@
+//! The delta ADS subscription to the control plane: one stream, two types, for as long as the process lives.
+//!
+//! A session: connect, subscribe to all tables and all routes (naming the versions already held, so that only the
+//! difference is sent), then answer every response with an ACK or with a NACK that gives the reasons. Whatever ends a
+//! session (the peer is gone, silent, or speaks nonsense) is followed by the next one, at the next of the
+//! configured control planes, after a jittered exponential pause; the pause grows per round through the list, so
+//! that a second control plane is tried at once. It never gives up.
+//!
+//! After a NACK the proxy lacks what was refused, and must not stay without it. Our control plane offers it again; as a
+//! net below that, a session with a NACK is ended after a while and begun anew: the versions it names then make any
+//! server send what is missing.
+//!
+//! A peer that is gone without a word (host down, cable out) is found by HTTP/2 pings within seconds.
+//!
+//! Invariants: one session at a time; the state in the cell is complete and only ever replaced by what
+//! [`XdsState::apply`] gave; requests waiting to be sent are bounded.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    error::Error,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use penstock_proto::{
+    MAX_GRPC_MESSAGE_BYTES,
+    xds::{
+        DeltaDiscoveryRequest, DeltaDiscoveryResponse, ENDPOINT_TABLE_TYPE, MODEL_ROUTE_TYPE, Node, Status,
+        aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
+    },
+};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, transport::Endpoint};
+
+use crate::xds::{state::XdsState, status::XdsStatus};
+
+/// ACKs that may wait for the connection; a server that takes none of so many is not reading.
+const MAX_UNSENT_REQUESTS: usize = 64;
+
+/// Longest NACK message, in bytes: it travels in a gRPC message and is shown to operators.
+const MAX_NACK_BYTES: usize = 4096;
+
+/// Where the control plane is and how patiently it is called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct XdsSettings {
+    /// Control planes to try in turn, `host:port` or `http://host:port`; a random one comes first.
+    pub endpoints: Vec<String>,
+    /// This proxy's name, unique among the proxies.
+    pub node_id: String,
+    /// The zone this proxy is in; may be empty.
+    pub zone: String,
+    /// Time to connect, and again for the stream to open.
+    pub connect_timeout: Duration,
+    /// Time between pings on the connection.
+    pub keepalive_interval: Duration,
+    /// Time a ping may go unanswered.
+    pub keepalive_timeout: Duration,
+    /// Pause after the first failure; doubled with each round of failures.
+    pub backoff_min: Duration,
+    /// Longest pause. A session that lasted as long counts as success.
+    pub backoff_max: Duration,
+    /// Time from a NACK to a new session that asks for what was refused; doubled while NACKs go on.
+    pub resync_after: Duration,
+}
+
+impl Default for XdsSettings {
+    /// No endpoints and no name. A dead peer is noticed within 6 s; a control plane that comes back is found
+    /// within 5 s.
+    fn default() -> Self {
+        Self {
+            endpoints: Vec::new(),
+            node_id: String::new(),
+            zone: String::new(),
+            connect_timeout: Duration::from_secs(2),
+            keepalive_interval: Duration::from_secs(3),
+            keepalive_timeout: Duration::from_secs(3),
+            backoff_min: Duration::from_millis(100),
+            backoff_max: Duration::from_secs(5),
+            resync_after: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Settings that no session could be made of.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum XdsSettingsError {
+    /// The list is empty.
+    #[error("no control-plane endpoint is configured; give at least one as host:port")]
+    NoEndpoints,
+    /// One of the list is not an address.
+    #[error("control-plane endpoint {0:?} is not host:port or http://host:port")]
+    BadEndpoint(String),
+    /// There is no node id.
+    #[error("the proxy's node id is empty; the control plane tells its proxies apart by it")]
+    NoNodeId,
+}
+
+/// A subscription that can be run.
+#[derive(Debug)]
+pub struct XdsClient {
+    settings: XdsSettings,
+    /// Each with the name it was configured by. Never empty.
+    peers: Vec<(String, Endpoint)>,
+}
+
+/// Why a session ended.
+#[derive(Debug)]
+enum SessionEnd {
+    /// The peer is gone or unusable.
+    Lost(String),
+    /// Something was refused a while ago; ask for it again.
+    Resync,
+}
+
+/// What a session leaves to the next.
+struct Progress {
+    state: Arc<XdsState>,
+    /// Whether the present session got any response.
+    heard: bool,
+    /// Whether it refused any.
+    refused: bool,
+}
+
+impl XdsClient {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// The first setting that cannot be used, with what it should be.
+    pub fn new(settings: XdsSettings) -> Result<Self, XdsSettingsError> {
+        if settings.node_id.is_empty() {
+            return Err(XdsSettingsError::NoNodeId);
+        }
+        let peers =
+            settings.endpoints.iter().map(|name| peer(name, &settings)).collect::<Result<Vec<_>, _>>()?;
+        if peers.is_empty() {
+            return Err(XdsSettingsError::NoEndpoints);
+        }
+        Ok(Self { settings, peers })
+    }
+
+    /// Keeps `cell` up to date until `shutdown`. The state that is in `cell` at the start (from disk, or empty) is what
+    /// the first session resumes from. Run it off the threads that relay: decoding a large table takes milliseconds.
+    pub async fn run(
+        self,
+        cell: watch::Sender<Arc<XdsState>>,
+        status: Arc<XdsStatus>,
+        shutdown: CancellationToken,
+    ) {
+        let mut progress = Progress { state: Arc::clone(&cell.borrow()), heard: false, refused: false };
+        let mut turn = fastrand::usize(..self.peers.len());
+        let (mut failures, mut refusals) = (0u32, 0u32);
+        loop {
+            let Some((name, endpoint)) = self.peers.get(turn % self.peers.len()) else { return };
+            status.connecting(name);
+            (progress.heard, progress.refused) = (false, false);
+            let started = Instant::now();
+            let resync_after =
+                self.settings.resync_after.max(self.settings.backoff_min) * 2u32.pow(refusals.min(5));
+            let end = tokio::select! {
+                () = shutdown.cancelled() => return,
+                end = self.session(endpoint, resync_after, &mut progress, &cell, &status) => end,
+            };
+            refusals = if progress.refused { refusals.saturating_add(1) } else { 0 };
+            let SessionEnd::Lost(error) = end else { continue };
+            if status.lost(&error) {
+                tracing::warn!(control_plane = %name, error, "lost the control plane; serving the last good state");
+            }
+            let lasted = progress.heard && started.elapsed() >= self.settings.backoff_max;
+            let rounds =
+                if lasted { 0 } else { failures / u32::try_from(self.peers.len()).unwrap_or(u32::MAX) };
+            failures = if lasted { 1 } else { failures.saturating_add(1) };
+            turn += 1;
+            let pause =
+                backoff(rounds, self.settings.backoff_min, self.settings.backoff_max, fastrand::f64());
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    async fn session(
+        &self,
+        endpoint: &Endpoint,
+        resync_after: Duration,
+        progress: &mut Progress,
+        cell: &watch::Sender<Arc<XdsState>>,
+        status: &XdsStatus,
+    ) -> SessionEnd {
+        let (requests, outbound) = mpsc::channel(MAX_UNSENT_REQUESTS);
+        for type_url in [ENDPOINT_TABLE_TYPE, MODEL_ROUTE_TYPE] {
+            if requests.try_send(self.subscription(type_url, &progress.state)).is_err() {
+                return SessionEnd::Lost("the subscription did not fit into the request queue".to_owned());
+            }
+        }
+        let opening = async {
+            let channel = endpoint.connect().await.map_err(|error| in_words(&error))?;
+            let mut client = AggregatedDiscoveryServiceClient::new(channel)
+                .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES);
+            let responses = client.delta_aggregated_resources(ReceiverStream::new(outbound)).await;
+            responses.map(tonic::Response::into_inner).map_err(|status| status_in_words(&status))
+        };
+        let mut responses = match tokio::time::timeout(2 * self.settings.connect_timeout, opening).await {
+            Ok(Ok(responses)) => responses,
+            Ok(Err(error)) => return SessionEnd::Lost(error),
+            Err(_) => return SessionEnd::Lost("the stream did not open in time".to_owned()),
+        };
+        let mut resync_at = None;
+        loop {
+            let resync = async {
+                match resync_at {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let response = tokio::select! {
+                response = responses.message() => response,
+                () = resync => return SessionEnd::Resync,
+            };
+            let response = match response {
+                Ok(Some(response)) => response,
+                Ok(None) => return SessionEnd::Lost("the control plane closed the stream".to_owned()),
+                Err(status) => return SessionEnd::Lost(status_in_words(&status)),
+            };
+            progress.heard = true;
+            if status.responded(Instant::now()) {
+                tracing::info!(control_plane = %endpoint.uri(), "connected to the control plane");
+            }
+            let answer = take(&response, progress, cell, status);
+            if answer.error_detail.is_some() {
+                progress.refused = true;
+                resync_at.get_or_insert_with(|| tokio::time::Instant::now() + resync_after);
+            }
+            if requests.try_send(answer).is_err() {
+                return SessionEnd::Lost("the control plane takes no answers".to_owned());
+            }
+        }
+    }
+
+    /// Asks for all resources of a type, less those already held.
+    fn subscription(&self, type_url: &str, state: &XdsState) -> DeltaDiscoveryRequest {
+        let mut node = Node {
+            id: self.settings.node_id.clone(),
+            cluster: "penstock-proxy".to_owned(),
+            user_agent_name: concat!("penstock-proxy/", env!("CARGO_PKG_VERSION")).to_owned(),
+            ..Default::default()
+        };
+        self.settings.zone.clone_into(&mut node.locality.get_or_insert_default().zone);
+        DeltaDiscoveryRequest {
+            node: Some(node),
+            type_url: type_url.to_owned(),
+            resource_names_subscribe: vec!["*".to_owned()],
+            initial_resource_versions: state.resource_versions(type_url),
+            ..Default::default()
+        }
+    }
+}
+
+/// Applies a response, publishes what came of it, and gives the answer to send.
+fn take(
+    response: &DeltaDiscoveryResponse,
+    progress: &mut Progress,
+    cell: &watch::Sender<Arc<XdsState>>,
+    status: &XdsStatus,
+) -> DeltaDiscoveryRequest {
+    let mut answer = DeltaDiscoveryRequest {
+        type_url: response.type_url.clone(),
+        response_nonce: response.nonce.clone(),
+        ..Default::default()
+    };
+    match progress.state.apply(response) {
+        Ok(next) => {
+            status.accepted(next.version());
+            progress.state = Arc::new(next);
+            if progress.state.is_complete() {
+                cell.send_replace(Arc::clone(&progress.state));
+            }
+        }
+        Err(reasons) => {
+            let message = cut(reasons.join("; "), MAX_NACK_BYTES);
+            if status.refused(&message) {
+                tracing::warn!(
+                    version = response.system_version_info,
+                    reasons = message,
+                    "refused what the control plane sent; keeping the last good state"
+                );
+            }
+            answer.error_detail =
+                Some(Status { code: Code::InvalidArgument as i32, message, details: Vec::new() });
+        }
+    }
+    answer
+}
+
+fn peer(name: &str, settings: &XdsSettings) -> Result<(String, Endpoint), XdsSettingsError> {
+    let bad = || XdsSettingsError::BadEndpoint(name.to_owned());
+    let uri = if name.contains("://") { name.to_owned() } else { format!("http://{name}") };
+    let endpoint = Endpoint::from_shared(uri).map_err(|_| bad())?;
+    let uri = endpoint.uri();
+    let plain = uri.path_and_query().is_none_or(|path| path == "/");
+    if uri.scheme_str() != Some("http") || uri.port_u16().is_none_or(|port| port == 0) || !plain {
+        return Err(bad());
+    }
+    let endpoint = endpoint
+        .connect_timeout(settings.connect_timeout)
+        .http2_keep_alive_interval(settings.keepalive_interval)
+        .keep_alive_timeout(settings.keepalive_timeout)
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true);
+    Ok((name.to_owned(), endpoint))
+}
+
+/// The pause after a failure in the given round through the list. `chance`, from 0 to 1, spreads proxies that lost
+/// the same control plane over half the pause.
+fn backoff(rounds: u32, min: Duration, max: Duration, chance: f64) -> Duration {
+    let pause = min.saturating_mul(2u32.saturating_pow(rounds)).min(max);
+    pause / 2 + (pause / 2).mul_f64(chance.clamp(0.0, 1.0))
+}
+
+/// An error with its causes: tonic's own words are often no more than "transport error".
+fn in_words(error: &dyn Error) -> String {
+    let mut words = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !words.ends_with(&text) {
+            words = format!("{words}: {text}");
+        }
+        cause = error.source();
+    }
+    words
+}
+
+fn status_in_words(status: &tonic::Status) -> String {
+    match status.source() {
+        Some(cause) => in_words(cause),
+        None => format!("{:?}: {}", status.code(), status.message()),
+    }
+}
+
+/// `text`, or as much of it as fits into `limit` bytes.
+fn cut(mut text: String, limit: usize) -> String {
+    let end = (0..=limit.min(text.len())).rev().find(|&at| text.is_char_boundary(at));
+    text.truncate(end.unwrap_or_default());
+    text
+}
