@@ -10,6 +10,7 @@ logged is printed then. Needs Python's standard library alone.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import selectors
@@ -73,7 +74,8 @@ def end_leftovers(started: list[int], wait_s: float) -> list[int]:
     while (left := [pid for pid in started if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     for pid in left:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     return left
 
 

@@ -23,14 +23,12 @@ impl Leadership {
     /// The store's, and [`StoreError::Open`] if the store was written by a build with another layout.
     pub async fn take(store: &Arc<dyn Store>) -> Result<Self, StoreError> {
         let schema = store.get(keys::SCHEMA).await?;
-        if let Some(schema) = &schema {
-            if schema.value != keys::SCHEMA_VERSION.as_bytes() {
-                let found = String::from_utf8_lossy(&schema.value).into_owned();
-                let known = keys::SCHEMA_VERSION;
-                return Err(StoreError::Open(format!(
-                    "the store has schema version {found:?}, this build reads version {known}; nothing was changed"
-                )));
-            }
+        let known = keys::SCHEMA_VERSION;
+        if let Some(schema) = schema.filter(|schema| schema.value != known.as_bytes()) {
+            let found = String::from_utf8_lossy(&schema.value).into_owned();
+            return Err(StoreError::Open(format!(
+                "the store has schema version {found:?}, this build reads version {known}; nothing was changed"
+            )));
         }
         let before = store.get(keys::LEADER).await?;
         let (revision, last) = match &before {

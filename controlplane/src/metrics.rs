@@ -3,8 +3,8 @@
 //! Labels are closed sets; no label carries a name from outside, so their number is bounded.
 
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder, core::Collector,
+    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder, core::Collector,
 };
 
 use crate::view::View;
@@ -81,7 +81,11 @@ impl Metrics {
             term: gauge(&r, "term", "The term this process writes in.")?,
             view_revision: gauge(&r, "view_revision", "Store revision that the view has reached.")?,
             view_resyncs: counter(&r, "view_resyncs_total", "Times the whole store was read again.")?,
-            view_unreadable: counter(&r, "view_unreadable_total", "Stored values passed over as unreadable.")?,
+            view_unreadable: counter(
+                &r,
+                "view_unreadable_total",
+                "Stored values passed over as unreadable.",
+            )?,
             deployments: gauge(&r, "deployments", "Models that are deployed.")?,
             replicas_wanted: gauge(&r, "replicas_wanted", "Replicas wanted over all deployments.")?,
             endpoints: gauges(&r, "endpoints", "Registered endpoints.", "state", &["ready", "draining"])?,

@@ -1,11 +1,23 @@
 //! The process: settings, sockets, tasks, and an orderly end.
 
-use std::{ffi::OsString, future::Future, io, path::PathBuf, process::ExitCode, sync::Arc, time::{Duration, Instant}};
+use std::{
+    ffi::OsString,
+    future::Future,
+    io,
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use clap::Parser;
 use penstock_config::controlplane::ControlPlaneConfig;
 use serde_json::json;
-use tokio::{net::TcpListener, signal::unix::{SignalKind, signal}, sync::watch};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -18,7 +30,10 @@ use crate::{
     reconcile,
     store::{EmbeddedStore, Store, StoreError},
     view::ViewKeeper,
-    xds::{hub::{self, Hub}, server::AdsService},
+    xds::{
+        hub::{self, Hub},
+        server::AdsService,
+    },
 };
 
 /// The control plane of Penstock: REST and console on one port, agents and proxies on the other.
@@ -121,8 +136,8 @@ fn fail(code: u8, message: &str) -> ExitCode {
 
 fn settings(args: &Args) -> Result<ControlPlaneConfig, String> {
     let load = penstock_config::load::<ControlPlaneConfig>;
-    let mut config =
-        load("controlplane", args.config.as_deref(), std::env::vars()).map_err(|e| e.to_string())?;
+    let mut config = load("controlplane", args.config.as_deref(), penstock_config::environment())
+        .map_err(|e| e.to_string())?;
     for (flag, setting) in [
         (&args.log_level, &mut config.log.level),
         (&args.http_listen, &mut config.listen.http),
@@ -274,7 +289,11 @@ async fn serve_grpc(core: Arc<Core>, listener: TcpListener) -> Result<(), String
 }
 
 async fn bind(address: &str, setting: &'static str) -> Result<TcpListener, Error> {
-    TcpListener::bind(address).await.map_err(|source| Error::Bind { address: address.to_owned(), setting, source })
+    TcpListener::bind(address).await.map_err(|source| Error::Bind {
+        address: address.to_owned(),
+        setting,
+        source,
+    })
 }
 
 fn local(listener: &TcpListener) -> Result<String, Error> {

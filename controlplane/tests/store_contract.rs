@@ -51,7 +51,8 @@ async fn counts_revisions_and_versions(store: &dyn Store) {
 }
 
 async fn lists_by_prefix_in_order_at_one_revision(store: &dyn Store) {
-    let revision = commit(store, Txn::new().put("/x/b", "").put("/x/a", "").put("/y", "").put("/x", "")).await;
+    let revision =
+        commit(store, Txn::new().put("/x/b", "").put("/x/a", "").put("/y", "").put("/x", "")).await;
     let listing = store.list("/x/").await.unwrap();
     let names: Vec<&str> = listing.entries.iter().map(|e| e.key.as_str()).collect();
     assert_eq!(names, ["/x/a", "/x/b"]);
@@ -78,7 +79,8 @@ async fn compares_decide_all_or_nothing(store: &dyn Store) {
         Compare::Exists("/none".into()),
         Compare::Value("/none".into(), "".into()),
     ] {
-        let txn = Txn::new().when(Compare::Exists("/a".into())).when(fails.clone()).put("/b", "1").delete("/a");
+        let txn =
+            Txn::new().when(Compare::Exists("/a".into())).when(fails.clone()).put("/b", "1").delete("/a");
         let outcome = store.txn(txn).await.unwrap();
         assert_eq!(outcome, TxnOutcome::Conflict { failed: fails, revision: at });
     }
@@ -137,7 +139,8 @@ async fn leases_take_their_keys_with_them(store: &dyn Store) {
     let ttl = Duration::from_millis(600);
     let (kept, left) = (store.lease_grant(ttl).await.unwrap(), store.lease_grant(ttl).await.unwrap());
     assert!(kept != 0 && left != 0 && kept != left);
-    let txn = Txn::new().put_leased("/l/kept", "", kept).put_leased("/l/1", "", left).put_leased("/l/2", "", left);
+    let txn =
+        Txn::new().put_leased("/l/kept", "", kept).put_leased("/l/1", "", left).put_leased("/l/2", "", left);
     let revision = commit(store, txn).await;
     let freed = commit(store, Txn::new().put_leased("/l/freed", "", left)).await;
     commit(store, Txn::new().put("/l/freed", "")).await;
@@ -153,7 +156,9 @@ async fn leases_take_their_keys_with_them(store: &dyn Store) {
         () = renewals => unreachable!("it never ends"),
     };
     assert_eq!(keys(&gone), [("/l/1".to_owned(), false), ("/l/2".to_owned(), false)], "at once, by itself");
-    assert!(store.get("/l/kept").await.unwrap().is_some_and(|e| e.lease == kept && e.mod_revision == revision));
+    assert!(
+        store.get("/l/kept").await.unwrap().is_some_and(|e| e.lease == kept && e.mod_revision == revision)
+    );
     assert!(store.get("/l/freed").await.unwrap().is_some(), "a put without lease takes it off");
     assert_eq!(store.lease_keep_alive(left).await, Err(StoreError::LeaseNotFound(left)));
     let late = store.txn(Txn::new().put_leased("/l/late", "", left)).await;

@@ -91,7 +91,7 @@ async fn without_a_control_plane_a_new_agent_keeps_what_runs_and_starts_what_is_
 async fn a_marked_process_without_a_record_is_ended_and_a_foreign_one_is_not() {
     let cp = ControlPlane::start().await;
     let mut node = Node::new(&cp);
-    let mut spawn = |state_dir: &str| {
+    let spawn = |state_dir: &str| {
         let mut command = Command::new("sleep");
         command.arg("600").env("PENSTOCK_REPLICA", "m-0").env("PENSTOCK_STATE_DIR", state_dir);
         command.stdin(Stdio::null()).process_group(0).spawn().unwrap()

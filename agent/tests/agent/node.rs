@@ -27,6 +27,7 @@ pub(crate) struct Node {
     pub(crate) config: AgentConfig,
     agent: Option<Child>,
     private: String,
+    client: reqwest::Client,
 }
 
 impl Node {
@@ -67,7 +68,8 @@ impl Node {
         engines
             .programs
             .insert("stand-in".into(), EngineProgram { command: engine::command(), args: vec![], env });
-        Self { dir, config, agent: None, private: String::new() }
+        let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
+        Self { dir, config, agent: None, private: String::new(), client }
     }
 
     /// Starts the agent and waits until it is up.
@@ -122,7 +124,7 @@ impl Node {
 
     /// GET on the private server: status and body.
     pub(crate) async fn get(&self, path: &str) -> (u16, String) {
-        let response = reqwest::get(format!("http://{}{path}", self.private)).await.unwrap();
+        let response = self.client.get(format!("http://{}{path}", self.private)).send().await.unwrap();
         (response.status().as_u16(), response.text().await.unwrap())
     }
 

@@ -32,7 +32,8 @@ pub(super) async fn readyz(State(core): State<Arc<Core>>) -> Response {
     let reasons = reasons(&core).await;
     let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let snapshot = core.hub.snapshot().version.to_string();
-    (status, Json(json!({ "ready": reasons.is_empty(), "reasons": reasons, "version": snapshot }))).into_response()
+    (status, Json(json!({ "ready": reasons.is_empty(), "reasons": reasons, "version": snapshot })))
+        .into_response()
 }
 
 pub(super) async fn metrics(State(core): State<Arc<Core>>) -> Result<Response, ApiError> {
@@ -48,7 +49,8 @@ pub(super) async fn metrics(State(core): State<Arc<Core>>) -> Result<Response, A
 pub(super) async fn status(State(core): State<Arc<Core>>) -> Json<Value> {
     let (view, reasons) = (core.view(), reasons(&core).await);
     let deployed = view.models.values().filter(|m| m.deployment.is_some()).count();
-    let ready = view.models.values().flat_map(|m| m.endpoints.values().filter(|e| m.takes_requests(e))).count();
+    let ready =
+        view.models.values().flat_map(|m| m.endpoints.values().filter(|e| m.takes_requests(e))).count();
     Json(json!({
         "term": core.leadership.term,
         "revision": view.revision,

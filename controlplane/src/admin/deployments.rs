@@ -150,7 +150,12 @@ async fn write(
         let value = serde_json::to_vec(&deployment).map_err(internal)?;
         let txn = Txn::new().when(Compare::ModRevision(key.clone(), at)).put(key.clone(), value);
         if let TxnOutcome::Committed { revision } = core.commit(txn).await? {
-            tracing::info!(model = name, replicas = deployment.replicas, revision, "a deployment was written");
+            tracing::info!(
+                model = name,
+                replicas = deployment.replicas,
+                revision,
+                "a deployment was written"
+            );
             core.seen(revision).await;
             return Ok((before.is_none(), deployment, revision));
         }

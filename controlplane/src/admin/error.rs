@@ -43,7 +43,8 @@ impl From<FieldError> for ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         tracing::error!(%error, "a request could not be served");
-        let message = "the store is not available; whether the change took place is unknown: read it, then try again";
+        let message =
+            "the store is not available; whether the change took place is unknown: read it, then try again";
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", message)
     }
 }

@@ -51,7 +51,9 @@ pub fn router(core: Arc<Core>) -> Router {
         .route("/api/v2/nodes", get(nodes::list))
         .route("/api/v2/proxies", get(nodes::proxies))
         .route("/api/v2/cluster/status", get(cluster::status))
-        .fallback(|| async { ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is nothing at this path") })
+        .fallback(|| async {
+            ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is nothing at this path")
+        })
         .method_not_allowed_fallback(|| async {
             let message = "this path does not take this method; the Allow header names those it takes";
             ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
@@ -74,7 +76,8 @@ async fn count(State(core): State<Arc<Core>>, response: Response) -> Response {
 
 async fn console_page() -> impl IntoResponse {
     let policy = "default-src 'self'; frame-ancestors 'none'";
-    let headers = [(header::CONTENT_TYPE, "text/html; charset=utf-8"), (header::CONTENT_SECURITY_POLICY, policy)];
+    let headers =
+        [(header::CONTENT_TYPE, "text/html; charset=utf-8"), (header::CONTENT_SECURITY_POLICY, policy)];
     (headers, include_str!("../console/index.html"))
 }
 
@@ -95,9 +98,11 @@ fn body(headers: &HeaderMap, body: Result<Bytes, BytesRejection>) -> Result<Valu
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
     }
     let bytes = body.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => {
-            ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", "the body is larger than is accepted")
-        }
+        StatusCode::PAYLOAD_TOO_LARGE => ApiError::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "body_too_large",
+            "the body is larger than is accepted",
+        ),
         _ => ApiError::new(StatusCode::BAD_REQUEST, "invalid_body", "the body could not be read to its end"),
     })?;
     validate::json(&bytes).map_err(|reason| {

@@ -56,15 +56,18 @@ pub fn judge<'a>(
 ) -> Result<&'a Assignment, Refusal> {
     let id = &asked.replica_id;
     validate::address(&asked.address).map_err(|reason| Refusal::new("bad_address", reason))?;
-    let unknown = || Refusal::new("unknown_assignment", format!("there is no assignment of {id} ({})", asked.model));
+    let unknown =
+        || Refusal::new("unknown_assignment", format!("there is no assignment of {id} ({})", asked.model));
     let assignment = placement.and_then(|p| p.find(id)).ok_or_else(unknown)?;
     let (present, given) = (assignment.generation, asked.generation);
     if given < present {
-        let reason = format!("{id} is registered with generation {given}, its assignment has {present} by now");
+        let reason =
+            format!("{id} is registered with generation {given}, its assignment has {present} by now");
         return Err(Refusal::new("stale_generation", reason));
     }
     if given > present {
-        let reason = format!("{id} is registered with generation {given}, which was never given out ({present} is)");
+        let reason =
+            format!("{id} is registered with generation {given}, which was never given out ({present} is)");
         return Err(Refusal::new("future_generation", reason));
     }
     if assignment.node_id != node_id {
@@ -79,7 +82,8 @@ pub fn judge<'a>(
 
 /// Registers; Ok tells the metric label: newly, or as it already was.
 pub async fn register(core: &Core, node: &Node, asked: &v1::Registration) -> Result<&'static str, Refusal> {
-    let (placement_key, key) = (keys::placement(&asked.model), keys::endpoint(&asked.model, &asked.replica_id));
+    let (placement_key, key) =
+        (keys::placement(&asked.model), keys::endpoint(&asked.model, &asked.replica_id));
     for _ in 0..ATTEMPTS {
         let stored = core.store.get(&placement_key).await?;
         let placement: Option<Placement> =
@@ -101,9 +105,11 @@ pub async fn register(core: &Core, node: &Node, asked: &v1::Registration) -> Res
             return Ok("repeated");
         }
         let judged_by = stored.map_or(0, |entry| entry.mod_revision);
-        let txn = Txn::new()
-            .when(Compare::ModRevision(placement_key.clone(), judged_by))
-            .put_leased(key.clone(), value, node.lease);
+        let txn = Txn::new().when(Compare::ModRevision(placement_key.clone(), judged_by)).put_leased(
+            key.clone(),
+            value,
+            node.lease,
+        );
         if let TxnOutcome::Committed { .. } = core.commit(txn).await? {
             return Ok("accepted");
         }

@@ -3,7 +3,10 @@
 //! Every way it can end is a [`Status`] with a sentence, which the agent logs before it connects again. Ending a session
 //! changes nothing in the store: the node's lease runs on, and a reconnect within it finds everything as it was.
 
-use std::{sync::Arc, time::{Duration, Instant}};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use penstock_proto::{FLEET_PROTOCOL_VERSION, v1};
 use tokio::{sync::mpsc, task::JoinSet};
@@ -154,8 +157,7 @@ struct Session {
 
 impl Session {
     fn new(core: Arc<Core>, node: Node, lease: LeaseId, outbound: Outbound) -> Self {
-        let registrant =
-            registration::Node { node_id: node.node_id.clone(), zone: node.zone.clone(), lease };
+        let registrant = registration::Node { node_id: node.node_id.clone(), zone: node.zone.clone(), lease };
         let (renewed, waiting) = (Instant::now(), JoinSet::new());
         Self { core, node, registrant, outbound, sent: None, seen: None, renewed, waiting }
     }
@@ -225,7 +227,10 @@ impl Session {
         // Figures that placement does not use are not stored, so this writes only when a GPU fails, comes or goes.
         if gpus != self.node.gpus {
             self.node.gpus = gpus;
-            self.core.commit(put_node(&self.node, self.registrant.lease).map_err(ended)?).await.map_err(ended)?;
+            self.core
+                .commit(put_node(&self.node, self.registrant.lease).map_err(ended)?)
+                .await
+                .map_err(ended)?;
         }
         Ok(())
     }
@@ -258,7 +263,10 @@ impl Session {
         self.waiting.spawn(async move {
             let patience = Duration::from_millis(core.config.fleet.deregister_ack_wait_ms);
             if !core.hub.wait_acknowledged(revision, patience).await {
-                tracing::warn!(replica_id = result.replica_id, "not every proxy acknowledged a removal in time");
+                tracing::warn!(
+                    replica_id = result.replica_id,
+                    "not every proxy acknowledged a removal in time"
+                );
             }
             result
         });

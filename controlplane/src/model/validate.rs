@@ -61,7 +61,10 @@ pub fn deployment_body(model: &str, body: &Value, max_replicas: u32) -> Result<D
     }
     if spec.model_path.is_empty() || spec.model_path.starts_with('-') {
         let wanted = "must be a model folder or id that does not start with '-'";
-        return Err(FieldError::new("model_path", format!("model_path {wanted}; it is {:?}", spec.model_path)));
+        return Err(FieldError::new(
+            "model_path",
+            format!("model_path {wanted}; it is {:?}", spec.model_path),
+        ));
     }
     let replicas = whole(fields, "replicas", 0, u64::from(max_replicas))?.unwrap_or(1);
     Ok(DeploymentBody { replicas, spec })
@@ -117,7 +120,8 @@ pub fn address(address: &str) -> Result<(), String> {
     let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
     let host_char = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
     let number = !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit());
-    if host.is_empty() || !host.chars().all(host_char) || !number || !port.parse::<u16>().is_ok_and(|p| p > 0) {
+    if host.is_empty() || !host.chars().all(host_char) || !number || !port.parse::<u16>().is_ok_and(|p| p > 0)
+    {
         return Err(wrong());
     }
     Ok(())
@@ -132,7 +136,7 @@ fn object<'a>(body: &'a Value, known: &[&str]) -> Result<&'a Map<String, Value>,
     let Some(fields) = body.as_object() else {
         return Err(FieldError::new("", format!("the body must be a JSON object, not {}", kind(body))));
     };
-    for field in fields.keys().filter(|field| !known.contains(&field.as_str())) {
+    if let Some(field) = fields.keys().find(|field| !known.contains(&field.as_str())) {
         let near = known.iter().map(|k| (strsim::damerau_levenshtein(field, k), k)).min();
         let hint = match near {
             Some((distance, name)) if distance <= 3 => format!("did you mean {name:?}?"),
@@ -293,7 +297,10 @@ mod tests {
     #[test]
     fn defaults_fill_what_is_left_out() {
         let body = deployment_body("m", &value!({}), 10).expect("valid");
-        assert_eq!((body.replicas, body.spec.engine.as_str(), body.spec.model_path.as_str()), (1, "vllm", "m"));
+        assert_eq!(
+            (body.replicas, body.spec.engine.as_str(), body.spec.model_path.as_str()),
+            (1, "vllm", "m")
+        );
         assert_eq!(body.spec.gpus_per_replica, 1);
     }
 
@@ -340,7 +347,9 @@ mod tests {
         for good in ["127.0.0.1:1", "gpu-1.example:65535", "[::1]:80"] {
             address(good).expect(good);
         }
-        for bad in ["", "h", "h:", "h:0", "h:65536", ":80", "h:+80", "::1:80", "0.0.0.0:80", "a/b:80", "127.0.0.1:0"] {
+        for bad in
+            ["", "h", "h:", "h:0", "h:65536", ":80", "h:+80", "::1:80", "0.0.0.0:80", "a/b:80", "127.0.0.1:0"]
+        {
             address(bad).expect_err(bad);
         }
         node_id("gpu-1.rack_2").expect("valid");

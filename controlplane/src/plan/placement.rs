@@ -53,7 +53,8 @@ impl<'a> Capacity<'a> {
         let mut rooms = Vec::new();
         for (name, node) in observed.nodes.iter().filter(|(_, node)| node.lost_since.is_none()) {
             let mut seen = BTreeSet::new();
-            let healthy = node.gpus.iter().filter(|gpu| gpu.fault.is_empty() && seen.insert(gpu.uuid.as_str()));
+            let healthy =
+                node.gpus.iter().filter(|gpu| gpu.fault.is_empty() && seen.insert(gpu.uuid.as_str()));
             let healthy: Vec<&str> = healthy.map(|gpu| gpu.uuid.as_str()).collect();
             let taken = taken.get(name);
             let is_free = |gpu: &&&str| taken.is_none_or(|taken| !taken.contains(**gpu));

@@ -58,14 +58,18 @@ fn about_replica(
             format!("{id} is on the lost node {node}{why}")
         } else {
             let lost_s = now.saturating_duration_since(since).as_secs();
-            format!("{id} waits for node {node}, lost for {lost_s} s; after {grace:.0} s it is placed elsewhere")
+            format!(
+                "{id} waits for node {node}, lost for {lost_s} s; after {grace:.0} s it is placed elsewhere"
+            )
         });
     }
     let registered = observed.registered.get(id.as_str()) == Some(&a.generation);
     if registered {
         let outdated = outcome.deployment.is_some_and(|d| d.spec != a.spec);
         return outdated.then(|| match outcome.surge_blocked {
-            true => format!("{id} runs the former spec and waits for its turn: there is no room for a second one"),
+            true => {
+                format!("{id} runs the former spec and waits for its turn: there is no room for a second one")
+            }
             false => format!("{id} runs the former spec and waits until a replacement is ready"),
         });
     }
@@ -73,7 +77,8 @@ fn about_replica(
     Some(match engine {
         None => format!("{id} waits for {node} to start its engine"),
         Some(engine) => {
-            let reason = if engine.reason.is_empty() { String::new() } else { format!(": {}", engine.reason) };
+            let reason =
+                if engine.reason.is_empty() { String::new() } else { format!(": {}", engine.reason) };
             match engine.state {
                 EngineState::Failed => format!("{id} failed on {node}{reason}"),
                 EngineState::Ready => format!("{id} is ready on {node} and waits to be registered"),

@@ -363,7 +363,10 @@ async fn expire_leases(shared: Arc<Shared>, operations: mpsc::Sender<Operation>)
     loop {
         let now = Instant::now();
         if now - looked > STOOD_STILL {
-            tracing::warn!(pause_ms = (now - looked).as_millis(), "this process stood still: every lease starts anew");
+            tracing::warn!(
+                pause_ms = (now - looked).as_millis(),
+                "this process stood still: every lease starts anew"
+            );
             shared.leases().values_mut().for_each(|lease| lease.deadline = now + lease.ttl);
         }
         looked = now;

@@ -11,7 +11,8 @@ use std::{
 };
 
 use super::{
-    Compare, Entry, Event, EventBatch, LeaseId, Listing, Revision, StoreError, Txn, TxnOutcome, WatchError, Write,
+    Compare, Entry, Event, EventBatch, LeaseId, Listing, Revision, StoreError, Txn, TxnOutcome, WatchError,
+    Write,
 };
 
 /// Durable state, and the recent events for watchers.
@@ -41,8 +42,7 @@ impl Memory {
     /// Every key with `prefix`.
     pub(super) fn list(&self, prefix: &str) -> Listing {
         let from: (Bound<&str>, Bound<&str>) = (Bound::Included(prefix), Bound::Unbounded);
-        let entries =
-            self.entries.range::<str, _>(from).take_while(|(key, _)| key.starts_with(prefix));
+        let entries = self.entries.range::<str, _>(from).take_while(|(key, _)| key.starts_with(prefix));
         Listing { entries: entries.map(|(_, entry)| entry.clone()).collect(), revision: self.revision }
     }
 
@@ -123,10 +123,11 @@ impl<'a> Draft<'a> {
             return Ok(TxnOutcome::Conflict { failed: failed.clone(), revision: self.changes.revision });
         }
         for write in &txn.writes {
-            if let Write::Put { lease, .. } = write {
-                if *lease != 0 && !lease_exists(*lease) {
+            match write {
+                Write::Put { lease, .. } if *lease != 0 && !lease_exists(*lease) => {
                     return Err(StoreError::LeaseNotFound(*lease));
                 }
+                Write::Put { .. } | Write::Delete { .. } => {}
             }
         }
         self.write(&txn.writes);
@@ -141,8 +142,7 @@ impl<'a> Draft<'a> {
     /// Ends a lease: its keys go in one transaction.
     pub(super) fn revoke(&mut self, lease: LeaseId) {
         self.changes.leases.insert(lease, None);
-        let untouched =
-            self.base.entries.iter().filter(|(key, _)| !self.changes.entries.contains_key(*key));
+        let untouched = self.base.entries.iter().filter(|(key, _)| !self.changes.entries.contains_key(*key));
         let untouched = untouched.map(|(_, entry)| entry);
         let changed = self.changes.entries.values().flatten();
         let mut keys: Vec<String> =

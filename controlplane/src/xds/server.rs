@@ -152,7 +152,10 @@ async fn serve(
         let retry = session.retry_at().map(tokio::time::Instant::from_std);
         let retry = async {
             match retry {
-                Some(at) => tokio::time::sleep_until(at.max(tokio::time::Instant::now() + Duration::from_millis(50))).await,
+                Some(at) => {
+                    tokio::time::sleep_until(at.max(tokio::time::Instant::now() + Duration::from_millis(50)))
+                        .await
+                }
                 None => std::future::pending().await,
             }
         };

@@ -181,7 +181,8 @@ impl Session {
 
     fn verdict(&mut self, kind: Kind, request: &xds::DeltaDiscoveryRequest, now: Instant) -> Heard {
         let state = self.state(kind);
-        let answers = |o: &mut Outstanding| !request.response_nonce.is_empty() && o.nonce == request.response_nonce;
+        let answers =
+            |o: &mut Outstanding| !request.response_nonce.is_empty() && o.nonce == request.response_nonce;
         let Some(outstanding) = state.outstanding.take_if(answers) else { return Heard::Nothing };
         let Some(error) = &request.error_detail else {
             for name in outstanding.offer.keys() {
@@ -216,11 +217,7 @@ impl Session {
     }
 
     /// The next response, if there is anything to say and nothing is outstanding.
-    pub fn next(
-        &mut self,
-        snapshot: &Snapshot,
-        now: Instant,
-    ) -> Option<(Kind, xds::DeltaDiscoveryResponse)> {
+    pub fn next(&mut self, snapshot: &Snapshot, now: Instant) -> Option<(Kind, xds::DeltaDiscoveryResponse)> {
         self.look(snapshot);
         if self.kinds.iter().any(|state| state.outstanding.is_some()) {
             return None;
@@ -289,7 +286,9 @@ impl Session {
             !tables.as_ref().is_some_and(lacks)
         };
         let may_go = |name: &&String| {
-            (removals || resources.contains_key(*name)) && !state.refused.contains_key(*name) && has_table(name)
+            (removals || resources.contains_key(*name))
+                && !state.refused.contains_key(*name)
+                && has_table(name)
         };
         let mut names: Vec<&String> =
             dirty.iter().filter(|n| !state.suspects.contains(*n)).filter(may_go).collect();
@@ -314,7 +313,11 @@ impl Session {
             system_version_info: snapshot.version.to_string(),
             type_url: kind.url().to_owned(),
             nonce: (self.last_nonce + 1).to_string(),
-            removed_resources: offer.iter().filter(|(_, v)| v.is_none()).map(|(name, _)| name.clone()).collect(),
+            removed_resources: offer
+                .iter()
+                .filter(|(_, v)| v.is_none())
+                .map(|(name, _)| name.clone())
+                .collect(),
             resources: offer.keys().filter_map(|name| on_wire(kind, name, snapshot)).collect(),
             ..Default::default()
         };

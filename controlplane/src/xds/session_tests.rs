@@ -182,10 +182,8 @@ fn names_can_be_subscribed_to_one_by_one() {
     assert_eq!(scene.settle(), ["T+a"]);
     scene.session.hear(subscribe(&["b"]), scene.now).expect("valid");
     assert_eq!(scene.settle(), ["T+b"]);
-    let unsubscribe = xds::DeltaDiscoveryRequest {
-        resource_names_unsubscribe: vec!["a".into()],
-        ..ask(Kind::Table)
-    };
+    let unsubscribe =
+        xds::DeltaDiscoveryRequest { resource_names_unsubscribe: vec!["a".into()], ..ask(Kind::Table) };
     scene.session.hear(unsubscribe, scene.now).expect("valid");
     scene.publish(&[("a", &model("a", true, &["x"])), ("b", &model("b", true, &["y"]))]);
     assert_eq!(scene.settle(), ["T+b"]);
@@ -209,7 +207,8 @@ fn a_subscriber_that_fell_far_behind_compares_everything_once() {
 
 #[test]
 fn an_unknown_type_is_refused_in_words() {
-    let request = xds::DeltaDiscoveryRequest { type_url: "type.googleapis.com/x".into(), ..Default::default() };
+    let request =
+        xds::DeltaDiscoveryRequest { type_url: "type.googleapis.com/x".into(), ..Default::default() };
     let error = Session::new(RETRY).hear(request, Instant::now()).expect_err("unknown");
     assert!(error.contains("EndpointTable"), "{error}");
 }

@@ -167,7 +167,9 @@ impl World {
             ["end"] => self.end_leaving(),
             ["lose", node] => self.lose(node),
             ["return", node] => self.nodes.get_mut(*node).unwrap().lost_since = None,
-            ["fault", node, gpu] => self.nodes.get_mut(*node).unwrap().gpus[number(gpu) as usize].fault = "XID 79".into(),
+            ["fault", node, gpu] => {
+                self.nodes.get_mut(*node).unwrap().gpus[number(gpu) as usize].fault = "XID 79".into()
+            }
             ["wait", seconds] => self.pass_time(u64::from(number(seconds))),
             ["report", id, state, reason @ ..] => self.report(id, state, &reason.join(" ")),
             ["plan"] => return self.planned(),

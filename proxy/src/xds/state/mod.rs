@@ -155,8 +155,8 @@ impl XdsState {
     /// The state after `response`.
     ///
     /// # Errors
-    /// Every reason why the response as a whole is refused, as sentences for the operator; at most
-    /// [`MAX_REASONS`] and a count of the rest.
+    /// Every reason why the response as a whole is refused, as sentences for the operator; at
+    /// most 20, and a count of the rest.
     pub fn apply(&self, response: &DeltaDiscoveryResponse) -> Result<Self, Vec<String>> {
         let mut next = self.clone();
         let mut reasons = Vec::new();

@@ -1,0 +1,85 @@
+//! kill -9 of one of three engines under load: requests that begin after it are all answered, streams that were on it end
+//! with a typed error, and a third engine is there again.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::json;
+use support::{Up, eventually, pid};
+use tokio::task::JoinSet;
+
+const WORKERS: usize = 24;
+
+struct Outcome {
+    began: Instant,
+    ended: Instant,
+    result: Result<(), String>,
+}
+
+/// One request after the other until told to stop.
+async fn worker(url: String, number: usize, stop: Arc<AtomicBool>) -> Vec<Outcome> {
+    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(30)).build().unwrap();
+    let mut outcomes = Vec::new();
+    while !stop.load(SeqCst) {
+        let began = Instant::now();
+        let body = json!({
+            "model": "sim-model",
+            "messages": [{"role": "user", "content": format!("worker {number}, request {}", outcomes.len())}],
+            "max_tokens": 12,
+            "stream": number % 2 == 0,
+        });
+        let answered = async {
+            let request = client.post(format!("{url}/v1/chat/completions")).json(&body);
+            let answer = request.send().await.map_err(|e| e.to_string())?;
+            let status = answer.status();
+            let text = answer.text().await.map_err(|e| e.to_string())?;
+            let whole = if number % 2 == 0 { text.ends_with("data: [DONE]\n\n") } else { text.contains("\"usage\"") };
+            if status.is_success() && whole { Ok(()) } else { Err(format!("{status}: {text}")) }
+        };
+        let result = answered.await;
+        outcomes.push(Outcome { began, ended: Instant::now(), result });
+    }
+    outcomes
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_new_request_fails_when_an_engine_is_killed_under_load() {
+    let up = Up::start(&["--engines", "3"]);
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut workers = JoinSet::new();
+    for number in 0..WORKERS {
+        workers.spawn(worker(up.url(), number, Arc::clone(&stop)));
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await; // load before the kill
+    let victim = &up.json["engines"][0];
+    let killed = Instant::now();
+    kill(pid(u32::try_from(victim["pid"].as_u64().unwrap()).unwrap()), Signal::SIGKILL).unwrap();
+    eventually("a third engine is ready again", Duration::from_secs(60), || {
+        let ready: Vec<_> = up.endpoints().into_iter().filter(|e| e["state"] == "ready").collect();
+        (ready.len() == 3 && ready.iter().all(|e| e["pid"] != victim["pid"])).then_some(())
+    });
+    stop.store(true, SeqCst);
+    let outcomes: Vec<Outcome> = workers.join_all().await.into_iter().flatten().collect();
+
+    let (after, before): (Vec<_>, Vec<_>) = outcomes.iter().partition(|o| o.began >= killed);
+    assert!(before.len() > 50 && after.len() > 50, "there was load: {} before, {} after", before.len(), after.len());
+    let failed: Vec<_> = after.iter().filter_map(|o| o.result.as_ref().err()).collect();
+    assert!(failed.is_empty(), "{} of {} new requests failed: {failed:?}", failed.len(), after.len());
+    for outcome in before {
+        if let Err(text) = &outcome.result {
+            assert!(outcome.ended >= killed, "failed before the kill: {text}");
+            assert!(text.contains("stream_interrupted") && !text.contains("[DONE]"), "not a typed end: {text}");
+        }
+    }
+    up.stop();
+}

@@ -1,3 +1,0 @@
-fn main() -> std::process::ExitCode {
-    penstock_loadtest::load::main(std::env::args_os())
-}
