@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-READY_DEADLINE_S = 90
+READY_DEADLINE_S = int(os.environ.get("READY_DEADLINE_S", "90"))
 STOP_DEADLINE_S = 60
 LEFTOVERS_DEADLINE_S = 5
 

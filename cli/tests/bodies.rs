@@ -13,8 +13,10 @@ use xxhash_rust::xxh3::xxh3_64;
 /// A chat request of about `size` bytes. The bulk is a field that nobody knows, full of what a careless scanner trips over.
 fn body(size: usize, seed: u64) -> Vec<u8> {
     let mut rng = fastrand::Rng::with_seed(seed);
-    let pieces = [r#"{\"model\":\"decoy\"}"#, r"\\", r"\u00e9", "é", " plain text ", r#"\""#, "}],[{", "🦀", r"\n"];
-    let mut body = br#"{"messages" : [ {"role":"user","content":"hi"} ] ,"max_tokens":1,"padding":""#.to_vec();
+    let pieces =
+        [r#"{\"model\":\"decoy\"}"#, r"\\", r"\u00e9", "é", " plain text ", r#"\""#, "}],[{", "🦀", r"\n"];
+    let mut body =
+        br#"{"messages" : [ {"role":"user","content":"hi"} ] ,"max_tokens":1,"padding":""#.to_vec();
     while body.len() < size {
         body.extend_from_slice(pieces[rng.usize(0..pieces.len())].as_bytes());
     }
@@ -30,7 +32,8 @@ enum Framing {
 
 async fn post(url: &str, framing: &Framing, body: &[u8]) -> (u16, String, String) {
     let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(60));
-    let client = if matches!(framing, Framing::H2) { client.http2_prior_knowledge() } else { client.http1_only() };
+    let client =
+        if matches!(framing, Framing::H2) { client.http2_prior_knowledge() } else { client.http1_only() };
     let body = match framing {
         Framing::Chunked => {
             let pieces: Vec<_> = body.chunks(100_003).map(|c| Ok::<_, std::io::Error>(c.to_vec())).collect();

@@ -116,7 +116,9 @@ fn a_client_that_leaves_in_its_upload_never_reaches_an_engine() {
     drop(client);
     let private = up.address("proxy_private");
     eventually("the proxy has seen it", SOON, || {
-        http(&private, "GET", "/metrics", "").contains("penstock_proxy_client_disconnects_total 1").then_some(())
+        http(&private, "GET", "/metrics", "")
+            .contains("penstock_proxy_client_disconnects_total 1")
+            .then_some(())
     });
     assert!(records(&engine).is_empty());
     up.stop();

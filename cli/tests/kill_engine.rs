@@ -43,7 +43,8 @@ async fn worker(url: String, number: usize, stop: Arc<AtomicBool>) -> Vec<Outcom
             let answer = request.send().await.map_err(|e| e.to_string())?;
             let status = answer.status();
             let text = answer.text().await.map_err(|e| e.to_string())?;
-            let whole = if number % 2 == 0 { text.ends_with("data: [DONE]\n\n") } else { text.contains("\"usage\"") };
+            let whole =
+                if number % 2 == 0 { text.ends_with("data: [DONE]\n\n") } else { text.contains("\"usage\"") };
             if status.is_success() && whole { Ok(()) } else { Err(format!("{status}: {text}")) }
         };
         let result = answered.await;
@@ -72,13 +73,21 @@ async fn no_new_request_fails_when_an_engine_is_killed_under_load() {
     let outcomes: Vec<Outcome> = workers.join_all().await.into_iter().flatten().collect();
 
     let (after, before): (Vec<_>, Vec<_>) = outcomes.iter().partition(|o| o.began >= killed);
-    assert!(before.len() > 50 && after.len() > 50, "there was load: {} before, {} after", before.len(), after.len());
+    assert!(
+        before.len() > 50 && after.len() > 50,
+        "there was load: {} before, {} after",
+        before.len(),
+        after.len()
+    );
     let failed: Vec<_> = after.iter().filter_map(|o| o.result.as_ref().err()).collect();
     assert!(failed.is_empty(), "{} of {} new requests failed: {failed:?}", failed.len(), after.len());
     for outcome in before {
         if let Err(text) = &outcome.result {
             assert!(outcome.ended >= killed, "failed before the kill: {text}");
-            assert!(text.contains("stream_interrupted") && !text.contains("[DONE]"), "not a typed end: {text}");
+            assert!(
+                text.contains("stream_interrupted") && !text.contains("[DONE]"),
+                "not a typed end: {text}"
+            );
         }
     }
     up.stop();

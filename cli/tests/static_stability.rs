@@ -12,11 +12,16 @@ use support::{Up, eventually, pid};
 
 async fn chat(url: &str) -> Result<(), String> {
     let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(20)).build().unwrap();
-    let body = json!({"model": "sim-model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3});
+    let body =
+        json!({"model": "sim-model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3});
     let answer = client.post(format!("{url}/v1/chat/completions")).json(&body).send().await;
     let answer = answer.map_err(|e| e.to_string())?;
     let status = answer.status();
-    if status.is_success() { Ok(()) } else { Err(format!("{status}: {}", answer.text().await.unwrap_or_default())) }
+    if status.is_success() {
+        Ok(())
+    } else {
+        Err(format!("{status}: {}", answer.text().await.unwrap_or_default()))
+    }
 }
 
 #[tokio::test]
@@ -33,7 +38,9 @@ async fn a_proxy_restarted_while_the_control_plane_stands_still_serves() {
     kill(controlplane, Signal::SIGSTOP).unwrap();
     let old = up.pid("proxy");
     kill(pid(old), Signal::SIGKILL).unwrap();
-    eventually("the proxy is started again", Duration::from_secs(30), || (up.pid("proxy") != old).then_some(()));
+    eventually("the proxy is started again", Duration::from_secs(30), || {
+        (up.pid("proxy") != old).then_some(())
+    });
     let deadline = std::time::Instant::now() + Duration::from_secs(30);
     while !matches!(ready().await, Some((200, _))) {
         assert!(std::time::Instant::now() < deadline, "ready from its snapshot: {:?}", ready().await);

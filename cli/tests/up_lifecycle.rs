@@ -77,6 +77,37 @@ fn an_interrupt_before_it_is_ready_ends_it_with_0_and_nothing_left() {
 }
 
 #[test]
+fn not_ready_in_time_is_1_and_says_what_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = penstock()
+        .args(["up", "--json", "--ports", "auto", "--engines", "1", "--ready-timeout-s", "3", "--data-dir"])
+        .arg(dir.path())
+        .arg("--engine-arg=--sim-load-ms=600000")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stdout.is_empty());
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains("0 of 1 engines") && error.contains("--ready-timeout-s"), "{error}");
+    assert!(marked(dir.path()).is_empty());
+}
+
+#[test]
+fn a_child_that_dies_again_and_again_ends_it_all_with_1() {
+    let mut up = Up::start(&["--engines", "0"]);
+    for _ in 0..6 {
+        let proxy = up.pid("proxy");
+        nix::sys::signal::kill(support::pid(proxy), Signal::SIGKILL).unwrap();
+        eventually("a new proxy, or the end", Duration::from_secs(20), || {
+            (up.try_pid("proxy") != Some(proxy)).then_some(())
+        });
+    }
+    assert_eq!(up.wait().code(), Some(1));
+    assert!(up.stderr().contains("giving up"), "{}", up.stderr());
+    assert!(marked(up.data_dir()).is_empty());
+}
+
+#[test]
 fn a_second_signal_hastens() {
     let mut up = Up::start(&["--engines", "1"]);
     let began = Instant::now();

@@ -235,7 +235,10 @@ impl AgentConfig {
         not_empty("engines.bind_host", &self.engines.bind_host)?;
         not_empty("engines.advertise_host", &self.engines.advertise_host)?;
         if self.node_id.chars().any(|c| c.is_control() || c == '/') {
-            return Err(format!("node_id is {:?}; it must not contain '/' or control characters", self.node_id));
+            return Err(format!(
+                "node_id is {:?}; it must not contain '/' or control characters",
+                self.node_id
+            ));
         }
         if self.controlplane.endpoints.is_empty() {
             return Err("controlplane.endpoints is empty; name at least one, as \"http://HOST:18091\"".into());
@@ -288,7 +291,9 @@ impl EngineProgram {
             return Err(format!("engines.{name}.command is empty; name the program, as [\"vllm\"]"));
         }
         match self.env.keys().find(|key| key.is_empty() || key.contains(['=', '\0'])) {
-            Some(key) => Err(format!("engines.{name}.env has the name {key:?}; it must not be empty or contain '='")),
+            Some(key) => {
+                Err(format!("engines.{name}.env has the name {key:?}; it must not be empty or contain '='"))
+            }
             None => Ok(()),
         }
     }
@@ -331,7 +336,10 @@ mod tests {
 
     #[test]
     fn impossible_settings_name_their_key_and_what_is_accepted() {
-        assert!(refused(|c| c.on_shutdown = "kill".into()).contains("on_shutdown is \"kill\"; accepted: stop, keep"));
+        assert!(
+            refused(|c| c.on_shutdown = "kill".into())
+                .contains("on_shutdown is \"kill\"; accepted: stop, keep")
+        );
         assert!(refused(|c| c.gpus.source = "amd".into()).contains("gpus.source"));
         assert!(refused(|c| c.controlplane.endpoints.clear()).contains("controlplane.endpoints"));
         assert!(refused(|c| c.engines.liveness_failures = 0).contains("engines.liveness_failures is 0"));
@@ -347,8 +355,19 @@ mod tests {
         for good in ["http://127.0.0.1:18091", "http://cp-1.internal:18091/", "http://[::1]:18091"] {
             assert!(is_endpoint(good), "{good}");
         }
-        for bad in ["", "127.0.0.1:18091", "https://cp:18091", "http://cp", "http://:1", "http://cp:0", "http://cp:99999"] {
-            assert!(refused(|c| c.controlplane.endpoints = vec![bad.into()]).contains("http://HOST:PORT"), "{bad}");
+        for bad in [
+            "",
+            "127.0.0.1:18091",
+            "https://cp:18091",
+            "http://cp",
+            "http://:1",
+            "http://cp:0",
+            "http://cp:99999",
+        ] {
+            assert!(
+                refused(|c| c.controlplane.endpoints = vec![bad.into()]).contains("http://HOST:PORT"),
+                "{bad}"
+            );
         }
     }
 

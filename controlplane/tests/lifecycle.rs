@@ -39,8 +39,9 @@ async fn a_put_reaches_an_agent_and_its_engine_reaches_proxies() {
     assert_eq!((endpoint.address.as_str(), endpoint.generation), ("127.0.0.1:10814", a.generation));
     assert_eq!((endpoint.zone.as_str(), endpoint.node_id.as_str()), ("z1", "node-1"));
     plane.wait_endpoint_state("org-chat-0", "ready").await;
-    let shown = plane.endpoint("org-chat-0").await.unwrap();
-    assert_eq!((shown["running"].as_u64(), shown["pid"].as_u64()), (Some(3), Some(4242)), "{shown}");
+    let loaded = async || plane.endpoint("org-chat-0").await.filter(|e| e["running"] == 3);
+    let shown = wait("the engine's load", loaded).await;
+    assert_eq!((shown["pid"].as_u64(), shown["kv_used_ratio"].as_f64()), (Some(4242), Some(0.5)), "{shown}");
     let deployment = plane.get("/api/v2/deployments/org%2Fchat").await;
     assert_eq!(deployment["status"]["ready"], 1, "{deployment}");
     assert!(agent.serve(a, 10_814).await.accepted, "registering again is fine");

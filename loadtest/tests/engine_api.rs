@@ -241,8 +241,9 @@ fn refusals_have_the_shapes_of_vllm() {
 
 #[test]
 fn bodies_arrive_byte_for_byte_by_length_and_by_chunks() {
-    let sim = Sim::start(&["--sim-speed", "0", "--sim-sha256"]);
-    for size in [10, 1 << 20, 20 << 20] {
+    let small = Sim::start(&["--sim-speed", "0", "--sim-sha256"]);
+    let large = Sim::start(&["--sim-speed", "0"]);
+    for (sim, size) in [(&small, 10), (&small, 1 << 20), (&large, 20 << 20)] {
         let text: String = "The quick \\\"brown\\\" fox. ".chars().cycle().take(size).collect();
         let text = text.trim_end_matches('\\');
         let body = format!(
@@ -264,7 +265,7 @@ fn bodies_arrive_byte_for_byte_by_length_and_by_chunks() {
         assert_eq!(request(sim.address, &head, &chunked).status, 200);
         let record = sim.last_record();
         assert_eq!((&record["body_xxh3"], &record["body_bytes"]), (&json!(hash), &json!(body.len())));
-        assert_eq!(record["body_sha256"].as_str().unwrap().len(), 64);
+        assert_eq!(record["body_sha256"].is_string(), size < 20 << 20);
     }
 }
 

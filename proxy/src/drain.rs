@@ -2,7 +2,7 @@
 //!
 //! 1. `/readyz` says 503: load balancers look away.
 //! 2. `drain.unready_ms` pass, for them to notice.
-//! 3. The listener closes; idle connections are closed, HTTP/2 ones told to go away.
+//! 3. The listener closes; connections that stay idle for another moment are closed, HTTP/2 ones told to go away.
 //! 4. Requests under way finish, streams included, for up to `drain.deadline_ms` or until a second signal.
 //! 5. What is left gets an error event and ends.
 //!
@@ -20,6 +20,9 @@ use tokio_util::{
     sync::CancellationToken,
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
+
+/// After the listener has closed, how long a kept-alive connection may still bring the request it was about to send.
+pub const LAST_REQUEST: Duration = Duration::from_millis(200);
 
 /// After the last call, how long error events may take to be written.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -79,6 +82,7 @@ impl Lifecycle {
             drop(timeout(Duration::from_millis(config.unready_ms), hurry.cancelled()).await);
         }
         self.stop_accepting.send_replace(true);
+        drop(timeout(LAST_REQUEST, hurry.cancelled()).await);
         self.requests.close();
         let deadline = Duration::from_millis(config.deadline_ms);
         tokio::select! {

@@ -4,7 +4,7 @@
 //! be parsed is answered in the API's own shape, and a request costs no callbacks. Everything in here is a straight line;
 //! what a line does is in the module it names.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -28,7 +28,7 @@ use crate::{
         body::{self, BodyBudget},
         respond,
     },
-    drain::Lifecycle,
+    drain::{self, Lifecycle},
     endpoints::{EndpointTable, Pool, Snapshot, Ticket},
     error::{GatewayError, UpstreamFailure},
     openai::{
@@ -48,9 +48,6 @@ use crate::{
 
 /// Bytes of HTTP/2 body a client may send before it hears from us: large prompts come in few round trips.
 const H2_WINDOW_BYTES: u32 = 1 << 20;
-
-/// After the listener has closed, how long a kept-alive connection may still begin the request it was about to send.
-const LAST_REQUEST: Duration = Duration::from_millis(200);
 
 /// Everything requests share.
 #[derive(Debug)]
@@ -119,7 +116,7 @@ impl Gateway {
         let target =
             head.uri.path_and_query().map_or_else(|| head.uri.path().to_owned(), ToString::to_string);
         let path = target.split_once('?').map_or(&*target, |(path, _)| path);
-        if path == "/healthz" {
+        if path == "/healthz" && head.method == http::Method::GET {
             return self.say(session, record, "text/plain", "ok\n".into()).await;
         }
         let route = openai::route(&head.method, path);
@@ -303,7 +300,7 @@ impl Gateway {
         let limit = self.config.limits.header_bytes;
         let headers = &session.req_header().headers;
         let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
-        let target = session.req_header().uri.to_string().len();
+        let target = session.req_header().raw_path().len();
         if bytes + target > limit { Err(GatewayError::HeadTooLarge { limit }) } else { Ok(()) }
     }
 
@@ -406,15 +403,15 @@ impl Gateway {
     /// One request on a connection, from its head on; gives the connection back if it can take another.
     async fn serve(&self, mut session: ServerSession, shutdown: &ShutdownWatch) -> Option<ReusedHttpStream> {
         let limits = &self.config.limits;
-        let mut stop = shutdown.clone();
-        let read = tokio::select! {
-            biased;
-            read = session.read_request() => Some(read),
-            () = stopping(&mut stop) => None,
-        };
-        let read = match read {
-            Some(read) => read,
-            None => tokio::time::timeout(LAST_REQUEST, session.read_request()).await.ok()?,
+        let read = {
+            let mut stop = shutdown.clone();
+            // One future to its end: a head that has begun to arrive must not be lost to the drain.
+            let mut reading = pin!(session.read_request());
+            tokio::select! {
+                biased;
+                read = reading.as_mut() => read,
+                () = stopping(&mut stop) => tokio::time::timeout(drain::LAST_REQUEST, reading).await.ok()?,
+            }
         };
         match read {
             Ok(true) => {}

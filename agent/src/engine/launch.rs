@@ -23,6 +23,8 @@ pub(crate) struct Engine {
     pub(crate) target: Target,
     /// Its server, as proxies reach it: host:port.
     pub(crate) address: String,
+    /// It has been ready under an earlier agent.
+    pub(crate) was_ready: bool,
     /// Where this life's output begins in its log.
     pub(crate) log_from: u64,
     /// Starts after the first.
@@ -110,6 +112,7 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
         start_ticks: 0,
         boot_id: cx.boot_id.clone(),
         restarts,
+        ready: false,
         log_from,
         command: launch.argv.clone(),
     };
@@ -127,12 +130,21 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
     Ok(engine(cx, tree, lease, record))
 }
 
+/// Notes for the next agent that the replica's engine has been ready.
+pub(crate) fn note_ready(cx: &Context, replica_id: &str) {
+    let Some(record) = cx.records.read(replica_id).filter(|record| !record.ready) else { return };
+    if let Err(error) = cx.records.write(&Record { ready: true, ..record }) {
+        tracing::error!(replica = replica_id, %error, "cannot write the engine's record");
+    }
+}
+
 fn engine(cx: &Context, tree: Tree, lease: PortLease, record: Record) -> Engine {
     Engine {
         target: Target::new(&cx.config.bind_host, lease.port()),
         address: advertised(&cx.config.advertise_host, lease.port()),
         tree,
         lease,
+        was_ready: record.ready,
         log_from: record.log_from,
         restarts: record.restarts,
         since: Instant::now(),

@@ -31,6 +31,9 @@ pub(crate) struct Record {
     pub(crate) boot_id: String,
     /// Starts after the first, for this generation.
     pub(crate) restarts: u32,
+    /// It has been ready, so proxies may be sending it requests.
+    #[serde(default)]
+    pub(crate) ready: bool,
     /// Where this life's output begins in the log.
     pub(crate) log_from: u64,
     /// What was executed, for the operator.
@@ -105,6 +108,7 @@ pub(crate) mod tests {
             start_ticks: 100,
             boot_id: "boot".into(),
             restarts: 0,
+            ready: false,
             log_from: 0,
             command: vec![],
         }

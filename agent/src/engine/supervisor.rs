@@ -18,6 +18,7 @@ use super::{
     launch::{self, Engine, Failure},
     load::Load,
     logs,
+    probe::Target,
     process::Exit,
     readiness::{self, Question},
     stop::{self, DrainTimes},
@@ -172,6 +173,7 @@ impl Supervisor {
             return served;
         }
         self.cx.metrics.became_ready(engine.since.elapsed());
+        launch::note_ready(&self.cx, self.id());
         self.move_to(State::Ready, "");
         tracing::info!(replica = self.id(), pid = engine.tree.pid(), base_url = %engine.target, "engine ready");
         self.register(engine);
@@ -194,9 +196,17 @@ impl Supervisor {
             self.cx.board.update(self.id(), |view| view.reason = format!("not ready: {waiting_for}"));
         };
         let ready = readiness::until_ready(&self.cx.probe, &question, told);
+        // One that was ready before is still routed to: it has a ready engine's time to answer, not a loading one's.
+        let silent = async {
+            match engine.was_ready {
+                true => until_silent(&self.cx, &engine.target).await,
+                false => std::future::pending().await,
+            }
+        };
         Some(tokio::select! {
             order = ordered(&mut orders) => Served::Ordered(order),
             exit = engine.tree.exited() => Served::Failed(self.explain(exit, engine.log_from)),
+            reason = silent => Served::Failed(Failure::passing(reason)),
             never = watching::keep_log_small(log, config.log_bytes) => match never {},
             ready = timeout(Duration::from_secs(config.ready_s), ready) => match ready {
                 Ok(Ok(())) => return None,
@@ -215,13 +225,7 @@ impl Supervisor {
         let ms = Duration::from_millis;
         let mut orders = self.orders.clone();
         let id = self.id().to_owned();
-        let silent = watching::until_silent(
-            &cx.probe,
-            &engine.target,
-            ms(config.liveness_ms),
-            ms(config.liveness_timeout_ms),
-            config.liveness_failures,
-        );
+        let silent = until_silent(&cx, &engine.target);
         let (period, deadline) = (ms(config.load_ms), ms(config.load_timeout_ms));
         let load = watching::follow_load(&cx.probe, &engine.target, period, deadline, load_notes(&cx, &id));
         let failures = &mut self.failures;
@@ -233,10 +237,7 @@ impl Supervisor {
         tokio::select! {
             order = ordered(&mut orders) => Served::Ordered(order),
             exit = engine.tree.exited() => Served::Failed(self.explain(exit, engine.log_from)),
-            reason = silent => {
-                cx.metrics.liveness_failures.inc();
-                Served::Failed(Failure::passing(reason))
-            }
+            reason = silent => Served::Failed(Failure::passing(reason)),
             order = follow_registration(&cx, &id) => Served::Ordered(order),
             order = stable => Served::Ordered(order),
             never = load => match never {},
@@ -356,6 +357,16 @@ async fn ordered(orders: &mut watch::Receiver<Order>) -> Order {
         Ok(order) => order.clone(),
         Err(_) => Order::Keep,
     }
+}
+
+/// Returns, with the reason, when an engine that should answer has not for too long.
+async fn until_silent(cx: &Context, target: &Target) -> String {
+    let (period, deadline) = (cx.config.liveness_ms, cx.config.liveness_timeout_ms);
+    let (period, deadline) = (Duration::from_millis(period), Duration::from_millis(deadline));
+    let reason =
+        watching::until_silent(&cx.probe, target, period, deadline, cx.config.liveness_failures).await;
+    cx.metrics.liveness_failures.inc();
+    reason
 }
 
 /// Puts load readings on the board; a figure that is missing is logged once.

@@ -10,7 +10,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use penstock_proto::v1::agent_message::Message;
+use penstock_proto::v1::{EngineState, agent_message::Message};
 
 use crate::{
     controlplane::ControlPlane,
@@ -103,6 +103,24 @@ async fn a_marked_process_without_a_record_is_ended_and_a_foreign_one_is_not() {
     assert_eq!(foreign.try_wait().unwrap(), None);
     foreign.kill().unwrap();
     foreign.wait().unwrap();
+}
+
+#[tokio::test]
+async fn an_engine_that_hung_while_no_agent_looked_is_replaced_soon() {
+    let cp = ControlPlane::start().await;
+    let mut node = Node::new(&cp);
+    let hang = node.path("hang");
+    cp.assign(1, 2, vec![assignment("m-0", 7, &["--health-while-not", &hang])]).await;
+    node.start().await;
+    let hung = number(&node.registered("m-0").await, "pid");
+    node.kill_agent();
+    fs::write(&hang, "").unwrap();
+    let from = cp.heard().len();
+    node.start().await;
+    let failed = cp.hears_status("m-0", from, |s| s.state == i32::from(EngineState::Failed)).await;
+    assert!(failed.reason.contains("liveness checks in a row failed"), "{}", failed.reason);
+    fs::remove_file(&hang).unwrap();
+    node.engine("m-0", |e| e["state"] == "ready" && number(e, "pid") != hung).await;
 }
 
 #[tokio::test]

@@ -56,10 +56,10 @@ impl Summary {
     pub(crate) fn banner(&self, model: &str, engine: &str, notes: Notes) -> String {
         let Self { public, proxy_private, controlplane, grpc, agent_private, console, .. } = self;
         let engines = self.engines.len();
-        let kind = if engine == "sim" { "simulated engine" } else { engine };
-        let several = if engines == 1 || engine != "sim" { "" } else { "s" };
+        let kind = if engine == "sim" { "simulated" } else { "vLLM" };
+        let several = if engines == 1 { "" } else { "s" };
         let mut text = format!(
-            "\nPenstock is up: {engines} {kind}{several} serving \"{model}\".\n\n\
+            "\nPenstock is up: {engines} {kind} engine{several} serving \"{model}\".\n\n\
              \x20 API            http://{public}/v1\n\
              \x20 console        {console}\n\
              \x20 control plane  http://{controlplane} (REST), {grpc} (gRPC)\n\

@@ -33,18 +33,17 @@ use std::{
 };
 
 use self::{banner::Summary, datadir::DataDir, error::UpError, plan::Plan, signals::Signals, system::System};
-use crate::{
-    args::UpArgs,
-    output::{self, USAGE},
-};
+use crate::{args::UpArgs, output};
 
 /// Runs `penstock up` until a signal or a failure ends it.
 pub(crate) async fn main(options: UpArgs) -> ExitCode {
     match up(&options).await {
-        Ok(()) | Err(UpError::Interrupted) => ExitCode::SUCCESS,
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            output::say(&error.to_string());
-            ExitCode::from(if matches!(error, UpError::Usage(_)) { USAGE } else { 1 })
+            if !matches!(error, UpError::Said(_) | UpError::Interrupted) {
+                output::say(&error.to_string());
+            }
+            ExitCode::from(error.exit_code())
         }
     }
 }
@@ -68,15 +67,16 @@ async fn up(options: &UpArgs) -> Result<(), UpError> {
         },
         Err(error) => Err(error),
     };
-    if let Err(UpError::Failed(why) | UpError::Usage(why)) = &outcome {
-        output::say(&format!("{why}\npenstock: stopping what was started"));
+    if !system.has_started() {
+        return outcome;
+    }
+    if let Err(error @ (UpError::Failed(_) | UpError::Usage(_))) = &outcome {
+        output::say(&error.to_string()); // now: the stop may take a while
     }
     let stopped = system.stop(&mut signals).await;
     match outcome {
-        // Said above, before the stop that may take a while.
-        Err(UpError::Failed(_)) => Err(UpError::Failed("stopped after the failure above".into())),
-        Err(UpError::Usage(_)) => Err(UpError::Usage("stopped after the mistake above".into())),
         Ok(()) | Err(UpError::Interrupted) => stopped,
+        Err(error) => stopped.and(Err(UpError::Said(error.exit_code()))),
     }
 }
 

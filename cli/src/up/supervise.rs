@@ -53,6 +53,11 @@ impl Supervised {
         }
     }
 
+    /// Whether it was started and not stopped for good.
+    pub(crate) fn has_started(&self) -> bool {
+        !matches!(self.state, State::Idle)
+    }
+
     /// 0 while it does not run.
     pub(crate) fn pid(&self) -> u32 {
         if let State::Running(process) = &self.state { process.pid } else { 0 }

@@ -19,7 +19,7 @@ use super::{
     wait,
 };
 use crate::{
-    api::{ControlPlane, Endpoint},
+    api::{ControlPlane, Deployment, Endpoint},
     args::{Engine, UpArgs},
     output::say,
 };
@@ -119,6 +119,15 @@ impl System {
         Ok(text)
     }
 
+    fn tell(&self, line: &str) {
+        tell(self.json, line);
+    }
+
+    /// Whether there is anything to stop.
+    pub(crate) fn has_started(&self) -> bool {
+        [&self.controlplane, &self.agent, &self.proxy].iter().any(|child| child.has_started())
+    }
+
     fn write_settings(&self) -> Result<Effective, UpError> {
         let penstock = self.program.display().to_string();
         let agent = settings::agent(&self.data, &self.at, self.gpus, &penstock, self.plan.vllm.as_ref());
@@ -142,6 +151,10 @@ impl System {
         if own.is_none_or(|stored| !plan::is_as_asked(stored, &spec)) {
             wait::answered(deadline, || server.deploy(&self.plan.model, &spec)).await?;
         }
+        for other in &others {
+            let Deployment { model, replicas, engine, .. } = other;
+            self.tell(&format!("resuming {model} too: {replicas} engines ({engine}), as stored"));
+        }
         let needed = others.iter().map(|d| d.replicas.saturating_mul(d.gpus_per_replica));
         self.gpus = self.plan.gpus(spec.replicas, needed.fold(0, u32::saturating_add));
         Ok(spec.replicas)
@@ -154,15 +167,11 @@ impl System {
         engines: u32,
         deadline: Instant,
     ) -> Result<(Vec<Endpoint>, Vec<String>), UpError> {
-        let (model, json) = (&self.plan.model, self.json);
+        let model = &self.plan.model;
         let proxy = wait::Proxy { public: &self.at.public, private: &self.at.proxy_private };
-        let tell = |line: &str| {
-            if !json {
-                say(line);
-            }
-        };
         let ready = async {
-            let endpoints = wait::engines_ready(server, model, engines, deadline, tell).await?;
+            let endpoints =
+                wait::engines_ready(server, model, engines, deadline, |line| tell(self.json, line)).await?;
             proxy.serves((engines > 0).then_some(model.as_str()), deadline).await?;
             Ok((endpoints, proxy.models().await?))
         };
@@ -174,7 +183,8 @@ impl System {
         }
     }
 
-    fn summarise(&self, endpoints: Vec<Endpoint>, models: Vec<String>) -> Summary {
+    fn summarise(&self, mut endpoints: Vec<Endpoint>, models: Vec<String>) -> Summary {
+        endpoints.sort_by(|a, b| a.id.cmp(&b.id));
         let engine = |e: Endpoint| EngineSummary { id: e.id, address: e.address, pid: e.pid };
         Summary {
             public: reachable(&self.at.public),
@@ -242,9 +252,7 @@ impl System {
         {
             say(&UpError::io("remove", &self.data.summary(), &error).to_string());
         }
-        if !self.json {
-            say("stopping; open streams get 10 s; once more to stop at once");
-        }
+        self.tell("stopping; open streams get 10 s; once more to stop at once");
         let mut hasten = false;
         for (child, name, longest) in [
             (&mut self.proxy, "proxy", STOP_PROXY),
@@ -261,6 +269,13 @@ impl System {
             say(&format!("the agent left these behind; ending them:{}", leftovers::list(&left)));
         }
         leftovers::end(self.data.root(), if hasten { Duration::ZERO } else { STOP_LEFT })
+    }
+}
+
+/// A line on how it goes: for people, who did not ask for JSON.
+fn tell(json: bool, line: &str) {
+    if !json {
+        say(line);
     }
 }
 

@@ -81,9 +81,11 @@ fn progress(endpoints: &[Endpoint], model: &str, wanted: u32) -> Progress {
         endpoints.iter().filter(|e| e.model == model).partition(|e| is_ready(e));
     let rest: Vec<String> = rest
         .iter()
-        .map(|e| match e.reason.as_str() {
-            "" => format!("{} {}", e.id, e.state),
-            reason => format!("{} {} ({reason})", e.id, e.state),
+        .map(|e| {
+            // Why an engine is not ready yet is of interest once something went wrong.
+            let troubled = (e.state == "failed" || e.restarts > 0) && !e.reason.is_empty();
+            let why = if troubled { format!(" ({})", e.reason) } else { String::new() };
+            format!("{} {}{why}", e.id, e.state)
         })
         .collect();
     let list = if rest.is_empty() { String::new() } else { format!("; {}", rest.join(", ")) };

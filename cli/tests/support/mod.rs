@@ -143,9 +143,14 @@ impl Up {
 
     /// Of "proxy", "controlplane", "agent" or "up", as `up.json` has it now.
     pub(crate) fn pid(&self, process: &str) -> u32 {
-        let text = std::fs::read(self.data_dir().join("up.json")).unwrap();
+        self.try_pid(process).unwrap()
+    }
+
+    /// The same, or `None` once `up` has begun to stop.
+    pub(crate) fn try_pid(&self, process: &str) -> Option<u32> {
+        let text = std::fs::read(self.data_dir().join("up.json")).ok()?;
         let summary: Value = serde_json::from_slice(&text).unwrap();
-        u32::try_from(summary["pids"][process].as_u64().unwrap()).unwrap()
+        summary["pids"][process].as_u64().and_then(|pid| u32::try_from(pid).ok())
     }
 
     /// What it wrote to stderr so far.

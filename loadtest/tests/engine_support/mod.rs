@@ -18,19 +18,19 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// How long anything may take on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running simulator.
-pub struct Sim {
+pub(crate) struct Sim {
     child: Child,
-    pub address: SocketAddr,
-    pub pid: i32,
-    pub core_pid: Option<i32>,
+    pub(crate) address: SocketAddr,
+    pub(crate) pid: i32,
+    pub(crate) core_pid: Option<i32>,
     _dir: TempDir,
 }
 
 /// The simulator's command line, in a process group of its own.
-pub fn command(args: &[&str]) -> Command {
+pub(crate) fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_penstock-engine-sim"));
     command.args(["serve", "sim-model", "--host", "127.0.0.1"]).args(args);
     command.stderr(Stdio::null()).process_group(0);
@@ -39,7 +39,7 @@ pub fn command(args: &[&str]) -> Command {
 
 impl Sim {
     /// Starts one with more flags and waits until it is ready.
-    pub fn start(args: &[&str]) -> Self {
+    pub(crate) fn start(args: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let announce: PathBuf = dir.path().join("announce.json");
         let mut command = command(args);
@@ -62,17 +62,17 @@ impl Sim {
         }
     }
 
-    pub fn url(&self, path: &str) -> String {
+    pub(crate) fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }
 
     /// Sends a signal to one process of the engine.
-    pub fn signal(&self, pid: i32, signal: Signal) {
+    pub(crate) fn signal(&self, pid: i32, signal: Signal) {
         kill(Pid::from_raw(pid), signal).unwrap();
     }
 
     /// Waits for the API server to end.
-    pub fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         let mut status = None;
         wait_for("the end of the process", || {
             status = self.child.try_wait().unwrap();
@@ -81,33 +81,33 @@ impl Sim {
         status.unwrap()
     }
 
-    pub fn get(&self, path: &str) -> Reply {
+    pub(crate) fn get(&self, path: &str) -> Reply {
         request(self.address, &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"), b"")
     }
 
-    pub fn post(&self, path: &str, body: &Value) -> Reply {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Reply {
         self.post_bytes(path, body.to_string().as_bytes())
     }
 
-    pub fn post_bytes(&self, path: &str, body: &[u8]) -> Reply {
+    pub(crate) fn post_bytes(&self, path: &str, body: &[u8]) -> Reply {
         request(self.address, &post_head(path, body.len(), "connection: close\r\n"), body)
     }
 
-    pub fn state(&self) -> Value {
+    pub(crate) fn state(&self) -> Value {
         self.get("/sim/state").json()
     }
 
-    pub fn fault(&self, fault: Value) {
+    pub(crate) fn fault(&self, fault: Value) {
         assert_eq!(self.post("/sim/faults", &fault).status, 200);
     }
 
     /// The newest remembered request.
-    pub fn last_record(&self) -> Value {
+    pub(crate) fn last_record(&self) -> Value {
         self.get("/sim/requests?limit=1").json()["requests"][0].clone()
     }
 
     /// Opens a connection, sends a request, and leaves the response unread.
-    pub fn open(&self, path: &str, body: &Value) -> TcpStream {
+    pub(crate) fn open(&self, path: &str, body: &Value) -> TcpStream {
         let body = body.to_string();
         let mut stream = TcpStream::connect(self.address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -125,7 +125,7 @@ impl Drop for Sim {
     }
 }
 
-pub fn post_head(path: &str, length: usize, more: &str) -> String {
+pub(crate) fn post_head(path: &str, length: usize, more: &str) -> String {
     format!(
         "POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n{more}\r\n"
     )
@@ -133,44 +133,44 @@ pub fn post_head(path: &str, length: usize, more: &str) -> String {
 
 /// A response read to the end of its connection.
 #[derive(Debug)]
-pub struct Reply {
-    pub status: u16,
-    pub head: String,
+pub(crate) struct Reply {
+    pub(crate) status: u16,
+    pub(crate) head: String,
     /// Chunks joined.
-    pub body: Vec<u8>,
+    pub(crate) body: Vec<u8>,
     /// False if the connection broke, or closed before the body's end.
-    pub whole: bool,
+    pub(crate) whole: bool,
 }
 
 impl Reply {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.text()))
     }
 
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 
     /// The `data:` of all events, `[DONE]` included.
-    pub fn data(&self) -> Vec<String> {
+    pub(crate) fn data(&self) -> Vec<String> {
         self.text().lines().filter_map(|l| l.strip_prefix("data: ")).map(String::from).collect()
     }
 
     /// The events as JSON, `[DONE]` left out.
-    pub fn events(&self) -> Vec<Value> {
+    pub(crate) fn events(&self) -> Vec<Value> {
         let events = self.data().into_iter().filter(|d| d != "[DONE]");
         events.map(|d| serde_json::from_str(&d).unwrap()).collect()
     }
 
     /// The text of a chat stream.
-    pub fn content(&self) -> String {
+    pub(crate) fn content(&self) -> String {
         let events = self.events();
         events.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str()).collect()
     }
 }
 
 /// Sends a request and reads until the connection closes.
-pub fn request(address: SocketAddr, head: &str, body: &[u8]) -> Reply {
+pub(crate) fn request(address: SocketAddr, head: &str, body: &[u8]) -> Reply {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.write_all(head.as_bytes()).unwrap();
@@ -179,7 +179,7 @@ pub fn request(address: SocketAddr, head: &str, body: &[u8]) -> Reply {
 }
 
 /// Reads one response, to the end of its body or of the connection.
-pub fn read_reply(stream: &mut TcpStream) -> Reply {
+pub(crate) fn read_reply(stream: &mut TcpStream) -> Reply {
     let mut bytes = Vec::new();
     let mut broken = false;
     let mut buffer = [0; 16 << 10];
@@ -238,7 +238,7 @@ fn dechunk(mut rest: &[u8]) -> (Vec<u8>, bool) {
 }
 
 /// Waits for a condition, with a deadline.
-pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < deadline, "{what} did not come");
@@ -247,7 +247,7 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// True if a process exists and is no zombie.
-pub fn is_alive(pid: i32) -> bool {
+pub(crate) fn is_alive(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with('Z'))
 }

@@ -159,7 +159,7 @@ proptest! {
                 }
                 1 => batch.advance(now_us, &mut events),
                 _ => if !alive.is_empty() {
-                    batch.finish(alive.remove(n as usize % alive.len()), &[]);
+                    batch.finish(alive.remove(usize::try_from(n).unwrap() % alive.len()), &[]);
                 },
             }
             prop_assert_eq!(batch.running() + batch.waiting(), alive.len());
