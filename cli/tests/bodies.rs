@@ -7,7 +7,7 @@ mod support;
 use std::time::Duration;
 
 use serde_json::Value;
-use support::Up;
+use support::{Up, client};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// A chat request of about `size` bytes. The bulk is a field that nobody knows, full of what a careless scanner trips over.
@@ -56,7 +56,7 @@ async fn a_large_body_arrives_byte_for_byte_whatever_its_framing() {
             let body = body(size, seed as u64);
             let (status, id, text) = post(&up.url(), framing, &body).await;
             assert_eq!(status, 200, "{text}");
-            let seen = reqwest::get(format!("http://{engine}/sim/requests?id={id}")).await.unwrap();
+            let seen = client().get(format!("http://{engine}/sim/requests?id={id}")).send().await.unwrap();
             let seen: Value = seen.json().await.unwrap();
             let record = &seen["requests"][0];
             assert_eq!(record["body_bytes"], body.len(), "{seen}");

@@ -15,7 +15,7 @@ use std::{
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
-use support::{Up, eventually, pid};
+use support::{Up, client, eventually, pid};
 use tokio::task::JoinSet;
 
 const WORKERS: usize = 24;
@@ -28,23 +28,23 @@ struct Outcome {
 
 /// One request after the other until told to stop.
 async fn worker(url: String, number: usize, stop: Arc<AtomicBool>) -> Vec<Outcome> {
-    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(30)).build().unwrap();
+    let client = client();
     let mut outcomes = Vec::new();
+    let streams = number.is_multiple_of(2);
     while !stop.load(SeqCst) {
         let began = Instant::now();
         let body = json!({
             "model": "sim-model",
             "messages": [{"role": "user", "content": format!("worker {number}, request {}", outcomes.len())}],
             "max_tokens": 12,
-            "stream": number % 2 == 0,
+            "stream": streams,
         });
         let answered = async {
             let request = client.post(format!("{url}/v1/chat/completions")).json(&body);
             let answer = request.send().await.map_err(|e| e.to_string())?;
             let status = answer.status();
             let text = answer.text().await.map_err(|e| e.to_string())?;
-            let whole =
-                if number % 2 == 0 { text.ends_with("data: [DONE]\n\n") } else { text.contains("\"usage\"") };
+            let whole = if streams { text.ends_with("data: [DONE]\n\n") } else { text.contains("\"usage\"") };
             if status.is_success() && whole { Ok(()) } else { Err(format!("{status}: {text}")) }
         };
         let result = answered.await;

@@ -8,13 +8,12 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
-use support::{Up, eventually, pid};
+use support::{Up, client, eventually, pid};
 
 async fn chat(url: &str) -> Result<(), String> {
-    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(20)).build().unwrap();
     let body =
         json!({"model": "sim-model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3});
-    let answer = client.post(format!("{url}/v1/chat/completions")).json(&body).send().await;
+    let answer = client().post(format!("{url}/v1/chat/completions")).json(&body).send().await;
     let answer = answer.map_err(|e| e.to_string())?;
     let status = answer.status();
     if status.is_success() {
@@ -28,7 +27,8 @@ async fn chat(url: &str) -> Result<(), String> {
 async fn a_proxy_restarted_while_the_control_plane_stands_still_serves() {
     let up = Up::start(&["--engines", "2"]);
     let ready = || async {
-        let answer = reqwest::get(format!("http://{}/readyz", up.address("proxy_private"))).await.ok()?;
+        let answer =
+            client().get(format!("http://{}/readyz", up.address("proxy_private"))).send().await.ok()?;
         Some((answer.status().as_u16(), answer.json::<Value>().await.ok()?))
     };
     assert_eq!(ready().await.unwrap().1["status"], "ok");

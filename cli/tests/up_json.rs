@@ -8,13 +8,9 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
-use support::{Up, eventually};
+use support::{Up, client, eventually};
 
 const SOON: Duration = Duration::from_secs(30);
-
-fn client() -> reqwest::Client {
-    reqwest::Client::builder().no_proxy().timeout(SOON).build().unwrap()
-}
 
 /// Streams a chat and gives back its text; the stream must end with `[DONE]`.
 async fn chat(url: &str, model: &str) -> Result<String, String> {

@@ -184,7 +184,12 @@ pub struct OutlierConfig {
 
 impl Default for OutlierConfig {
     fn default() -> Self {
-        Self { consecutive_failures: 3, base_ejection_ms: 1_000, max_ejection_ms: 30_000, max_ejected_percent: 67 }
+        Self {
+            consecutive_failures: 3,
+            base_ejection_ms: 1_000,
+            max_ejection_ms: 30_000,
+            max_ejected_percent: 67,
+        }
     }
 }
 
@@ -254,19 +259,26 @@ impl ProxyConfig {
 /// A sentence that names the entry (never a secret: entries hold hashes) and the form that is accepted.
 pub fn parse_key(entry: &str) -> Result<(String, [u8; 32]), String> {
     let form = "expected NAME:HASH with HASH the 64 hex digits of `printf %s KEY | sha256sum`";
-    let (name, hash) = entry.rsplit_once(':').ok_or_else(|| format!("auth.keys: {entry:?} has no ':'; {form}"))?;
+    let (name, hash) =
+        entry.rsplit_once(':').ok_or_else(|| format!("auth.keys: {entry:?} has no ':'; {form}"))?;
     let mut digest = [0u8; 32];
     let valid = !name.is_empty()
         && hash.len() == 64
         && hash.is_ascii()
-        && digest.iter_mut().enumerate().all(|(i, byte)| match u8::from_str_radix(&hash[2 * i..2 * i + 2], 16) {
-            Ok(value) => {
-                *byte = value;
-                true
+        && digest.iter_mut().enumerate().all(|(i, byte)| {
+            match u8::from_str_radix(&hash[2 * i..2 * i + 2], 16) {
+                Ok(value) => {
+                    *byte = value;
+                    true
+                }
+                Err(_) => false,
             }
-            Err(_) => false,
         });
-    if valid { Ok((name.to_owned(), digest)) } else { Err(format!("auth.keys: {entry:?} is malformed; {form}")) }
+    if valid {
+        Ok((name.to_owned(), digest))
+    } else {
+        Err(format!("auth.keys: {entry:?} is malformed; {form}"))
+    }
 }
 
 #[cfg(test)]
@@ -282,7 +294,14 @@ mod tests {
     fn a_key_entry_is_a_name_and_a_hash() {
         let entry = format!("alice:{}", "ab".repeat(32));
         assert_eq!(parse_key(&entry), Ok(("alice".into(), [0xab; 32])));
-        for bad in ["", "alice", "alice:xyz", ":00", &format!("alice:{}", "zz".repeat(32)), &format!("a:{}", "é".repeat(32))] {
+        for bad in [
+            "",
+            "alice",
+            "alice:xyz",
+            ":00",
+            &format!("alice:{}", "zz".repeat(32)),
+            &format!("a:{}", "é".repeat(32)),
+        ] {
             let error = parse_key(bad).expect_err(bad);
             assert!(error.contains("NAME:HASH"), "{error}");
         }

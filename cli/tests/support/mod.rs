@@ -50,6 +50,11 @@ pub(crate) fn eventually<T>(what: &str, longest: Duration, mut ask: impl FnMut()
     }
 }
 
+/// An HTTP client with a deadline, and no proxy between.
+pub(crate) fn client() -> reqwest::Client {
+    reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(30)).build().unwrap()
+}
+
 /// A running `penstock up`.
 pub(crate) struct Up {
     child: Child,

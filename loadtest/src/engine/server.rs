@@ -39,6 +39,8 @@ const BACKLOG: u32 = 2048;
 const DEAD_GRACE: Duration = Duration::from_millis(1500);
 /// How long aborted streams may take to be told.
 const ABORT_GRACE: Duration = Duration::from_secs(2);
+/// How far apart a signal to the whole group may reach its two processes.
+const GROUP_SIGNAL: Duration = Duration::from_millis(100);
 /// How often a drain looks whether it is done.
 const DRAIN_POLL: Duration = Duration::from_millis(10);
 
@@ -93,7 +95,10 @@ impl Stop {
 
 /// Why serving ended.
 enum End {
+    /// A signal, or the end of a drain.
     Stop,
+    /// The core was signalled.
+    CoreAsked,
     CoreDied,
     Crashed,
 }
@@ -198,6 +203,11 @@ async fn listen_and_serve(
     tasks.spawn(stepping);
     let mut listener = Some(listener);
     let mut end = serving(&engine, &mut listener, core.as_deref_mut(), stop, &tasks, None).await;
+    if matches!(end, End::CoreAsked) {
+        // A signal to the whole group may reach the core first: ours is the same one, not a second.
+        tokio::time::timeout(GROUP_SIGNAL, stop.requested()).await.unwrap_or_default();
+        end = End::Stop;
+    }
     if matches!(end, End::Stop) && options.shutdown_timeout_s > 0 {
         engine.enter(Phase::Draining);
         log(&format!("draining in-flight requests count={}", engine.in_flight.load(Ordering::Relaxed)));
@@ -213,7 +223,7 @@ async fn listen_and_serve(
             answer_until(&engine, listener.as_ref(), &tasks, until).await;
             ExitCode::FAILURE
         }
-        End::Stop => {
+        End::Stop | End::CoreAsked => {
             engine.enter(Phase::Aborting);
             ExitCode::SUCCESS
         }
@@ -252,7 +262,7 @@ async fn serving(
             event = core_event => match event {
                 CoreEvent::Ticked => {}
                 CoreEvent::CameBack => engine.scheduler.resume(),
-                CoreEvent::AskedToStop if deadline.is_none() => return End::Stop,
+                CoreEvent::AskedToStop if deadline.is_none() => return End::CoreAsked,
                 CoreEvent::AskedToStop => {}
                 CoreEvent::Died => return End::CoreDied,
             },

@@ -5,24 +5,24 @@
 //! are read as plain tokens, so a path made by concatenation inside a macro is not seen.
 
 /// A source text split by what its characters are. Line numbers hold in both.
-pub struct Source {
+pub(crate) struct Source {
     /// The text with comments and the contents of literals blanked, and without `#[cfg(test)]` items.
-    pub code: String,
+    pub(crate) code: String,
     /// Contents of the string literals outside `#[cfg(test)]` items, each with its line, counted from 1.
-    pub strings: Vec<(usize, String)>,
+    pub(crate) strings: Vec<(usize, String)>,
 }
 
 /// A path as written, `use` trees expanded: `use std::{fs, io::Read}` gives `std::fs` and `std::io::Read`.
 #[derive(Debug, PartialEq, Eq)]
-pub struct PathUse {
+pub(crate) struct PathUse {
     /// The line it starts on, counted from 1.
-    pub line: usize,
+    pub(crate) line: usize,
     /// Its segments.
-    pub segments: Vec<String>,
+    pub(crate) segments: Vec<String>,
 }
 
 impl Source {
-    pub fn new(text: &str) -> Self {
+    pub(crate) fn new(text: &str) -> Self {
         let (mut code, literals) = blank(text);
         let tests = test_items(&code);
         for &(start, end) in &tests {
@@ -40,7 +40,7 @@ impl Source {
     }
 
     /// Every path of the code, and every method call as the one-segment path `.name`.
-    pub fn paths(&self) -> Vec<PathUse> {
+    pub(crate) fn paths(&self) -> Vec<PathUse> {
         let tokens = tokens(&self.code);
         let mut paths = Vec::new();
         let mut at = 0;
