@@ -6,7 +6,7 @@ MAKEFLAGS += --no-print-directory
 
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
-# Flags of `penstock up`: make up ARGS="--replicas 2 --ports auto"
+# Flags of `penstock up`: make up ARGS="--engines 2 --ports auto"
 ARGS ?=
 # What `make load-*` talks to.
 BASE_URL ?= http://127.0.0.1:8081
