@@ -1,7 +1,7 @@
 //! Every metric of the agent, declared here and nowhere else, present at zero from the start.
 //!
-//! Labels are of fixed cardinality: engine states and outcomes, never a replica or a reason text; those are in
-//! `GET /engines`. Figures that are read off something (engines by state, GPUs) are set when `/metrics` is asked.
+//! Labels are of fixed cardinality: engine states and outcomes, and the GPUs of this node by uuid; never a replica or a
+//! reason text; those are in `GET /engines`. Figures that are read off something (engines by state, GPUs) are set when `/metrics` is asked.
 
 use std::time::Duration;
 
@@ -9,6 +9,8 @@ use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
+
+use penstock_proto::v1;
 
 use crate::{board::EngineView, engine::State, gpu::GpuReport};
 
@@ -18,6 +20,10 @@ pub(crate) struct Metrics {
     engines: IntGaugeVec,
     gpus: IntGauge,
     gpus_faulty: IntGauge,
+    gpu_memory: IntGaugeVec,
+    gpu_memory_used: IntGaugeVec,
+    gpu_utilization: IntGaugeVec,
+    gpu_temperature: IntGaugeVec,
     /// Whether a session with a control plane stands.
     pub(crate) session_connected: IntGauge,
     /// Sessions that a control plane welcomed.
@@ -85,6 +91,11 @@ impl Metrics {
             &["cause"],
         )?;
         registry.register(Box::new(exits.clone()))?;
+        let per_gpu = |name: &str, help: &str| -> Result<IntGaugeVec, prometheus::Error> {
+            let gauges = IntGaugeVec::new(Opts::new(format!("penstock_agent_{name}"), help), &["gpu"])?;
+            registry.register(Box::new(gauges.clone()))?;
+            Ok(gauges)
+        };
         for label in EXIT_LABELS {
             exits.with_label_values(&[label]);
         }
@@ -96,6 +107,10 @@ impl Metrics {
             exits,
             gpus: gauge("gpus", "GPUs on this node.")?,
             gpus_faulty: gauge("gpus_faulty", "GPUs on this node with a fault.")?,
+            gpu_memory: per_gpu("gpu_memory_bytes", "Memory of a GPU.")?,
+            gpu_memory_used: per_gpu("gpu_memory_used_bytes", "Memory in use on a GPU.")?,
+            gpu_utilization: per_gpu("gpu_utilization_percent", "Share of time in which a GPU was busy.")?,
+            gpu_temperature: per_gpu("gpu_temperature_celsius", "Temperature of a GPU.")?,
             session_connected: gauge("session_connected", "1 while a session with a control plane stands.")?,
             sessions: counter("sessions_total", "Sessions that a control plane welcomed.")?,
             session_failures: counter("session_failures_total", "Tries to get a session that failed.")?,
@@ -165,9 +180,24 @@ impl Metrics {
         let faulty = gpus.gpus.iter().filter(|gpu| !gpu.fault.is_empty()).count();
         self.gpus.set(i64::try_from(gpus.gpus.len()).unwrap_or(i64::MAX));
         self.gpus_faulty.set(i64::try_from(faulty).unwrap_or(i64::MAX));
+        self.set_gpus(&gpus.gpus);
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         String::from_utf8(text).map_err(|e| prometheus::Error::Msg(e.to_string()))
+    }
+
+    /// A GPU that went takes its series along.
+    fn set_gpus(&self, gpus: &[v1::Gpu]) {
+        let bytes = |mib: u64| i64::try_from(mib.saturating_mul(1 << 20)).unwrap_or(i64::MAX);
+        let all = [&self.gpu_memory, &self.gpu_memory_used, &self.gpu_utilization, &self.gpu_temperature];
+        all.iter().for_each(|gauges| gauges.reset());
+        for gpu in gpus {
+            let label = [gpu.uuid.as_str()];
+            self.gpu_memory.with_label_values(&label).set(bytes(gpu.memory_total_mib));
+            self.gpu_memory_used.with_label_values(&label).set(bytes(gpu.memory_used_mib));
+            self.gpu_utilization.with_label_values(&label).set(gpu.utilization_percent.into());
+            self.gpu_temperature.with_label_values(&label).set(gpu.temperature_c.into());
+        }
     }
 }
 
@@ -175,6 +205,18 @@ impl Metrics {
 mod tests {
     use super::*;
     use crate::{engine::records::tests::record, gpu::GpuKind};
+
+    #[test]
+    fn each_gpu_has_its_series_while_it_is_there() {
+        let metrics = Metrics::new().unwrap();
+        let gpu =
+            v1::Gpu { uuid: "g0".into(), memory_total_mib: 2, memory_used_mib: 1, ..Default::default() };
+        let with = GpuReport { kind: GpuKind::Simulated, gpus: vec![gpu], reason: String::new() };
+        let text = metrics.render(&[], &with).unwrap();
+        assert!(text.contains("penstock_agent_gpu_memory_used_bytes{gpu=\"g0\"} 1048576"), "{text}");
+        let without = GpuReport { gpus: vec![], ..with };
+        assert!(!metrics.render(&[], &without).unwrap().contains("g0"));
+    }
 
     #[test]
     fn every_label_is_there_from_the_start() {

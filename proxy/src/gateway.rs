@@ -58,7 +58,8 @@ pub struct Gateway {
     pick_rules: PickRules,
     outlier_rules: crate::endpoints::outlier::Rules,
     keys: KeyRing,
-    bodies: BodyBudget,
+    /// Memory for request bodies.
+    pub bodies: BodyBudget,
     engines: EngineClient,
     /// Where requests can go.
     pub table: EndpointTable,

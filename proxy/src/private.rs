@@ -14,7 +14,7 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use crate::{endpoints::Endpoint, gateway::Gateway, xds::status::XdsStatus};
+use crate::{endpoints::Endpoint, gateway::Gateway, telemetry::metrics, xds::status::XdsStatus};
 
 /// What the handlers look at.
 #[derive(Debug, Clone)]
@@ -31,7 +31,7 @@ pub fn router(state: PrivateState) -> Router {
         .route("/livez", get(|| async { "ok\n" }))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(readyz))
-        .route("/metrics", get(metrics))
+        .route("/metrics", get(show_metrics))
         .route("/debug/endpoints", get(debug_endpoints))
         .with_state(state)
 }
@@ -66,10 +66,15 @@ async fn readyz(State(state): State<PrivateState>) -> Response {
     (code, Json(body)).into_response()
 }
 
-async fn metrics(State(state): State<PrivateState>) -> String {
+async fn show_metrics(State(state): State<PrivateState>) -> String {
     let gateway = &state.gateway;
-    let draining = gateway.lifecycle.is_draining();
-    gateway.metrics.render(&gateway.table.load(), &state.xds.view(), draining, gateway.now_ms())
+    gateway.metrics.render(&metrics::State {
+        snapshot: &gateway.table.load(),
+        xds: &state.xds.view(),
+        draining: gateway.lifecycle.is_draining(),
+        body_bytes_held: gateway.bodies.held_bytes(),
+        now_ms: gateway.now_ms(),
+    })
 }
 
 async fn debug_endpoints(State(state): State<PrivateState>) -> Json<Value> {

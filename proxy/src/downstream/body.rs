@@ -30,6 +30,7 @@ pub struct HeldBody {
 pub struct BodyBudget {
     /// One permit is [`Self::UNIT`] bytes.
     permits: Arc<Semaphore>,
+    total: usize,
 }
 
 impl BodyBudget {
@@ -37,7 +38,13 @@ impl BodyBudget {
 
     /// A budget of `bytes`.
     pub fn new(bytes: usize) -> Self {
-        Self { permits: Arc::new(Semaphore::new((bytes / Self::UNIT).clamp(1, Semaphore::MAX_PERMITS))) }
+        let total = (bytes / Self::UNIT).clamp(1, Semaphore::MAX_PERMITS);
+        Self { permits: Arc::new(Semaphore::new(total)), total }
+    }
+
+    /// Bytes reserved now, by all requests together.
+    pub fn held_bytes(&self) -> usize {
+        self.total.saturating_sub(self.permits.available_permits()) * Self::UNIT
     }
 
     fn share(&self) -> Share {
@@ -162,7 +169,10 @@ mod tests {
         let mut second = budget.share();
         assert_eq!(second.grow_to(5 * 1024), Err(GatewayError::Overloaded));
         second.grow_to(4 * 1024).expect("exactly what is left");
+        assert_eq!(budget.held_bytes(), 10 * 1024);
         drop(first);
         second.grow_to(10 * 1024).expect("the first one's came back");
+        drop(second);
+        assert_eq!(budget.held_bytes(), 0);
     }
 }

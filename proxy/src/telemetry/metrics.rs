@@ -57,8 +57,6 @@ pub struct Metrics {
     pub client_disconnects: IntCounter,
     /// Error frames engines sent inside a 200.
     pub inband_errors: IntCounter,
-    /// Request bytes held in memory.
-    pub body_bytes_held: IntGauge,
     snapshot_revision: IntGauge,
     snapshot_term: IntGauge,
     endpoints: IntGauge,
@@ -69,6 +67,22 @@ pub struct Metrics {
     xds_acks: IntGauge,
     xds_nacks: IntGauge,
     draining: IntGauge,
+    body_bytes_held: IntGauge,
+}
+
+/// What the gauges of state are set from when somebody asks.
+#[derive(Debug)]
+pub struct State<'a> {
+    /// The tables in use.
+    pub snapshot: &'a Snapshot,
+    /// The control plane's connection.
+    pub xds: &'a XdsStatusView,
+    /// Whether the process is stopping.
+    pub draining: bool,
+    /// Request bytes reserved in memory.
+    pub body_bytes_held: usize,
+    /// The clock that ejections are in.
+    pub now_ms: u64,
 }
 
 impl Metrics {
@@ -162,7 +176,8 @@ impl Metrics {
     }
 
     /// The Prometheus text of everything, with the gauges of state brought up to date first.
-    pub fn render(&self, snapshot: &Snapshot, xds: &XdsStatusView, draining: bool, now_ms: u64) -> String {
+    pub fn render(&self, state: &State<'_>) -> String {
+        let State { snapshot, xds, draining, body_bytes_held, now_ms } = *state;
         let all = || snapshot.pools.values().flat_map(|pool| &pool.endpoints);
         self.snapshot_revision.set(clamp(snapshot.version.revision));
         self.snapshot_term.set(clamp(snapshot.version.term));
@@ -174,6 +189,7 @@ impl Metrics {
         self.xds_acks.set(clamp(xds.acks));
         self.xds_nacks.set(clamp(xds.nacks));
         self.draining.set(i64::from(draining));
+        self.body_bytes_held.set(clamp(body_bytes_held as u64));
         let mut text = Vec::new();
         match TextEncoder::new().encode(&self.registry.gather(), &mut text) {
             Ok(()) => String::from_utf8_lossy(&text).into_owned(),
@@ -249,8 +265,14 @@ mod tests {
     #[test]
     fn every_series_exists_at_zero() {
         let metrics = Metrics::new().expect("names are unique");
-        let text =
-            metrics.render(&Snapshot::default(), &crate::xds::status::XdsStatus::default().view(), false, 0);
+        let state = State {
+            snapshot: &Snapshot::default(),
+            xds: &crate::xds::status::XdsStatus::default().view(),
+            draining: false,
+            body_bytes_held: 0,
+            now_ms: 0,
+        };
+        let text = metrics.render(&state);
         for line in [
             "penstock_proxy_retries_total{reason=\"connect\"} 0",
             "penstock_proxy_requests_inflight 0",
