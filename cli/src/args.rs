@@ -153,7 +153,7 @@ pub(crate) struct DeployArgs {
     /// Engines
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) replicas: u32,
-    /// Kind of engine, as the agents' [engines] tables name it: vllm, sim
+    /// Kind of engine, as agents name it in their settings: vllm, sim
     #[arg(long, value_name = "NAME")]
     pub(crate) engine: Option<String>,
     /// Model folder on the nodes, or a model id [default: MODEL]

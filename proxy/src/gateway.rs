@@ -1,4 +1,4 @@
-//! The life of a request, in one function: [`Gateway::handle`].
+//! The life of a request, in one function: `Gateway::handle`.
 //!
 //! Hosted directly as a pingora `HttpServerApp`, beside `ProxyHttp` rather than inside it: that way even a head that cannot
 //! be parsed is answered in the API's own shape, and a request costs no callbacks. Everything in here is a straight line;

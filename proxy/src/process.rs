@@ -1,4 +1,4 @@
-//! The process: flags, settings, sockets, tasks, signals. [`run`] is its whole life.
+//! The process: flags, settings, sockets, tasks, signals. `run` is its whole life.
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 

@@ -1,11 +1,13 @@
 //! The data directory of one `penstock up`: one owner at a time, and every path in it.
 //!
-//!     up.lock        held (flock) by the running `up`, whose pid it holds; let go by the kernel however `up` ends
-//!     up.json        what the JSON line says, while all is ready
-//!     config/        the settings each process was started with, written anew at each start
-//!     run/           announce files
-//!     logs/          one log per process, appended
-//!     controlplane/ agent/ proxy/   state that a later start resumes
+//! ```text
+//! up.lock        held (flock) by the running `up`, whose pid it holds; let go by the kernel however `up` ends
+//! up.json        what the JSON line says, while all is ready
+//! config/        the settings each process was started with, written anew at each start
+//! run/           announce files
+//! logs/          one log per process, appended
+//! controlplane/ agent/ proxy/   state that a later start resumes
+//! ```
 
 use std::{
     fs::{File, OpenOptions},

@@ -1,8 +1,10 @@
 //! `penstock up`: a whole Penstock on one machine, in one process tree.
 //!
-//!     up ── controlplane          each line a process; `up` restarts the three, the agent its engines
-//!        ├─ agent ── engine ...
-//!        └─ proxy
+//! ```text
+//! up ── controlplane          each line a process; `up` restarts the three, the agent its engines
+//!    ├─ agent ── engine ...
+//!    └─ proxy
+//! ```
 //!
 //! [`up`] is the story; [`system::System`] has its chapters: start, supervise, stop. The parts are the real processes,
 //! started with settings files that anyone could have written: `up` has no way into them but their flags, their announce

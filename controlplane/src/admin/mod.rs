@@ -1,7 +1,7 @@
 //! The private HTTP side: REST, the console, probes, metrics.
 //!
 //! Reads come from the view, writes are single transactions, and a write answers only when the view has it: what was
-//! put can be read back at once. Every refusal has the one shape of [`error::ApiError`].
+//! put can be read back at once. Every refusal has the one shape of `error::ApiError`.
 
 mod cluster;
 mod deployments;

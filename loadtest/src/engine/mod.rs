@@ -4,7 +4,7 @@
 //! behaves as vLLM does from outside, down to its processes, and that says provable things ([`tokens`]).
 //!
 //! One process per engine, on one thread: a fleet of simulators shares a machine, and nothing here is long enough to
-//! need more. Beside it, the second process that stands for EngineCore ([`core_process`]).
+//! need more. Beside it, the second process that stands for EngineCore (`core_process`).
 //!
 //! A request, file by file: `server` accepts → `http` reads → `routes` decides, strikes early faults →
 //! `request`, then `chat`, `completions`, `responses` or `messages` make a job → `run` takes a place in the `scheduler`
