@@ -4,6 +4,8 @@ use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
+use crate::commands::simulate::SimulateArgs;
+
 const EXIT_CODES: &str = "Exit codes:
   0  done
   1  failed: the server said no, a port is taken, not ready in time
@@ -45,6 +47,8 @@ pub(crate) enum Command {
     Proxies(Remote),
     /// Versions of this program and of the control plane
     Version(Remote),
+    /// Compare routing policies on a simulated fleet; talks to nobody
+    Simulate(SimulateArgs),
     /// Print a completion script: penstock completions bash > /etc/bash_completion.d/penstock
     Completions {
         /// Shell to complete in

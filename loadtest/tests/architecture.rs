@@ -67,6 +67,7 @@ const PURE: &[&str] = &[
     "proxy/src/error.rs",
     "proxy/src/openai",
     "proxy/src/routing",
+    "proxy/src/simulator",
     "proxy/src/upstream/retry.rs",
     "proxy/src/xds/state",
 ];

@@ -36,7 +36,7 @@ use crate::{
         request::{RequestFacts, ScanLimits},
     },
     record::Record,
-    routing::{self, PickRules},
+    routing::{self, PickRules, policy::Asked, prefix::Chain},
     streaming::relay::{self, RelayContext},
     telemetry::metrics::Metrics,
     upstream::{
@@ -83,7 +83,11 @@ impl Gateway {
         Ok(Self {
             options,
             scan_limits: ScanLimits { max_depth: config.limits.json_depth, ..ScanLimits::default() },
-            pick_rules: PickRules { max_ejected_percent: config.outlier.max_ejected_percent },
+            pick_rules: PickRules::new(
+                &config.routing,
+                config.outlier.max_ejected_percent,
+                &mut fastrand::Rng::new(),
+            ),
             outlier_rules: crate::endpoints::outlier::Rules {
                 consecutive_failures: config.outlier.consecutive_failures,
                 base_ejection_ms: config.outlier.base_ejection_ms,
@@ -138,7 +142,9 @@ impl Gateway {
         check_content_type(session)?;
         let held = body::read(session, &self.config.limits, &self.bodies).await?;
         record.body(held.bytes.len());
-        let facts = openai::request::scan(&held.bytes, &self.scan_limits).map_err(GatewayError::Body)?;
+        let mut chain = self.pick_rules.chain();
+        let facts = openai::request::scan_with(&held.bytes, &self.scan_limits, chain.as_mut())
+            .map_err(GatewayError::Body)?;
         let served_model = self.served_model(&facts.model)?;
         record.model(&facts.model);
         let query = &target[path.len()..];
@@ -150,7 +156,13 @@ impl Gateway {
             headers: forwarded_headers(&session.req_header().headers, record.request_id()),
             body: body_for_engine(&held.bytes, &facts, &served_model),
         };
-        self.attempts(session, record, &facts.model, &request).await
+        let user = facts.user_range.clone().and_then(|range| held.bytes.get(range));
+        let (header, cookie) = (&*self.config.routing.session_header, &*self.config.routing.session_cookie);
+        let headers = &session.req_header().headers;
+        let affinity = self.pick_rules.key.session(headers, header, cookie, user);
+        let prefix = chain.map(Chain::hashes).unwrap_or_default();
+        let asked = Asked { session: affinity, prefix: &prefix };
+        self.attempts(session, record, &facts.model, &asked, &request).await
     }
 
     /// Asks engines in turn until one has answered, then hands the answer on.
@@ -159,25 +171,30 @@ impl Gateway {
         session: &mut ServerSession,
         record: &mut Record<'_>,
         model: &str,
+        asked: &Asked<'_>,
         request: &EngineRequest,
     ) -> Result<(), GatewayError> {
         self.pool(model)?.budget.earn();
+        let rules = self.pick_rules.of(model);
         let mut tried: Vec<Arc<str>> = Vec::new();
         let mut last: Option<Failed> = None;
         let mut resent = false;
         loop {
             let pool = self.pool(model)?;
             let chance = |n| fastrand::usize(0..n);
-            let Some(ticket) = routing::pick(&pool, &tried, self.now_ms(), self.pick_rules, chance) else {
+            let with = (&self.pick_rules, &rules);
+            let picked = routing::pick(&pool, &tried, asked, self.now_ms(), with, chance);
+            let Some((ticket, how)) = picked else {
                 return self.give_up(session, record, model, last).await;
             };
-            let asked = tokio::select! {
+            self.metrics.picks.with_label_values(&[rules.policy.name(), how.label()]).inc();
+            let answered = tokio::select! {
                 biased;
-                asked = self.engines.ask(ticket.endpoint(), request, |origin| self.metrics.connected(origin)) => asked,
+                answered = self.engines.ask(ticket.endpoint(), request, |origin| self.metrics.connected(origin)) => answered,
                 () = downstream::gone(session) => return Err(GatewayError::ClientGone),
                 () = self.lifecycle.cut().cancelled() => return Err(GatewayError::Draining),
             };
-            let failed = match asked {
+            let failed = match answered {
                 Ok(answer) => return self.hand_on(session, record, answer, ticket).await,
                 Err(failed) => failed,
             };

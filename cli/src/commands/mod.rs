@@ -1,6 +1,7 @@
-//! The operator's commands: each is one call of the REST API, printed.
+//! The operator's commands: each is one call of the REST API, printed. [`simulate`] alone calls nobody.
 
 mod deployments;
+pub(crate) mod simulate;
 mod views;
 mod wait;
 
@@ -36,6 +37,7 @@ async fn run(command: Command) -> Result<(), ApiError> {
         Command::Delete(args) => deployments::delete(&args).await,
         Command::Drain(args) => deployments::drain(&args, true).await,
         Command::Undrain(args) => deployments::drain(&args, false).await,
+        Command::Simulate(args) => simulate::run(&args),
         Command::Completions { shell } => completions(shell),
         Command::Up(_)
         | Command::Proxy(_)

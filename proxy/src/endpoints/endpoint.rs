@@ -7,7 +7,7 @@
 use std::{
     net::SocketAddr,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
@@ -17,6 +17,7 @@ use penstock_config::proxy::UpstreamConfig;
 use pingora_core::upstreams::peer::HttpPeer;
 
 use super::outlier::{Outlier, Rules};
+use crate::routing::affinity::HashKey;
 
 /// One registered engine.
 #[derive(Debug)]
@@ -45,6 +46,10 @@ pub(super) struct Live {
     /// 1 while the outlier has anything to forget: successes of a clean endpoint take no lock.
     suspect: AtomicU32,
     outlier: Mutex<Outlier>,
+    /// Its name in hashes.
+    key: OnceLock<u64>,
+    /// When a pick first saw it, in milliseconds; what came before nobody needs to know.
+    first_seen_ms: OnceLock<u64>,
 }
 
 impl Endpoint {
@@ -75,6 +80,16 @@ impl Endpoint {
     /// Requests under way, from pick to the end of the body.
     pub fn inflight(&self) -> u32 {
         self.live.inflight.load(Relaxed)
+    }
+
+    /// Its name in hashes: of the id and the generation, under the process's one key.
+    pub fn key(&self, key: HashKey) -> u64 {
+        *self.live.key.get_or_init(|| key.endpoint(&self.id, self.generation))
+    }
+
+    /// Milliseconds since a pick first saw it, for slow start.
+    pub fn age_ms(&self, now_ms: u64) -> u64 {
+        now_ms.saturating_sub(*self.live.first_seen_ms.get_or_init(|| now_ms))
     }
 
     /// Whether failures keep it out of picks at `now_ms`.

@@ -1,8 +1,8 @@
 //! The one swap: everything routable, immutable, behind a single `ArcSwap`.
 //!
 //! A request loads one [`Snapshot`] per attempt and reads nothing else; an update builds the next snapshot beside it and
-//! swaps. What an update carries over from the old snapshot is each surviving endpoint's live figures and each pool's
-//! retry budget.
+//! swaps. What an update carries over from the old snapshot is each surviving endpoint's live figures, each pool's
+//! retry budget and what its routing policy remembers.
 //! Cost: a load is one atomic operation, no lock; an update is linear in the number of endpoints.
 
 use std::{
@@ -16,7 +16,7 @@ use penstock_config::proxy::UpstreamConfig;
 use penstock_proto::{Version, v1};
 
 use super::endpoint::Endpoint;
-use crate::{upstream::retry::RetryBudget, xds::state::XdsState};
+use crate::{routing::policy::Memory, upstream::retry::RetryBudget, xds::state::XdsState};
 
 /// The endpoints that serve one model.
 #[derive(Debug)]
@@ -25,6 +25,8 @@ pub struct Pool {
     pub endpoints: Vec<Arc<Endpoint>>,
     /// Shared by all requests to the pool, across snapshots.
     pub budget: Arc<RetryBudget>,
+    /// What its routing policy remembers, across snapshots.
+    pub memory: Arc<Memory>,
     /// What it was made from: the same again needs no work.
     pub source: Arc<v1::EndpointTable>,
 }
@@ -123,7 +125,8 @@ impl EndpointTable {
             || Arc::new(RetryBudget::new(self.upstream.retry_percent, self.upstream.retry_floor_per_s)),
             |pool| Arc::clone(&pool.budget),
         );
-        Arc::new(Pool { endpoints, budget, source: Arc::clone(table) })
+        let memory = old.map(|pool| Arc::clone(&pool.memory)).unwrap_or_default();
+        Arc::new(Pool { endpoints, budget, memory, source: Arc::clone(table) })
     }
 
     fn next_endpoint(&self, old: Option<&Arc<Endpoint>>, wire: &v1::Endpoint) -> Option<Arc<Endpoint>> {

@@ -1,42 +1,117 @@
-//! Which endpoint takes a request: filter, then the least loaded.
+//! Which endpoint takes a request: filters over the pool, then a policy over what is left, then a place reserved at once.
 //!
-//! Least loaded is the smallest number of requests under way from this proxy; ties go to a random one of the tied, so
-//! that an idle pool is not always begun at its first endpoint. Every endpoint is looked at: a pool of 100 costs less than
-//! a microsecond, and two random candidates would be worse where all of them can be compared.
+//! - [`policy`]: the choice, over plain data; the same code runs in [`crate::simulator`].
+//! - [`load`]: how busy an endpoint is thought to be, and how much a young one should carry.
+//! - [`affinity`]: sessions to endpoints, by keyed hashes and under a load bound.
+//! - [`prefix`]: who probably has a prompt's beginning in its cache, in fixed memory.
 //!
 //! Filters, in order: not draining, not tried by this request before, not ejected. At most a share of the pool may be out
 //! for failures: beyond it, and when none is left at all (*panic*), ejections are not looked at, since trying a sick
-//! engine beats refusing a client.
+//! engine beats refusing a client. No policy ever sees an endpoint that a filter took out.
+//!
+//! Absent: engines' own reports. No wire brings them to the proxy yet; its estimate is what it has under way itself, which
+//! is what [`load::estimate`] says without a report.
 
-use std::sync::Arc;
+pub mod affinity;
+pub mod load;
+pub mod policy;
+pub mod prefix;
 
+use std::{collections::BTreeMap, sync::Arc};
+
+use penstock_config::proxy::RoutingConfig;
+
+use self::{
+    affinity::{HashKey, LoadBound},
+    policy::{Asked, How, Policy, Rules, View},
+    prefix::{Blocks, Chain},
+};
 use crate::endpoints::{Endpoint, Pool, Ticket};
 
-/// What a pick may look at besides the pool.
-#[derive(Debug, Clone, Copy)]
+/// What a pick may look at besides the pool and the request.
+#[derive(Debug, Clone)]
 pub struct PickRules {
     /// Largest share of a pool that ejections may take away, in percent.
     pub max_ejected_percent: u32,
+    /// Milliseconds until a new endpoint carries its whole share; 0: at once.
+    pub slow_start_ms: u64,
+    /// This proxy's zone; empty: every endpoint is near.
+    pub zone: String,
+    /// Of all hashes.
+    pub key: HashKey,
+    /// How prompts are cut for prefix affinity.
+    pub blocks: Blocks,
+    /// How to choose, where a model has no rules of its own.
+    pub rules: Rules,
+    /// By the name that clients use.
+    pub by_model: BTreeMap<String, Policy>,
 }
 
-/// Reserves a place at the best endpoint, or `None` when the pool has none that this request has not tried.
-/// `chance` gives a number in `0..n`.
+impl PickRules {
+    /// What the settings say. `rng` makes a key where they have none.
+    pub fn new(config: &RoutingConfig, max_ejected_percent: u32, rng: &mut fastrand::Rng) -> Self {
+        let key = match config.hash_key.as_str() {
+            "" => HashKey::random(rng),
+            secret => HashKey::from_secret(secret),
+        };
+        Self {
+            max_ejected_percent,
+            slow_start_ms: config.slow_start_ms,
+            zone: config.zone.clone(),
+            key,
+            blocks: Blocks { bytes: config.prefix_block_bytes, most: config.prefix_blocks },
+            rules: Rules {
+                policy: config.policy,
+                bound: LoadBound { percent: config.load_bound_percent, floor: config.load_bound_floor },
+                zone_spill: config.zone_spill,
+                prefix_entries: config.prefix_entries,
+            },
+            by_model: config.policy_by_model.clone(),
+        }
+    }
+
+    /// The rules of one model.
+    pub fn of(&self, model: &str) -> Rules {
+        Rules { policy: self.by_model.get(model).copied().unwrap_or(self.rules.policy), ..self.rules }
+    }
+
+    /// What takes a prompt's prefixes while it is scanned, if any model's policy looks at them. The model is known only
+    /// when the scan is over.
+    pub fn chain(&self) -> Option<Chain> {
+        let wanted = |policy: &Policy| *policy == Policy::PrefixAffinity;
+        let any = wanted(&self.rules.policy) || self.by_model.values().any(wanted);
+        any.then(|| Chain::new(self.key, self.blocks))
+    }
+}
+
+/// Reserves a place at the endpoint that `rules` choose of those the filters leave, or `None` when the pool has none that
+/// this request has not tried. `chance` gives a number in `0..n`.
 pub fn pick(
     pool: &Pool,
     tried: &[Arc<str>],
+    asked: &Asked<'_>,
     now_ms: u64,
-    rules: PickRules,
+    (with, rules): (&PickRules, &Rules),
     mut chance: impl FnMut(usize) -> usize,
-) -> Option<Ticket> {
+) -> Option<(Ticket, How)> {
     let eligible = |endpoint: &Endpoint| !endpoint.draining && !tried.contains(&endpoint.id);
-    let respect_ejections = !too_many_ejected(&pool.endpoints, now_ms, rules.max_ejected_percent);
-    let mut best = least_loaded(&pool.endpoints, &mut chance, |e| {
-        eligible(e) && !(respect_ejections && e.is_ejected(now_ms))
-    });
-    if best.is_none() && respect_ejections {
-        best = least_loaded(&pool.endpoints, &mut chance, eligible);
+    let mut left: Vec<&Arc<Endpoint>> = pool.endpoints.iter().filter(|e| eligible(e)).collect();
+    let admitted = |endpoint: &&Arc<Endpoint>| !endpoint.is_ejected(now_ms);
+    if !too_many_ejected(&pool.endpoints, now_ms, with.max_ejected_percent) && left.iter().any(admitted) {
+        left.retain(admitted);
     }
-    best.map(Endpoint::reserve)
+    let views: Vec<View> = left.iter().map(|endpoint| view(endpoint, now_ms, with)).collect();
+    let (index, how) = policy::choose(rules, &views, asked, &pool.memory, &mut chance)?;
+    Some((left.get(index)?.reserve(), how))
+}
+
+fn view(endpoint: &Endpoint, now_ms: u64, with: &PickRules) -> View {
+    View {
+        key: endpoint.key(with.key),
+        load: load::estimate(endpoint.inflight(), None, now_ms, 0),
+        weight: load::weight(endpoint.age_ms(now_ms), with.slow_start_ms),
+        near: with.zone.is_empty() || endpoint.zone == with.zone,
+    }
 }
 
 fn too_many_ejected(endpoints: &[Arc<Endpoint>], now_ms: u64, max_percent: u32) -> bool {
@@ -48,50 +123,39 @@ fn too_many_ejected(endpoints: &[Arc<Endpoint>], now_ms: u64, max_percent: u32) 
     out * 100 > all * max_percent as usize
 }
 
-fn least_loaded<'a>(
-    endpoints: &'a [Arc<Endpoint>],
-    chance: &mut impl FnMut(usize) -> usize,
-    eligible: impl Fn(&Endpoint) -> bool,
-) -> Option<&'a Arc<Endpoint>> {
-    let mut best: Option<(&Arc<Endpoint>, u32)> = None;
-    let mut ties = 0;
-    for endpoint in endpoints.iter().filter(|e| eligible(e)) {
-        let load = endpoint.inflight();
-        match best {
-            Some((_, least)) if load > least => {}
-            Some((_, least)) if load == least => {
-                // Reservoir sampling: each of the tied has the same chance.
-                ties += 1;
-                if chance(ties) == 0 {
-                    best = Some((endpoint, load));
-                }
-            }
-            _ => {
-                ties = 1;
-                best = Some((endpoint, load));
-            }
-        }
-    }
-    best.map(|(endpoint, _)| endpoint)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
     use crate::{
-        endpoints::{endpoint::tests::endpoint, outlier::Rules},
+        endpoints::{endpoint::tests::endpoint, outlier},
         upstream::retry::RetryBudget,
     };
 
-    const RULES: PickRules = PickRules { max_ejected_percent: 67 };
-    const EJECT: Rules = Rules { consecutive_failures: 1, base_ejection_ms: 1_000, max_ejection_ms: 1_000 };
+    const EJECT: outlier::Rules =
+        outlier::Rules { consecutive_failures: 1, base_ejection_ms: 1_000, max_ejection_ms: 1_000 };
+
+    fn with(policy: Policy) -> PickRules {
+        let config = RoutingConfig { policy, hash_key: "k".into(), ..RoutingConfig::default() };
+        PickRules::new(&config, 67, &mut fastrand::Rng::with_seed(1))
+    }
+
+    fn pick_from(
+        pool: &Pool,
+        tried: &[Arc<str>],
+        now_ms: u64,
+        chance: impl FnMut(usize) -> usize,
+    ) -> Option<Ticket> {
+        let with = with(Policy::LeastLoaded);
+        Some(pick(pool, tried, &Asked::default(), now_ms, (&with, &with.rules), chance)?.0)
+    }
 
     fn pool(n: usize) -> Pool {
         Pool {
             endpoints: (0..n).map(|i| endpoint(&format!("e{i}"))).collect(),
             budget: Arc::new(RetryBudget::new(10, 10)),
+            memory: Arc::default(),
             source: Arc::default(),
         }
     }
@@ -104,7 +168,7 @@ mod tests {
     fn the_least_loaded_wins_and_the_pick_counts_at_once() {
         let pool = pool(3);
         let _busy = (pool.endpoints[0].reserve(), pool.endpoints[0].reserve(), pool.endpoints[2].reserve());
-        let ticket = pick(&pool, &[], 0, RULES, |_| 0);
+        let ticket = pick_from(&pool, &[], 0, |_| 0);
         assert_eq!(picked(&ticket), Some("e1"));
         assert_eq!(pool.endpoints[1].inflight(), 1);
     }
@@ -113,7 +177,7 @@ mod tests {
     fn tried_draining_and_ejected_endpoints_are_passed_over() {
         let pool = pool(3);
         pool.endpoints[0].failed(0, &EJECT);
-        assert_eq!(picked(&pick(&pool, &["e1".into()], 10, RULES, |_| 0)), Some("e2"));
+        assert_eq!(picked(&pick_from(&pool, &["e1".into()], 10, |_| 0)), Some("e2"));
     }
 
     #[test]
@@ -122,16 +186,79 @@ mod tests {
         for endpoint in &pool.endpoints {
             endpoint.failed(0, &EJECT);
         }
-        assert!(pick(&pool, &[], 10, RULES, |_| 0).is_some());
+        assert!(pick_from(&pool, &[], 10, |_| 0).is_some());
     }
 
     #[test]
     fn nothing_is_left_once_all_are_tried() {
         let pool = pool(2);
-        assert!(pick(&pool, &["e0".into(), "e1".into()], 0, RULES, |_| 0).is_none());
+        assert!(pick_from(&pool, &["e0".into(), "e1".into()], 0, |_| 0).is_none());
+    }
+
+    #[test]
+    fn a_young_endpoint_takes_its_share_by_degrees() {
+        let pool = pool(2);
+        let age = |endpoint: usize, now: u64| pool.endpoints[endpoint].age_ms(now);
+        assert_eq!(
+            (age(0, 5), age(0, 60_005)),
+            (0, 60_000),
+            "its life begins at the first pick that sees it"
+        );
+        let _busy: Vec<_> = (0..3).map(|_| pool.endpoints[0].reserve()).collect();
+        assert_eq!(
+            picked(&pick_from(&pool, &[], 60_005, |_| 0)),
+            Some("e0"),
+            "three here against a newcomer's tenth"
+        );
+        assert_eq!(picked(&pick_from(&pool, &[], 120_005, |_| 0)), Some("e1"));
+    }
+
+    #[test]
+    fn a_model_may_have_its_own_policy_and_prompts_are_hashed_only_for_one_that_asks() {
+        let mut with = with(Policy::LeastLoaded);
+        assert!(with.chain().is_none());
+        with.by_model.insert("m".into(), Policy::PrefixAffinity);
+        assert_eq!(with.of("m").policy, Policy::PrefixAffinity);
+        assert_eq!(with.of("other").policy, Policy::LeastLoaded);
+        assert!(with.chain().is_some());
     }
 
     proptest! {
+        #[test]
+        fn no_policy_ever_picks_what_a_filter_took_out(
+            states in prop::collection::vec(0u8..4, 1..12), session in prop::option::of(any::<u64>()),
+            prefix in prop::collection::vec(1u64..9, 0..3), seed in any::<u64>(), times in 1usize..6,
+        ) {
+            let mut pool = pool(states.len());
+            let mut tried: Vec<Arc<str>> = vec![];
+            for (endpoint, state) in pool.endpoints.iter_mut().zip(&states) {
+                match state {
+                    1 => Arc::get_mut(endpoint).expect("not shared").draining = true,
+                    2 => tried.push(Arc::clone(&endpoint.id)),
+                    3 => { endpoint.failed(0, &EJECT); }
+                    _ => {}
+                }
+            }
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let asked = Asked { session, prefix: &prefix };
+            for policy in [Policy::LeastLoaded, Policy::PowerOfTwo, Policy::RoundRobin, Policy::PrefixAffinity, Policy::SessionAffinity] {
+                let with = with(policy);
+                for _ in 0..times {
+                    let ticket = pick(&pool, &tried, &asked, 10, (&with, &with.rules), |n| rng.usize(0..n));
+                    let Some((ticket, _)) = ticket else {
+                        prop_assert!(states.iter().all(|s| matches!(s, 1 | 2)));
+                        continue;
+                    };
+                    let endpoint = ticket.endpoint();
+                    prop_assert!(!endpoint.draining && !tried.contains(&endpoint.id));
+                    let free = states.contains(&0);
+                    let out = states.iter().filter(|s| **s == 3).count() * 100;
+                    let panic = out > states.iter().filter(|s| **s != 1).count() * 67;
+                    prop_assert!(!endpoint.is_ejected(10) || panic || !free);
+                }
+            }
+        }
+
         #[test]
         fn a_pick_is_never_busier_than_another_that_was_free_to_take(
             loads in prop::collection::vec(0usize..6, 1..12), seed in any::<u64>()
@@ -142,7 +269,7 @@ mod tests {
                 held.extend((0..*load).map(|_| endpoint.reserve()));
             }
             let mut rng = fastrand::Rng::with_seed(seed);
-            let ticket = pick(&pool, &[], 0, RULES, |n| rng.usize(0..n)).expect("one is eligible");
+            let ticket = pick_from(&pool, &[], 0, |n| rng.usize(0..n)).expect("one is eligible");
             let least = loads.iter().min().copied().unwrap_or(0);
             prop_assert_eq!(ticket.endpoint().inflight() as usize, least + 1);
         }
@@ -153,7 +280,7 @@ mod tests {
             let mut rng = fastrand::Rng::with_seed(seed);
             let mut hits = [0usize; 4];
             for _ in 0..400 {
-                let ticket = pick(&pool, &[], 0, RULES, |n| rng.usize(0..n)).expect("one is eligible");
+                let ticket = pick_from(&pool, &[], 0, |n| rng.usize(0..n)).expect("one is eligible");
                 let index = pool.endpoints.iter().position(|e| e.id == ticket.endpoint().id).expect("known");
                 hits[index] += 1;
             }

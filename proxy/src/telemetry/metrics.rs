@@ -11,7 +11,11 @@ use prometheus::{
 };
 
 use crate::{
-    endpoints::Snapshot, error::UpstreamFailure, upstream::client::Origin, xds::status::XdsStatusView,
+    endpoints::Snapshot,
+    error::UpstreamFailure,
+    routing::policy::{How, Policy},
+    upstream::client::Origin,
+    xds::status::XdsStatusView,
 };
 
 /// Seconds. From a cached prefix on an idle engine (milliseconds) to a long queue.
@@ -49,6 +53,8 @@ pub struct Metrics {
     pub attempt_failures: IntCounterVec,
     /// Attempts after the first, by the reason of the failure before.
     pub retries: IntCounterVec,
+    /// Endpoints chosen, by policy and by how: balanced, affine, spilled.
+    pub picks: IntCounterVec,
     /// Endpoints taken out of picks for failures.
     pub ejections: IntCounter,
     /// Upstream connections by origin: new, reused.
@@ -129,6 +135,11 @@ impl Metrics {
                 "Attempts after the first, by why the one before failed.",
                 &["reason"],
             )?,
+            picks: make.counters(
+                "penstock_proxy_picks_total",
+                "Endpoints chosen; affine: for its session or prefix, spilled: that one was too busy.",
+                &["policy", "how"],
+            )?,
             ejections: make
                 .counter("penstock_proxy_ejections_total", "Endpoints taken out of picks for failures.")?,
             upstream_connections: make.counters(
@@ -165,6 +176,11 @@ impl Metrics {
         for failure in UpstreamFailure::ALL {
             metrics.attempt_failures.with_label_values(&[failure.label()]).inc_by(0);
             metrics.retries.with_label_values(&[failure.label()]).inc_by(0);
+        }
+        for policy in Policy::ALL {
+            for how in How::ALL {
+                metrics.picks.with_label_values(&[policy.name(), how.label()]).inc_by(0);
+            }
         }
         for kind in ["prompt", "completion"] {
             metrics.tokens.with_label_values(&[kind]).inc_by(0);

@@ -17,8 +17,7 @@
 //! `cargo bench -p penstock-proxy --bench scan` prints MB/s.
 //!
 //! Deliberately absent: any view of messages, tools or sampling parameters beyond the byte and token counts in
-//! [`PromptFacts`]. What wants more of the prompt (prefix hashes) joins at `Scanner::on_text` and the token-id
-//! arms, which see the prompt in order.
+//! [`PromptFacts`], and the hashes of its prefixes, for a [`Chain`] that asks for them.
 
 mod error;
 mod lexer;
@@ -32,6 +31,8 @@ use bytes::{Bytes, BytesMut};
 pub use error::ScanError;
 pub(super) use lexer::hex_digit;
 use lexer::{Lexer, Text};
+
+use crate::routing::prefix::Chain;
 
 /// The deepest nesting that [`ScanLimits::max_depth`] can allow.
 pub const MAX_DEPTH: usize = 1024;
@@ -102,11 +103,24 @@ impl PromptFacts {
 /// # Errors
 /// The first thing that is wrong, in the order of the body (bad UTF-8 before all, a missing `model` after all).
 pub fn scan(body: &[u8], limits: &ScanLimits) -> Result<RequestFacts, ScanError> {
+    scan_with(body, limits, None)
+}
+
+/// As [`scan`], and `chain` takes the prompt as it passes by: texts as they are written (escapes undecoded), token ids as
+/// their digits, in the order of the body.
+///
+/// # Errors
+/// As [`scan`].
+pub fn scan_with(
+    body: &[u8],
+    limits: &ScanLimits,
+    chain: Option<&mut Chain>,
+) -> Result<RequestFacts, ScanError> {
     if simdutf8::basic::from_utf8(body).is_err() {
         let offset = std::str::from_utf8(body).err().map_or(0, |error| error.valid_up_to());
         return Err(ScanError::InvalidUtf8 { offset });
     }
-    Scanner::new(body, limits).run()
+    Scanner { chain, ..Scanner::new(body, limits) }.run()
 }
 
 /// `body` with the bytes of `range` replaced by `json_value`, all others as they were. An empty range inserts.
@@ -214,6 +228,8 @@ struct Scanner<'a> {
     seen: u16,
     model: Option<String>,
     facts: RequestFacts,
+    /// Takes the prompt, if anybody asked for its prefixes.
+    chain: Option<&'a mut Chain>,
 }
 
 impl<'a> Scanner<'a> {
@@ -239,6 +255,7 @@ impl<'a> Scanner<'a> {
                 prompt: PromptFacts::default(),
                 insert_at: 0,
             },
+            chain: None,
         }
     }
 
@@ -307,10 +324,11 @@ impl<'a> Scanner<'a> {
                 Ok(Some(Value::Text(text)))
             }
             Some(b'-' | b'0'..=b'9') => {
+                let start = self.lexer.pos;
                 let natural = self.lexer.number()?;
                 if !self.in_object() {
                     let count = 1 + self.lexer.number_run();
-                    self.on_token_ids(count);
+                    self.on_token_ids(count, start);
                 }
                 Ok(Some(Value::Number { natural }))
             }
@@ -417,14 +435,20 @@ impl<'a> Scanner<'a> {
             if !raw.starts_with(b"data:") {
                 self.facts.prompt.text_bytes += (raw.len() - text.saved) as u64;
             }
+            if let Some(chain) = &mut self.chain {
+                chain.push(raw);
+            }
         }
     }
 
-    /// Every run of numbers in an array, in the order of the body.
+    /// Every run of numbers in an array, in the order of the body; it ends at the cursor.
     #[inline]
-    fn on_token_ids(&mut self, count: u64) {
+    fn on_token_ids(&mut self, count: u64, start: usize) {
         if matches!(self.key, Key::Prompt { token_ids: true, .. }) {
             self.facts.prompt.token_ids += count;
+            if let Some(chain) = &mut self.chain {
+                chain.push(self.lexer.bytes.get(start..self.lexer.pos).unwrap_or_default());
+            }
         }
     }
 
