@@ -125,6 +125,26 @@ async fn a_stream_that_breaks_ends_with_an_error_event_and_no_half_event() {
 }
 
 #[tokio::test]
+async fn after_an_error_event_the_connection_takes_the_next_request() {
+    let breaks_once = |n| match n {
+        0 => vec![Step::Send([SSE_HEAD, &chunk(&delta("one"))].concat().into()), Step::Reset],
+        _ => vec![Step::Send(json_answer("200 OK", r#"{"next":true}"#).into())],
+    };
+    let engine = Engine::start(breaks_once).await;
+    let proxy = Proxy::start(ProxyConfig::default(), &[engine.address]);
+    let mut client = Client::connect(proxy.address).await;
+    client.send(&post_with(CHAT, "", &chat(true))).await;
+    let broken = client.read_until("0\r\n\r\n").await;
+    assert!(
+        broken.contains("stream_interrupted") && !broken.to_lowercase().contains("connection: close"),
+        "{broken}"
+    );
+    client.received.clear();
+    client.send(&post_with(CHAT, "", &chat(false))).await;
+    assert!(client.read_answer().await.ends_with(r#"{"next":true}"#));
+}
+
+#[tokio::test]
 async fn a_stream_that_stops_in_good_order_without_its_last_event_is_broken_too() {
     let engine = Engine::answering(format!("{SSE_HEAD}{}0\r\n\r\n", chunk(&delta("one")))).await;
     let proxy = Proxy::start(ProxyConfig::default(), &[engine.address]);

@@ -64,11 +64,14 @@ pub async fn relay(session: &mut ServerSession, open: Open, context: &RelayConte
         Err(e) => Err(e),
     };
     if let Err(error @ (GatewayError::Upstream(_) | GatewayError::Draining)) = &outcome {
-        session.set_keepalive(None);
         match events {
+            // The body ends in good order, so the connection stays: closing it would cost the client its next request.
             // The client may be gone as well: the stream's own outcome stands.
             Some(_) => drop(session.write_response_body(error.event(context.shape).into(), true).await),
-            None => session.shutdown().await,
+            None => {
+                session.set_keepalive(None);
+                session.shutdown().await;
+            }
         }
     }
     let reusable = outcome.is_ok();
