@@ -8,7 +8,7 @@ mod support;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
     },
     time::{Duration, Instant},
 };
@@ -27,7 +27,7 @@ struct Outcome {
 }
 
 /// One request after the other until told to stop.
-async fn worker(url: String, number: usize, stop: Arc<AtomicBool>) -> Vec<Outcome> {
+async fn worker(url: String, number: usize, stop: Arc<AtomicBool>, done: Arc<AtomicUsize>) -> Vec<Outcome> {
     let client = client();
     let mut outcomes = Vec::new();
     let streams = number.is_multiple_of(2);
@@ -48,6 +48,7 @@ async fn worker(url: String, number: usize, stop: Arc<AtomicBool>) -> Vec<Outcom
             if status.is_success() && whole { Ok(()) } else { Err(format!("{status}: {text}")) }
         };
         let result = answered.await;
+        done.fetch_add(1, SeqCst);
         outcomes.push(Outcome { began, ended: Instant::now(), result });
     }
     outcomes
@@ -57,11 +58,12 @@ async fn worker(url: String, number: usize, stop: Arc<AtomicBool>) -> Vec<Outcom
 async fn no_new_request_fails_when_an_engine_is_killed_under_load() {
     let up = Up::start(&["--engines", "3"]);
     let stop = Arc::new(AtomicBool::new(false));
+    let done = Arc::new(AtomicUsize::new(0));
     let mut workers = JoinSet::new();
     for number in 0..WORKERS {
-        workers.spawn(worker(up.url(), number, Arc::clone(&stop)));
+        workers.spawn(worker(up.url(), number, Arc::clone(&stop), Arc::clone(&done)));
     }
-    tokio::time::sleep(Duration::from_secs(1)).await; // load before the kill
+    eventually("there is load", Duration::from_secs(60), || (done.load(SeqCst) > 100).then_some(()));
     let victim = &up.json["engines"][0];
     let killed = Instant::now();
     kill(pid(u32::try_from(victim["pid"].as_u64().unwrap()).unwrap()), Signal::SIGKILL).unwrap();
