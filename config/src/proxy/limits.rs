@@ -1,0 +1,37 @@
+//! `[limits]`: how much a client may send, and how slowly.
+
+use serde::{Deserialize, Serialize};
+
+/// `[limits]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsConfig {
+    /// Largest request body.
+    pub body_bytes: usize,
+    /// Largest sum of header names and values.
+    pub header_bytes: usize,
+    /// Bodies held in memory at one time, all requests together.
+    pub buffered_bytes: usize,
+    /// Longest pause in an upload.
+    pub body_idle_ms: u64,
+    /// Longest upload.
+    pub body_total_ms: u64,
+    /// Longest time a client may take to accept bytes of an answer.
+    pub write_stall_ms: u64,
+    /// Deepest nesting of a JSON body.
+    pub json_depth: usize,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            body_bytes: 32 << 20,
+            header_bytes: 32 << 10,
+            buffered_bytes: 1 << 30,
+            body_idle_ms: 10_000,
+            body_total_ms: 120_000,
+            write_stall_ms: 30_000,
+            json_depth: 128,
+        }
+    }
+}

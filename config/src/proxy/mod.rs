@@ -1,0 +1,147 @@
+//! Settings of the proxy process, a file for each section: `config/proxy.toml` explains every key.
+
+mod auth;
+mod discovery;
+mod drain;
+mod health;
+mod limits;
+mod listeners;
+mod routing;
+mod upstream;
+
+use serde::{Deserialize, Serialize};
+
+pub use self::{
+    auth::{AuthConfig, parse_key},
+    discovery::DiscoveryConfig,
+    drain::DrainConfig,
+    health::OutlierConfig,
+    limits::LimitsConfig,
+    listeners::{PrivateConfig, PublicConfig},
+    routing::{Policy, RoutingConfig},
+    upstream::UpstreamConfig,
+};
+use crate::logging::LogConfig;
+
+/// Everything the proxy can be told.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProxyConfig {
+    /// How it logs.
+    pub log: LogConfig,
+    /// Where clients connect, and with how many threads they are served.
+    pub public: PublicConfig,
+    /// Probes, metrics and debugging.
+    pub private: PrivateConfig,
+    /// Where endpoint tables come from.
+    pub discovery: DiscoveryConfig,
+    /// Who may call.
+    pub auth: AuthConfig,
+    /// How much a client may send, and how slowly.
+    pub limits: LimitsConfig,
+    /// How engines are called.
+    pub upstream: UpstreamConfig,
+    /// Which endpoint takes a request.
+    pub routing: RoutingConfig,
+    /// When an endpoint is left out of picks.
+    pub outlier: OutlierConfig,
+    /// How it stops.
+    pub drain: DrainConfig,
+}
+
+impl ProxyConfig {
+    /// Rules that types cannot say. The error names the key and what is accepted.
+    pub fn validate(&self) -> Result<(), String> {
+        for key in &self.auth.keys {
+            parse_key(key)?;
+        }
+        let positive = [
+            ("limits.body_bytes", self.limits.body_bytes as u64),
+            ("limits.header_bytes", self.limits.header_bytes as u64),
+            ("limits.body_idle_ms", self.limits.body_idle_ms),
+            ("limits.body_total_ms", self.limits.body_total_ms),
+            ("limits.write_stall_ms", self.limits.write_stall_ms),
+            ("limits.json_depth", self.limits.json_depth as u64),
+            ("upstream.connect_ms", self.upstream.connect_ms),
+            ("upstream.first_byte_ms", self.upstream.first_byte_ms),
+            ("upstream.idle_ms", self.upstream.idle_ms),
+            ("upstream.attempts", self.upstream.attempts as u64),
+            ("outlier.consecutive_failures", u64::from(self.outlier.consecutive_failures)),
+            ("outlier.base_ejection_ms", self.outlier.base_ejection_ms),
+        ];
+        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(format!("{key} is 0; it must be at least 1"));
+        }
+        if self.limits.buffered_bytes < self.limits.body_bytes {
+            return Err(format!(
+                "limits.buffered_bytes is {}; it must be at least limits.body_bytes, {}",
+                self.limits.buffered_bytes, self.limits.body_bytes
+            ));
+        }
+        if self.outlier.max_ejected_percent > 100 {
+            return Err(format!(
+                "outlier.max_ejected_percent is {}; it must be 0 to 100",
+                self.outlier.max_ejected_percent
+            ));
+        }
+        self.routing.validate()?;
+        if self.discovery.controlplanes.is_empty() && self.discovery.snapshot_file.is_empty() {
+            return Err("discovery.controlplanes is empty, and so is discovery.snapshot_file: \
+                        name at least one, or there is nothing to route to"
+                .into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_valid() {
+        ProxyConfig::default().validate().expect("defaults");
+    }
+
+    #[test]
+    fn a_key_entry_is_a_name_and_a_hash() {
+        let entry = format!("alice:{}", "ab".repeat(32));
+        assert_eq!(parse_key(&entry), Ok(("alice".into(), [0xab; 32])));
+        for bad in [
+            "",
+            "alice",
+            "alice:xyz",
+            ":00",
+            &format!("alice:{}", "zz".repeat(32)),
+            &format!("a:{}", "é".repeat(32)),
+        ] {
+            let error = parse_key(bad).expect_err(bad);
+            assert!(error.contains("NAME:HASH"), "{error}");
+        }
+    }
+
+    #[test]
+    fn impossible_settings_name_their_key() {
+        let mut config = ProxyConfig::default();
+        config.upstream.attempts = 0;
+        assert!(config.validate().expect_err("attempts").contains("upstream.attempts"));
+        let mut config = ProxyConfig::default();
+        config.limits.buffered_bytes = 1;
+        assert!(config.validate().expect_err("buffered").contains("limits.buffered_bytes"));
+        let routing = |change: fn(&mut RoutingConfig)| {
+            let mut config = ProxyConfig::default();
+            change(&mut config.routing);
+            config.validate().expect_err("routing")
+        };
+        assert!(routing(|r| r.load_bound_percent = 99).contains("routing.load_bound_percent is 99"));
+        assert!(routing(|r| r.session_header = "a b".into()).contains("routing.session_header"));
+        assert!(routing(|r| r.prefix_block_bytes = 1).contains("16 to 1048576"));
+    }
+
+    #[test]
+    fn a_policy_is_written_as_it_is_named() {
+        for policy in Policy::ALL {
+            assert_eq!(serde_json::to_value(policy).expect("a name"), policy.name());
+        }
+    }
+}

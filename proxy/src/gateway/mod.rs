@@ -1,0 +1,219 @@
+//! The life of a request, in one function: `Gateway::handle`.
+//!
+//! Hosted directly as a pingora `HttpServerApp`, beside `ProxyHttp` rather than inside it: that way even a head that cannot
+//! be parsed is answered in the API's own shape, and a request costs no callbacks. Everything in here is a straight line;
+//! what a line does is in the module it names.
+
+mod attempts;
+mod host;
+mod models;
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use penstock_config::proxy::ProxyConfig;
+use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
+use tokio::time::Instant;
+
+pub use self::host::Host;
+use crate::{
+    admission::auth::KeyRing,
+    downstream::{
+        body::{self, BodyBudget},
+        respond,
+    },
+    drain::Lifecycle,
+    endpoints::{EndpointTable, Pool, Snapshot},
+    error::GatewayError,
+    openai::{
+        self, Route,
+        request::{RequestFacts, ScanLimits},
+    },
+    record::Record,
+    routing::{PickRules, policy::Asked, prefix::Chain},
+    telemetry::metrics::Metrics,
+    upstream::{
+        client::EngineClient,
+        request::{EngineRequest, forwarded_headers},
+    },
+};
+
+/// Everything requests share.
+#[derive(Debug)]
+pub struct Gateway {
+    config: ProxyConfig,
+    options: HttpServerOptions,
+    scan_limits: ScanLimits,
+    pick_rules: PickRules,
+    outlier_rules: crate::endpoints::outlier::Rules,
+    keys: KeyRing,
+    /// Memory for request bodies.
+    pub bodies: BodyBudget,
+    engines: EngineClient,
+    /// Where requests can go.
+    pub table: EndpointTable,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Whether it is stopping.
+    pub lifecycle: Lifecycle,
+    started: Instant,
+}
+
+impl Gateway {
+    /// A gateway without routes.
+    ///
+    /// # Errors
+    /// A sentence about a setting that cannot be used.
+    pub fn new(config: ProxyConfig) -> Result<Self, String> {
+        config.validate()?;
+        let mut options = HttpServerOptions::default();
+        options.h2c = config.public.h2c;
+        options.h2_idle_timeout = Some(Duration::from_secs(config.public.keepalive_s.max(1)));
+        Ok(Self {
+            options,
+            scan_limits: ScanLimits { max_depth: config.limits.json_depth, ..ScanLimits::default() },
+            pick_rules: PickRules::new(
+                &config.routing,
+                config.outlier.max_ejected_percent,
+                &mut fastrand::Rng::new(),
+            ),
+            outlier_rules: crate::endpoints::outlier::Rules {
+                consecutive_failures: config.outlier.consecutive_failures,
+                base_ejection_ms: config.outlier.base_ejection_ms,
+                max_ejection_ms: config.outlier.max_ejection_ms,
+            },
+            keys: KeyRing::new(&config.auth.keys)?,
+            bodies: BodyBudget::new(config.limits.buffered_bytes),
+            engines: EngineClient::new(&config.upstream),
+            table: EndpointTable::new(config.upstream.clone()),
+            metrics: Metrics::new().map_err(|e| e.to_string())?,
+            lifecycle: Lifecycle::default(),
+            started: Instant::now(),
+            config,
+        })
+    }
+
+    /// Milliseconds on this process's own clock, which never goes back.
+    pub fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Whether callers need no key.
+    pub fn is_open(&self) -> bool {
+        self.keys.is_open()
+    }
+
+    /// From a parsed head to the end of the answer.
+    async fn handle(&self, session: &mut ServerSession, record: &mut Record<'_>) -> Result<(), GatewayError> {
+        self.check_head(session)?;
+        let head = session.req_header();
+        let target =
+            head.uri.path_and_query().map_or_else(|| head.uri.path().to_owned(), ToString::to_string);
+        let path = target.split_once('?').map_or(&*target, |(path, _)| path);
+        if path == "/healthz" && head.method == http::Method::GET {
+            return self.say(session, record, "text/plain", "ok\n".into()).await;
+        }
+        let route = openai::route(&head.method, path);
+        record.route(route.label(), route.shape());
+        self.keys.caller(&head.headers)?;
+        let (api, engine_path) = match route {
+            Route::Inference { api, path } => (api, path),
+            Route::Models => return self.say(session, record, "application/json", self.models()).await,
+            Route::Model { id } => {
+                let model = self.model(&id)?;
+                return self.say(session, record, "application/json", model).await;
+            }
+            Route::MethodNotAllowed { allowed, .. } => {
+                return Err(GatewayError::MethodNotAllowed { allow: allowed });
+            }
+            Route::NotFound { .. } => return Err(GatewayError::UnknownPath { path: path.to_owned() }),
+        };
+        check_content_type(session)?;
+        let held = body::read(session, &self.config.limits, &self.bodies).await?;
+        record.body(held.bytes.len());
+        let mut chain = self.pick_rules.chain();
+        let facts = openai::request::scan_with(&held.bytes, &self.scan_limits, chain.as_mut())
+            .map_err(GatewayError::Body)?;
+        let served_model = self.served_model(&facts.model)?;
+        record.model(&facts.model);
+        let query = &target[path.len()..];
+        let request = EngineRequest {
+            api,
+            stream: facts.stream,
+            request_id: record.request_id().to_owned(),
+            target: [engine_path, query].concat(),
+            headers: forwarded_headers(&session.req_header().headers, record.request_id()),
+            body: body_for_engine(&held.bytes, &facts, &served_model),
+        };
+        let user = facts.user_range.clone().and_then(|range| held.bytes.get(range));
+        let (header, cookie) = (&*self.config.routing.session_header, &*self.config.routing.session_cookie);
+        let headers = &session.req_header().headers;
+        let affinity = self.pick_rules.key.session(headers, header, cookie, user);
+        let prefix = chain.map(Chain::hashes).unwrap_or_default();
+        let asked = Asked { session: affinity, prefix: &prefix };
+        self.attempts(session, record, &facts.model, &asked, &request).await
+    }
+
+    fn check_head(&self, session: &ServerSession) -> Result<(), GatewayError> {
+        let limit = self.config.limits.header_bytes;
+        let headers = &session.req_header().headers;
+        let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+        let target = session.req_header().raw_path().len();
+        if bytes + target > limit { Err(GatewayError::HeadTooLarge { limit }) } else { Ok(()) }
+    }
+
+    fn snapshot(&self) -> Result<Arc<Snapshot>, GatewayError> {
+        let snapshot = Arc::clone(&self.table.load());
+        if snapshot.loaded { Ok(snapshot) } else { Err(GatewayError::NotReady) }
+    }
+
+    fn pool(&self, model: &str) -> Result<Arc<Pool>, GatewayError> {
+        let snapshot = self.snapshot()?;
+        let route = snapshot
+            .routes
+            .get(model)
+            .ok_or_else(|| GatewayError::UnknownModel { model: model.to_owned() })?;
+        Ok(Arc::clone(&route.pool))
+    }
+
+    fn served_model(&self, model: &str) -> Result<String, GatewayError> {
+        let snapshot = self.snapshot()?;
+        let route = snapshot
+            .routes
+            .get(model)
+            .ok_or_else(|| GatewayError::UnknownModel { model: model.to_owned() })?;
+        Ok(route.served_model.clone())
+    }
+
+    async fn say(
+        &self,
+        session: &mut ServerSession,
+        record: &mut Record<'_>,
+        content_type: &'static str,
+        body: Bytes,
+    ) -> Result<(), GatewayError> {
+        record.status(200);
+        respond::whole(session, 200, content_type, record.request_id(), body)
+            .await
+            .map_err(|_| GatewayError::ClientGone)
+    }
+}
+
+fn check_content_type(session: &ServerSession) -> Result<(), GatewayError> {
+    let value = session.get_header_bytes(http::header::CONTENT_TYPE);
+    let essence = value.split(|b| *b == b';').next().unwrap_or_default().trim_ascii();
+    let is_json = essence.eq_ignore_ascii_case(b"application/json")
+        || (essence.len() > 5 && essence[essence.len() - 5..].eq_ignore_ascii_case(b"+json"));
+    if is_json {
+        return Ok(());
+    }
+    Err(GatewayError::UnsupportedMediaType { got: String::from_utf8_lossy(essence).into_owned() })
+}
+
+/// The client's bytes; only the value of `model` is replaced, where the engines know another name.
+fn body_for_engine(body: &Bytes, facts: &RequestFacts, served_model: &str) -> Bytes {
+    if facts.model == served_model {
+        return body.clone();
+    }
+    openai::request::splice(body, facts.model_range.clone(), &openai::request::json_string(served_model))
+}
