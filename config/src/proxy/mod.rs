@@ -6,6 +6,7 @@ mod drain;
 mod health;
 mod limits;
 mod listeners;
+mod queue;
 mod routing;
 mod upstream;
 
@@ -18,8 +19,9 @@ pub use self::{
     health::OutlierConfig,
     limits::LimitsConfig,
     listeners::{PrivateConfig, PublicConfig},
+    queue::QueueConfig,
     routing::{Policy, RoutingConfig},
-    upstream::UpstreamConfig,
+    upstream::{Patience, UpstreamConfig},
 };
 use crate::logging::LogConfig;
 
@@ -41,6 +43,8 @@ pub struct ProxyConfig {
     pub limits: LimitsConfig,
     /// How engines are called.
     pub upstream: UpstreamConfig,
+    /// What happens while every engine of a model is at its limit.
+    pub queue: QueueConfig,
     /// Which endpoint takes a request.
     pub routing: RoutingConfig,
     /// When an endpoint is left out of picks.
@@ -63,8 +67,6 @@ impl ProxyConfig {
             ("limits.write_stall_ms", self.limits.write_stall_ms),
             ("limits.json_depth", self.limits.json_depth as u64),
             ("upstream.connect_ms", self.upstream.connect_ms),
-            ("upstream.first_byte_ms", self.upstream.first_byte_ms),
-            ("upstream.idle_ms", self.upstream.idle_ms),
             ("upstream.attempts", self.upstream.attempts as u64),
             ("outlier.consecutive_failures", u64::from(self.outlier.consecutive_failures)),
             ("outlier.base_ejection_ms", self.outlier.base_ejection_ms),
@@ -84,6 +86,8 @@ impl ProxyConfig {
                 self.outlier.max_ejected_percent
             ));
         }
+        self.upstream.validate()?;
+        self.queue.validate()?;
         self.routing.validate()?;
         if self.discovery.controlplanes.is_empty() && self.discovery.snapshot_file.is_empty() {
             return Err("discovery.controlplanes is empty, and so is discovery.snapshot_file: \
