@@ -14,14 +14,25 @@ use pingora_core::{
 use pingora_error::ErrorType;
 
 use super::Gateway;
-use crate::{downstream::respond, drain, error::GatewayError, openai::ErrorShape, record::Record};
+use crate::{
+    downstream::{peer::Peer, respond},
+    drain,
+    error::GatewayError,
+    openai::ErrorShape,
+    record::Record,
+};
 
 /// Bytes of HTTP/2 body a client may send before it hears from us: large prompts come in few round trips.
 const H2_WINDOW_BYTES: u32 = 1 << 20;
 
-/// The gateway as pingora hosts it.
+/// The gateway as pingora hosts it: one for each connection.
 #[derive(Debug)]
-pub struct Host(pub Arc<Gateway>);
+pub struct Host {
+    /// What all connections share.
+    pub gateway: Arc<Gateway>,
+    /// Who is at the other end.
+    pub peer: Peer,
+}
 
 #[async_trait]
 impl HttpServerApp for Host {
@@ -30,7 +41,7 @@ impl HttpServerApp for Host {
         session: ServerSession,
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
-        self.0.serve(session, shutdown).await
+        self.gateway.serve(session, shutdown, &self.peer).await
     }
 
     fn h2_options(&self) -> Option<H2Options> {
@@ -40,13 +51,18 @@ impl HttpServerApp for Host {
     }
 
     fn server_options(&self) -> Option<&HttpServerOptions> {
-        Some(&self.0.options)
+        Some(&self.gateway.options)
     }
 }
 
 impl Gateway {
     /// One request on a connection, from its head on; gives the connection back if it can take another.
-    async fn serve(&self, mut session: ServerSession, shutdown: &ShutdownWatch) -> Option<ReusedHttpStream> {
+    async fn serve(
+        &self,
+        mut session: ServerSession,
+        shutdown: &ShutdownWatch,
+        peer: &Peer,
+    ) -> Option<ReusedHttpStream> {
         let limits = &self.config.limits;
         let read = {
             let mut stop = shutdown.clone();
@@ -84,7 +100,7 @@ impl Gateway {
             let keepalive = self.config.public.keepalive_s;
             session.set_keepalive((keepalive > 0 && !*shutdown.borrow()).then_some(keepalive));
         }
-        if let Err(error) = self.handle(&mut session, &mut record).await {
+        if let Err(error) = self.handle(&mut session, &mut record, peer).await {
             record.failed(&error);
             let shape = record.shape();
             respond::error(&mut session, &error, shape, record.request_id(), limits).await.ok()?;

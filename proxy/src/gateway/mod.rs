@@ -20,6 +20,7 @@ use crate::{
     admission::auth::KeyRing,
     downstream::{
         body::{self, BodyBudget},
+        peer::Peer,
         respond,
     },
     drain::Lifecycle,
@@ -104,7 +105,13 @@ impl Gateway {
     }
 
     /// From a parsed head to the end of the answer.
-    async fn handle(&self, session: &mut ServerSession, record: &mut Record<'_>) -> Result<(), GatewayError> {
+    async fn handle(
+        &self,
+        session: &mut ServerSession,
+        record: &mut Record<'_>,
+        peer: &Peer,
+    ) -> Result<(), GatewayError> {
+        tracing::trace!(client = %peer.address, tls = peer.tls, "request");
         self.check_head(session)?;
         let head = session.req_header();
         let target =
