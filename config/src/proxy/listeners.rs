@@ -86,10 +86,15 @@ pub(super) fn validate(
     listeners: &BTreeMap<String, ListenerConfig>,
 ) -> Result<(), String> {
     if public.listen.is_empty() && listeners.is_empty() {
-        return Err("public.listen is empty, and there are no [listeners]: name an address for clients".into());
+        return Err(
+            "public.listen is empty, and there are no [listeners]: name an address for clients".into()
+        );
     }
     if listeners.len() > MOST_LISTENERS {
-        return Err(format!("listeners: there are {}; at most {MOST_LISTENERS} are accepted", listeners.len()));
+        return Err(format!(
+            "listeners: there are {}; at most {MOST_LISTENERS} are accepted",
+            listeners.len()
+        ));
     }
     let mut taken: BTreeSet<&str> = BTreeSet::from([public.listen.as_str()]);
     for (name, listener) in listeners {
@@ -103,13 +108,18 @@ pub(super) fn validate(
             return Err(format!("listeners.{name}.listen is empty; expected host:port"));
         }
         if !taken.insert(&listener.listen) && !listener.listen.ends_with(":0") {
-            return Err(format!("listeners.{name}.listen is {}, which another listener has", listener.listen));
+            return Err(format!(
+                "listeners.{name}.listen is {}, which another listener has",
+                listener.listen
+            ));
         }
         if listener.tls() == listener.key.is_empty() {
             return Err(format!("listeners.{name}: certificate and key go together; one of them is empty"));
         }
         if !listener.client_ca.is_empty() && !listener.tls() {
-            return Err(format!("listeners.{name}.client_ca needs a certificate and a key: it is a part of TLS"));
+            return Err(format!(
+                "listeners.{name}.client_ca needs a certificate and a key: it is a part of TLS"
+            ));
         }
     }
     Ok(())
@@ -149,9 +159,8 @@ mod tests {
 
     #[test]
     fn a_mistake_names_the_listener_and_the_key() {
-        let tls = |change: fn(&mut ListenerConfig)| {
-            wrong(|_, listeners| listeners.values_mut().for_each(change))
-        };
+        let tls =
+            |change: fn(&mut ListenerConfig)| wrong(|_, listeners| listeners.values_mut().for_each(change));
         assert!(tls(|l| l.listen.clear()).contains("listeners.tls.listen is empty"));
         assert!(tls(|l| l.key.clear()).contains("go together"));
         assert!(tls(|l| l.certificate.clear()).contains("go together"));

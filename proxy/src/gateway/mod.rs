@@ -11,7 +11,7 @@ mod models;
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use penstock_config::proxy::ProxyConfig;
+use penstock_config::proxy::{LimitsConfig, ProxyConfig};
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
 use tokio::time::Instant;
 
@@ -68,7 +68,8 @@ impl Gateway {
     pub fn new(config: ProxyConfig) -> Result<Self, String> {
         config.validate()?;
         let mut options = HttpServerOptions::default();
-        options.h2c = config.public.h2c;
+        // Listeners find out by themselves who speaks HTTP/2; pingora, asked to, waits for 24 bytes without a deadline.
+        options.h2c = false;
         options.h2_idle_timeout = Some(Duration::from_secs(config.public.keepalive_s.max(1)));
         Ok(Self {
             options,
@@ -97,6 +98,11 @@ impl Gateway {
     /// Milliseconds on this process's own clock, which never goes back.
     pub fn now_ms(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// How much a client may send, and how slowly.
+    pub fn limits(&self) -> &LimitsConfig {
+        &self.config.limits
     }
 
     /// Whether callers need no key.
