@@ -14,7 +14,7 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use crate::{endpoints::Endpoint, gateway::Gateway, telemetry::metrics, xds::status::XdsStatus};
+use crate::{endpoints::Endpoint, gateway::Gateway, health, telemetry::metrics, xds::status::XdsStatus};
 
 /// What the handlers look at.
 #[derive(Debug, Clone)]
@@ -59,6 +59,7 @@ async fn readyz(State(state): State<PrivateState>) -> Response {
             "last_nack": xds.last_nack,
         },
         "models": snapshot.routes.len(),
+        "endpoints": health::count(&snapshot, state.gateway.now_ms()),
         "inflight": state.gateway.lifecycle.inflight(),
         "uptime_s": state.gateway.now_ms() / 1_000,
     });
@@ -74,6 +75,7 @@ async fn show_metrics(State(state): State<PrivateState>) -> String {
         draining: gateway.lifecycle.is_draining(),
         body_bytes_held: gateway.bodies.held_bytes(),
         now_ms: gateway.now_ms(),
+        max_ejected_percent: gateway.config().health.max_ejected_percent,
     })
 }
 
@@ -88,6 +90,7 @@ async fn debug_endpoints(State(state): State<PrivateState>) -> Json<Value> {
             "zone": endpoint.zone,
             "draining": endpoint.draining,
             "ejected": endpoint.is_ejected(now_ms),
+            "health": health::describe(endpoint, now_ms),
             "inflight": endpoint.inflight(),
         })
     };

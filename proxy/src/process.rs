@@ -13,7 +13,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     gateway::Gateway,
-    listener,
+    health, listener,
     private::{self, PrivateState},
     xds::{
         cache,
@@ -138,6 +138,7 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     let tasks = TaskTracker::new();
     let xds = Arc::new(XdsStatus::default());
     discover(&config, &gateway, &xds, &tasks, &stop)?;
+    tasks.spawn(health::watch::run(Arc::clone(&gateway), stop.clone()));
 
     let state = PrivateState { gateway: Arc::clone(&gateway), xds };
     private.set_nonblocking(true).map_err(|e| e.to_string())?;

@@ -15,7 +15,7 @@ pub use self::{
     auth::{AuthConfig, parse_key},
     discovery::DiscoveryConfig,
     drain::DrainConfig,
-    health::OutlierConfig,
+    health::HealthConfig,
     limits::LimitsConfig,
     listeners::{PrivateConfig, PublicConfig},
     routing::{Policy, RoutingConfig},
@@ -43,8 +43,8 @@ pub struct ProxyConfig {
     pub upstream: UpstreamConfig,
     /// Which endpoint takes a request.
     pub routing: RoutingConfig,
-    /// When an endpoint is left out of picks.
-    pub outlier: OutlierConfig,
+    /// When an endpoint is left out of picks, and how that is found out.
+    pub health: HealthConfig,
     /// How it stops.
     pub drain: DrainConfig,
 }
@@ -66,8 +66,6 @@ impl ProxyConfig {
             ("upstream.first_byte_ms", self.upstream.first_byte_ms),
             ("upstream.idle_ms", self.upstream.idle_ms),
             ("upstream.attempts", self.upstream.attempts as u64),
-            ("outlier.consecutive_failures", u64::from(self.outlier.consecutive_failures)),
-            ("outlier.base_ejection_ms", self.outlier.base_ejection_ms),
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(format!("{key} is 0; it must be at least 1"));
@@ -78,12 +76,7 @@ impl ProxyConfig {
                 self.limits.buffered_bytes, self.limits.body_bytes
             ));
         }
-        if self.outlier.max_ejected_percent > 100 {
-            return Err(format!(
-                "outlier.max_ejected_percent is {}; it must be 0 to 100",
-                self.outlier.max_ejected_percent
-            ));
-        }
+        self.health.validate()?;
         self.routing.validate()?;
         if self.discovery.controlplanes.is_empty() && self.discovery.snapshot_file.is_empty() {
             return Err("discovery.controlplanes is empty, and so is discovery.snapshot_file: \

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use http::StatusCode;
 use pingora_core::protocols::http::ServerSession;
 
 use super::Gateway;
@@ -9,6 +10,7 @@ use crate::{
     downstream::{self, respond},
     endpoints::Ticket,
     error::{GatewayError, UpstreamFailure},
+    health,
     record::Record,
     routing::{self, policy::Asked},
     streaming::relay::{self, RelayContext},
@@ -79,7 +81,9 @@ impl Gateway {
         record.begun();
         match answer {
             Answer::Whole(whole) => {
-                ticket.endpoint().succeeded();
+                if self.note_beginning(&ticket, whole.head.status, false) {
+                    self.note_end(&ticket);
+                }
                 self.write_whole(session, record, *whole).await
             }
             Answer::Open(open) => self.stream(session, record, *open, ticket).await,
@@ -94,7 +98,10 @@ impl Gateway {
         ticket: Ticket,
     ) -> Result<(), GatewayError> {
         record.status(open.head.status.as_u16());
+        self.note_beginning(&ticket, open.head.status, open.events.is_some());
+        let pulse = ticket.pulse(self.started);
         let context = RelayContext {
+            pulse: &pulse,
             idle: Duration::from_millis(self.config.upstream.idle_ms),
             cut: self.lifecycle.cut(),
             shape: record.shape(),
@@ -106,7 +113,7 @@ impl Gateway {
             self.metrics.inband_errors.inc();
         }
         match (&relayed.outcome, &relayed.facts.error) {
-            (Ok(()), None) => ticket.endpoint().succeeded(),
+            (Ok(()), None) => self.note_end(&ticket),
             (Ok(()), Some(message)) => {
                 let failed = Failed::inside(UpstreamFailure::MidStream, message);
                 self.note_failure(&ticket, &failed);
@@ -158,14 +165,21 @@ impl Gateway {
             detail = failed.detail,
             "attempt failed"
         );
-        if failed.failure.counts_against_endpoint() && endpoint.failed(self.now_ms(), &self.outlier_rules) {
-            self.metrics.ejections.inc();
-            tracing::warn!(
-                endpoint = &*endpoint.id,
-                address = endpoint.address,
-                detail = failed.detail,
-                "endpoint ejected"
-            );
+        let change = ticket.failed(failed.failure, self.now_ms(), &self.health_rules);
+        health::report(&self.metrics, endpoint, change, &failed.detail);
+    }
+
+    /// Whether it is a good answer. A refusal says nothing of the engine: it is the client's.
+    fn note_beginning(&self, ticket: &Ticket, status: StatusCode, stream: bool) -> bool {
+        if status.is_success() {
+            let change = ticket.began(stream, self.now_ms(), &self.health_rules);
+            health::report(&self.metrics, ticket.endpoint(), change, "");
         }
+        status.is_success()
+    }
+
+    fn note_end(&self, ticket: &Ticket) {
+        let change = ticket.finished(self.now_ms(), &self.health_rules);
+        health::report(&self.metrics, ticket.endpoint(), change, "");
     }
 }

@@ -25,6 +25,7 @@ use crate::{
     drain::Lifecycle,
     endpoints::{EndpointTable, Pool, Snapshot},
     error::GatewayError,
+    health,
     openai::{
         self, Route,
         request::{RequestFacts, ScanLimits},
@@ -45,7 +46,7 @@ pub struct Gateway {
     options: HttpServerOptions,
     scan_limits: ScanLimits,
     pick_rules: PickRules,
-    outlier_rules: crate::endpoints::outlier::Rules,
+    health_rules: health::Rules,
     keys: KeyRing,
     /// Memory for request bodies.
     pub bodies: BodyBudget,
@@ -74,14 +75,10 @@ impl Gateway {
             scan_limits: ScanLimits { max_depth: config.limits.json_depth, ..ScanLimits::default() },
             pick_rules: PickRules::new(
                 &config.routing,
-                config.outlier.max_ejected_percent,
+                config.health.max_ejected_percent,
                 &mut fastrand::Rng::new(),
             ),
-            outlier_rules: crate::endpoints::outlier::Rules {
-                consecutive_failures: config.outlier.consecutive_failures,
-                base_ejection_ms: config.outlier.base_ejection_ms,
-                max_ejection_ms: config.outlier.max_ejection_ms,
-            },
+            health_rules: health::rules(&config.health),
             keys: KeyRing::new(&config.auth.keys)?,
             bodies: BodyBudget::new(config.limits.buffered_bytes),
             engines: EngineClient::new(&config.upstream),
@@ -96,6 +93,16 @@ impl Gateway {
     /// Milliseconds on this process's own clock, which never goes back.
     pub fn now_ms(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// By what endpoints are judged.
+    pub fn health_rules(&self) -> &health::Rules {
+        &self.health_rules
+    }
+
+    /// The settings it was made with.
+    pub fn config(&self) -> &ProxyConfig {
+        &self.config
     }
 
     /// Whether callers need no key.
