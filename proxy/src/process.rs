@@ -180,7 +180,7 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     if let Some(predecessor) = &predecessor {
         tracing::info!(pid = predecessor.pid, "taking over");
         // Until then it is the predecessor who answers, on the private port too: nobody is to see a gateway that is not ready.
-        while predecessor.has_tables && !gateway.table.load().loaded {
+        while predecessor.has_tables && predecessor.lives() && !gateway.table.load().loaded {
             tokio::time::sleep(TABLES).await;
         }
     }
@@ -199,9 +199,12 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
         penstock_config::announce(&path, &announcement)
             .map_err(|e| format!("--announce {}: {e}", path.display()))?;
     }
-    match predecessor.take() {
-        Some(predecessor) => predecessor.tell_ready()?,
+    match predecessor.take().map(Predecessor::tell_ready) {
         None => notify(&[NotifyState::Ready]),
+        Some(Ok(())) => {}
+        Some(Err(e)) => {
+            tracing::warn!(error = %e, "the process before this one is gone; its sockets are ours")
+        }
     }
     tracing::info!(public = announcement.public, private = announcement.private, "penstock-proxy is up");
 
