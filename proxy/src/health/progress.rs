@@ -11,7 +11,7 @@
 //! - A request has timed out: `hang_ms`, whatever was going on.
 //!
 //! Silence is the time since a byte came from the engine, on any of its streams, or since it got its first request after
-//! having none. A stream whose client does not read is not counted: its silence is the client's.
+//! having none, unless one has timed out since. A stream whose client does not read is not counted: its silence is the client's.
 //!
 //! # The examination
 //!

@@ -115,13 +115,13 @@ pub struct FirstTokens {
     next: AtomicUsize,
 }
 
-/// What the last first-token times have in common.
+/// One stream's first token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Speed {
-    /// The fastest of them.
-    pub fastest_ms: u64,
-    /// The middle one.
-    pub median_ms: u64,
+pub struct Sample {
+    /// When it came.
+    pub at_ms: u64,
+    /// How long after its request was sent.
+    pub took_ms: u64,
 }
 
 impl FirstTokens {
@@ -133,16 +133,14 @@ impl FirstTokens {
         }
     }
 
-    /// The last five; `None` when fewer have come in the last thirty seconds.
-    pub fn speed(&self, now_ms: u64) -> Option<Speed> {
-        let mut took = [0; STREAMS];
-        for (took, slot) in took.iter_mut().zip(&self.ring) {
+    /// The last five, in no order, those that came in the last thirty seconds.
+    pub fn recent(&self, now_ms: u64) -> impl Iterator<Item = Sample> {
+        self.ring.iter().filter_map(move |slot| {
             let packed = slot.load(Relaxed);
-            let fresh = packed != 0 && now_ms.saturating_sub(packed >> 24) <= STREAMS_AGE_MS;
-            *took = fresh.then(|| (packed & 0xff_ffff).saturating_sub(1))?;
-        }
-        took.sort_unstable();
-        Some(Speed { fastest_ms: took[0], median_ms: took[STREAMS / 2] })
+            let sample = Sample { at_ms: packed >> 24, took_ms: (packed & 0xff_ffff).saturating_sub(1) };
+            let fresh = packed != 0 && now_ms.saturating_sub(sample.at_ms) <= STREAMS_AGE_MS;
+            fresh.then_some(sample)
+        })
     }
 
     /// Forgets everything.
@@ -190,28 +188,29 @@ mod tests {
     }
 
     #[test]
-    fn speed_needs_five_streams_that_are_not_old() {
+    fn the_last_five_streams_are_kept_for_half_a_minute() {
         let tokens = FirstTokens::default();
-        for (at, took) in [(1_000, 30), (1_100, 10), (1_200, 20), (1_300, 50)] {
+        let took = |now_ms| {
+            let mut took: Vec<u64> = tokens.recent(now_ms).map(|sample| sample.took_ms).collect();
+            took.sort_unstable();
+            took
+        };
+        for (at, took) in [(1_000, 30), (1_100, 10), (1_200, 20), (1_300, 50), (1_400, 40)] {
             tokens.record(at, took);
         }
-        assert_eq!(tokens.speed(1_300), None);
-        tokens.record(1_400, 40);
-        assert_eq!(tokens.speed(1_400), Some(Speed { fastest_ms: 10, median_ms: 30 }));
+        assert_eq!(took(1_400), [10, 20, 30, 40, 50]);
         tokens.record(1_500, 0);
-        assert_eq!(
-            tokens.speed(1_500),
-            Some(Speed { fastest_ms: 0, median_ms: 20 }),
-            "the first has given way"
-        );
-        assert_eq!(tokens.speed(40_000), None);
+        assert_eq!(took(1_500), [0, 10, 20, 40, 50], "the first has given way");
+        assert_eq!(took(31_250), [0, 40, 50]);
+        tokens.clear();
+        assert!(took(1_500).is_empty());
     }
 
     #[test]
     fn an_endless_wait_does_not_spill_into_the_time() {
         let tokens = FirstTokens::default();
-        (0..5).for_each(|_| tokens.record(7, u64::from(u32::MAX)));
-        assert_eq!(tokens.speed(7).map(|s| s.fastest_ms), Some(0xff_fffe));
+        tokens.record(7, u64::from(u32::MAX));
+        assert_eq!(tokens.recent(7).next(), Some(Sample { at_ms: 7, took_ms: 0xff_fffe }));
     }
 
     proptest! {

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub)] // test code, shared by several test binaries
 
+pub mod watched;
+
 use std::{
     net::SocketAddr,
     sync::{
@@ -74,7 +76,8 @@ impl Proxy {
     }
 }
 
-fn state(engines: &[SocketAddr]) -> XdsState {
+/// Tables in which "m" is served by endpoints "e0", "e1" and so on.
+pub fn state(engines: &[SocketAddr]) -> XdsState {
     let endpoints = engines
         .iter()
         .enumerate()
@@ -141,6 +144,11 @@ pub struct Engine {
 impl Engine {
     /// `script` gives the steps for the n-th request.
     pub async fn start(script: impl Fn(usize) -> Vec<Step> + Send + Sync + 'static) -> Self {
+        Self::replying(move |number, _| script(number)).await
+    }
+
+    /// The same with a look at the request.
+    pub async fn replying(script: impl Fn(usize, &Seen) -> Vec<Step> + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (seen, closed_at) = (Arc::<Mutex<Vec<Seen>>>::default(), Arc::<Mutex<Vec<Instant>>>::default());
@@ -163,6 +171,11 @@ impl Engine {
         Self::start(move |_| vec![Step::Send(answer.clone().into_bytes())]).await
     }
 
+    /// Requests that were no probes.
+    pub fn served(&self) -> usize {
+        self.seen.lock().unwrap().iter().filter(|seen| seen.head.starts_with("post")).count()
+    }
+
     pub fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()
     }
@@ -177,15 +190,15 @@ async fn converse(
     mut stream: TcpStream,
     seen: Arc<Mutex<Vec<Seen>>>,
     closed_at: Arc<Mutex<Vec<Instant>>>,
-    script: Arc<impl Fn(usize) -> Vec<Step>>,
+    script: Arc<impl Fn(usize, &Seen) -> Vec<Step>>,
 ) {
     while let Some(request) = read_request(&mut stream).await {
         let number = {
             let mut seen = seen.lock().unwrap();
-            seen.push(request);
+            seen.push(request.clone());
             seen.len() - 1
         };
-        for step in script(number) {
+        for step in script(number, &request) {
             match step {
                 Step::Send(bytes) => {
                     if stream.write_all(&bytes).await.is_err() {
