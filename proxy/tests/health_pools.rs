@@ -56,8 +56,11 @@ async fn with_half_of_the_engines_failing_upstream_requests_stay_within_a_fifth_
 async fn with_every_engine_failing_clients_hear_it_at_once_and_engines_get_no_storm() {
     let dies = |_: usize, seen: &Seen| if is_probe(seen) { ok() } else { vec![Step::Reset] };
     let engines = [Engine::replying(dies).await, Engine::replying(dies).await, Engine::replying(dies).await];
-    let watched = Watched::start(ProxyConfig::default(), &engines.each_ref().map(|e| e.address));
-    let answers = storm(&watched.proxy, 150).await;
+    let mut config = ProxyConfig::default();
+    // The floor is for quiet services; a slow machine would make this one of them.
+    config.upstream.retry_floor_per_s = 0;
+    let watched = Watched::start(config, &engines.each_ref().map(|e| e.address));
+    let answers = storm(&watched.proxy, 60).await;
     let upstream: usize = engines.iter().map(Engine::served).sum();
     assert!(upstream * 10 <= answers.len() * 12, "{upstream} upstream for {}", answers.len());
     for answer in &answers {
