@@ -21,7 +21,8 @@ async fn a_drained_endpoint_ends_what_it_has_and_stays_drained_until_it_is_undra
     let (id, address) = (endpoint["id"].as_str().unwrap(), endpoint["address"].as_str().unwrap());
     let engine = async |figure: &str| get(address, "/sim/state").await.unwrap()[figure].as_u64().unwrap();
     let load = Load::start(&up, "sim-model", 12, 40);
-    until("it serves", LONGEST, async || (engine("requests").await > 20 && load.done() > 60).then_some(())).await;
+    until("it serves", LONGEST, async || (engine("requests").await > 20 && load.done() > 60).then_some(()))
+        .await;
 
     assert!(up.run(&["drain", id]).status.success());
     let draining = async || seen_by_proxy(&up, "sim-model", id).await.unwrap()["draining"] == true;
@@ -48,7 +49,14 @@ async fn a_drained_endpoint_ends_what_it_has_and_stays_drained_until_it_is_undra
 
 /// Requests for tokens that an engine was ever given, probes not counted.
 async fn completions(address: &str) -> u64 {
-    let text = support::client().get(format!("http://{address}/metrics")).send().await.unwrap().text().await.unwrap();
+    let text = support::client()
+        .get(format!("http://{address}/metrics"))
+        .send()
+        .await
+        .unwrap()
+        .text()
+        .await
+        .unwrap();
     let of = |line: &str| line.starts_with("http_requests_total") && line.contains("/v1/chat/completions");
     let count = |line: &str| line.rsplit(' ').next().and_then(|n| n.parse::<f64>().ok()).unwrap_or_default();
     text.lines().filter(|line| of(line)).map(count).sum::<f64>() as u64

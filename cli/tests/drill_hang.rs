@@ -19,12 +19,15 @@ const LONGEST: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_engine_whose_core_stands_still_is_left_out_until_it_makes_tokens_again() {
-    let up = Up::start_with_env(&["--engines", "2"], &[
-        ("PENSTOCK_PROXY__HEALTH__HANG_MS", "1000"),
-        ("PENSTOCK_PROXY__HEALTH__CANARY_MS", "1500"),
-        ("PENSTOCK_PROXY__UPSTREAM__IDLE_MS", "8000"),
-        ("PENSTOCK_PROXY__UPSTREAM__FIRST_BYTE_MS", "8000"),
-    ]);
+    let up = Up::start_with_env(
+        &["--engines", "2"],
+        &[
+            ("PENSTOCK_PROXY__HEALTH__HANG_MS", "1000"),
+            ("PENSTOCK_PROXY__HEALTH__CANARY_MS", "1500"),
+            ("PENSTOCK_PROXY__UPSTREAM__IDLE_MS", "8000"),
+            ("PENSTOCK_PROXY__UPSTREAM__FIRST_BYTE_MS", "8000"),
+        ],
+    );
     let endpoint = &up.json["engines"][0];
     let (id, address) = (endpoint["id"].as_str().unwrap(), endpoint["address"].as_str().unwrap());
     let load = Load::start(&up, "sim-model", 12, 60);
@@ -34,7 +37,8 @@ async fn an_engine_whose_core_stands_still_is_left_out_until_it_makes_tokens_aga
     let core = pid(u32::try_from(core).unwrap());
     kill(core, Signal::SIGSTOP).unwrap();
     let stopped = Instant::now();
-    until("it is ejected", LONGEST, async || (state(&up, "sim-model", id).await == "ejected").then_some(())).await;
+    until("it is ejected", LONGEST, async || (state(&up, "sim-model", id).await == "ejected").then_some(()))
+        .await;
     let ejected = Instant::now();
     println!("ejected {:?} after its core stopped", ejected - stopped);
     let seen = seen_by_proxy(&up, "sim-model", id).await.unwrap();
@@ -45,12 +49,16 @@ async fn an_engine_whose_core_stands_still_is_left_out_until_it_makes_tokens_aga
     let done = load.done();
     until("the other serves", LONGEST, async || (load.done() > done + 60).then_some(())).await;
     kill(core, Signal::SIGCONT).unwrap();
-    until("it is back", LONGEST, async || (state(&up, "sim-model", id).await == "admitted").then_some(())).await;
+    until("it is back", LONGEST, async || (state(&up, "sim-model", id).await == "admitted").then_some(()))
+        .await;
     for outcome in load.end().await {
         let Err(text) = &outcome.result else { continue };
         assert!(outcome.ended >= stopped, "before anything was wrong: {text}");
         assert!(outcome.began <= ejected, "sent to an engine that was known to hang: {text}");
-        assert!(text.contains("engine_stalled") || text.contains("engine_timeout"), "not a typed end: {text}");
+        assert!(
+            text.contains("engine_stalled") || text.contains("engine_timeout"),
+            "not a typed end: {text}"
+        );
     }
     up.stop();
 }
@@ -62,11 +70,14 @@ async fn an_engine_that_is_silent_because_it_is_busy_is_kept() {
     for arg in ["--max-num-seqs=1", "--sim-itl-ms=20"] {
         args.extend(["--engine-arg", arg]);
     }
-    let up = Up::start_with_env(&args, &[
-        ("PENSTOCK_PROXY__HEALTH__HANG_MS", "500"),
-        ("PENSTOCK_PROXY__HEALTH__HANG_WAITING_MS", "500"),
-        ("PENSTOCK_PROXY__HEALTH__CANARY_MS", "500"),
-    ]);
+    let up = Up::start_with_env(
+        &args,
+        &[
+            ("PENSTOCK_PROXY__HEALTH__HANG_MS", "500"),
+            ("PENSTOCK_PROXY__HEALTH__HANG_WAITING_MS", "500"),
+            ("PENSTOCK_PROXY__HEALTH__CANARY_MS", "500"),
+        ],
+    );
     let mut requests = JoinSet::new();
     for _ in 0..3 {
         let url = format!("{}/v1/chat/completions", up.url());

@@ -74,21 +74,25 @@ async fn a_node_that_vanishes_takes_only_its_own_streams_with_it() {
     let node = match Node::new() {
         Ok(node) => node,
         Err(why) => {
-            // proxy/tests/health_offline.rs shows the same of the proxy alone, without a namespace.
+            // proxy/tests/health.rs shows the same of the proxy alone, without a namespace.
             eprintln!("skipped: no network namespace on this machine: {why}");
             return;
         }
     };
-    let up = Up::start_with_env(&["--engines", "1", "--gpus", "6"], &[
-        ("PENSTOCK_CONTROLPLANE__LISTEN__GRPC", "0.0.0.0:0"),
-        ("PENSTOCK_PROXY__UPSTREAM__IDLE_MS", &IDLE.as_millis().to_string()),
-        ("PENSTOCK_PROXY__UPSTREAM__FIRST_BYTE_MS", &IDLE.as_millis().to_string()),
-    ]);
+    let up = Up::start_with_env(
+        &["--engines", "1", "--gpus", "6"],
+        &[
+            ("PENSTOCK_CONTROLPLANE__LISTEN__GRPC", "0.0.0.0:0"),
+            ("PENSTOCK_PROXY__UPSTREAM__IDLE_MS", &IDLE.as_millis().to_string()),
+            ("PENSTOCK_PROXY__UPSTREAM__FIRST_BYTE_MS", &IDLE.as_millis().to_string()),
+        ],
+    );
     let grpc = up.address("grpc");
     let far = FarAgent::start(&node, grpc.rsplit(':').next().unwrap());
     let nodes = || up.run_json(&["nodes"])["nodes"].as_array().unwrap().len();
     support::eventually("the far node is there", LONGEST, || (nodes() == 2).then_some(()));
-    let deployed = up.run(&["deploy", "wide", "--engine", "sim", "--replicas", "2", "--wait", "--timeout-s", "90"]);
+    let deployed =
+        up.run(&["deploy", "wide", "--engine", "sim", "--replicas", "2", "--wait", "--timeout-s", "90"]);
     assert!(deployed.status.success(), "{}", String::from_utf8_lossy(&deployed.stderr));
     let placed = |on: &str| {
         let wide = up.endpoints().into_iter().filter(|e| e["model"] == "wide" && e["node"] == on);
@@ -111,8 +115,14 @@ async fn a_node_that_vanishes_takes_only_its_own_streams_with_it() {
     })
     .await;
     let ejected = ejected.unwrap();
-    println!("ejected {:?} after the cut; first failed connection {:?} after it", ejected - cut, first_failure.map(|at| at - cut));
-    assert!(ejected - first_failure.unwrap_or(cut) <= Duration::from_secs(3) || ejected - cut <= Duration::from_secs(3));
+    println!(
+        "ejected {:?} after the cut; first failed connection {:?} after it",
+        ejected - cut,
+        first_failure.map(|at| at - cut)
+    );
+    // With connections kept open, silence is the first sign, not a connection that fails.
+    let (sign, longest) = first_failure.map_or((cut, 5), |failed| (failed, 3));
+    assert!(ejected.saturating_duration_since(sign) <= Duration::from_secs(longest), "{:?}", ejected - cut);
     let elsewhere = || (placed("local").len() == 2).then_some(());
     until("its replica is elsewhere", Duration::from_secs(60), async || elsewhere()).await;
 
@@ -121,8 +131,13 @@ async fn a_node_that_vanishes_takes_only_its_own_streams_with_it() {
     for outcome in wide.end().await {
         let Err(text) = &outcome.result else { continue };
         assert!(outcome.began <= ejected, "sent to a node that was known to be gone: {text}");
-        assert!(outcome.ended >= cut && outcome.ended - cut.max(outcome.began) <= IDLE + Duration::from_secs(4));
-        assert!(text.contains("engine_stalled") || text.contains("engine_timeout"), "not a typed end: {text}");
+        assert!(
+            outcome.ended >= cut && outcome.ended - cut.max(outcome.began) <= IDLE + Duration::from_secs(4)
+        );
+        assert!(
+            text.contains("engine_stalled") || text.contains("engine_timeout"),
+            "not a typed end: {text}"
+        );
     }
     drop(far);
     up.stop();

@@ -13,7 +13,11 @@ use support::{watched::*, *};
 const SOON: Duration = Duration::from_secs(5);
 
 /// An engine that takes `usual_ms`, and does something else while the switch is on. Probes are answered at once.
-async fn engine(usual_ms: u64, ill: &Switch, does: impl Fn(usize) -> Vec<Step> + Send + Sync + 'static) -> Engine {
+async fn engine(
+    usual_ms: u64,
+    ill: &Switch,
+    does: impl Fn(usize) -> Vec<Step> + Send + Sync + 'static,
+) -> Engine {
     let ill = ill.clone();
     Engine::replying(move |number, seen| match is_probe(seen) {
         true => ok(),
@@ -111,6 +115,45 @@ async fn a_black_hole_is_found_by_probes_and_comes_back_by_them() {
     watched.stop().await.settles().await;
 }
 
+/// DR19 for the proxy alone: nobody takes connections, nobody refuses them. `cli/tests/drill_node_offline.rs` has the whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endpoint_that_drops_all_packets_is_out_within_three_seconds_of_the_first_failed_connection() {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut filling = vec![];
+    while let Ok(stream) =
+        tokio::time::timeout(Duration::from_millis(300), tokio::net::TcpStream::connect(address)).await
+    {
+        filling.push(stream.unwrap());
+        assert!(filling.len() < 16, "its queue is full, further connections are dropped");
+    }
+    let well = healthy().await;
+    let mut config = ProxyConfig::default();
+    // Found by requests, not by a regular probe.
+    config.health.probe_interval_ms = 600_000;
+    let watched = Watched::start(config, &[address, well.address]);
+    let load = Load::start(&watched.proxy, 6);
+    let failed = || watched.proxy.gateway.metrics.attempt_failures.with_label_values(&["connect"]).get();
+    eventually("a connection has failed", || failed() > 0).await;
+    let took = watched.ejected(0).await;
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    let answers = load.end().await;
+    assert!(failures(&answers).is_empty(), "{:?}", failures(&answers));
+    drop(listener);
+}
+
+/// D10: no endpoint's check waits for another's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_dead_endpoints_are_found_out_side_by_side() {
+    let dead = nobody().await;
+    let mut config = ProxyConfig::default();
+    config.health.probe_interval_ms = 1_000;
+    let watched = Watched::start(config, &vec![dead; 2_000]);
+    eventually("all are ejected", || watched.ejections("probe") >= 2_000).await;
+}
+
 /// agentgateway #1087: an endpoint was marked unhealthy and still given requests.
 #[tokio::test]
 async fn a_dead_engine_is_found_and_left_out_before_any_request_meets_it() {
@@ -124,7 +167,8 @@ async fn a_dead_engine_is_found_and_left_out_before_any_request_meets_it() {
         let answer = watched.proxy.exchange(&post(CHAT, &chat(true))).await;
         assert!(answer.contains("[DONE]"), "{answer}");
     }
-    let failed = |reason: &str| watched.proxy.gateway.metrics.attempt_failures.with_label_values(&[reason]).get();
+    let failed =
+        |reason: &str| watched.proxy.gateway.metrics.attempt_failures.with_label_values(&[reason]).get();
     assert_eq!(failed("connect"), 0);
 }
 
@@ -180,7 +224,8 @@ async fn an_engine_that_answers_probes_and_makes_no_tokens_is_left_out_until_it_
     assert_eq!((watched.ejections("hang"), watched.all_ejections()), (1, 1));
     drop(clients);
     ill.off();
-    eventually("a token brings it to trials", || watched.phase(0) != penstock_proxy::health::Phase::Ejected).await;
+    eventually("a token brings it to trials", || watched.phase(0) != penstock_proxy::health::Phase::Ejected)
+        .await;
     for _ in 0..3 {
         let answer = watched.proxy.exchange(&post(CHAT, &chat(true))).await;
         assert!(answer.contains("[DONE]"), "{answer}");

@@ -64,7 +64,10 @@ async fn with_every_engine_failing_clients_hear_it_at_once_and_engines_get_no_st
     let upstream: usize = engines.iter().map(Engine::served).sum();
     assert!(upstream * 10 <= answers.len() * 12, "{upstream} upstream for {}", answers.len());
     for answer in &answers {
-        assert!(answer.starts_with("HTTP/1.1 50") && answer.contains("\"code\":\"engine_failed\""), "{answer}");
+        assert!(
+            answer.starts_with("HTTP/1.1 50") && answer.contains("\"code\":\"engine_failed\""),
+            "{answer}"
+        );
     }
     watched.stop().await.settles().await;
 }

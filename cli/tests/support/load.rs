@@ -108,6 +108,7 @@ pub(crate) async fn state(up: &Up, model: &str, id: &str) -> String {
 pub(crate) async fn proxy_metric(up: &Up, series: &str) -> Option<f64> {
     let url = format!("http://{}/metrics", up.address("proxy_private"));
     let text = client().get(url).send().await.ok()?.text().await.ok()?;
-    let line = text.lines().find(|line| line.strip_prefix(series).is_some_and(|rest| rest.starts_with(' ')))?;
+    let line =
+        text.lines().find(|line| line.strip_prefix(series).is_some_and(|rest| rest.starts_with(' ')))?;
     line.rsplit(' ').next()?.parse().ok()
 }

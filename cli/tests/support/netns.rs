@@ -58,7 +58,7 @@ impl Node {
 
     /// Power off: whatever is sent there vanishes, resets and refusals included.
     pub(crate) fn cut_off(&self) {
-        // A blackhole in place of the way back, and of the way to itself: it neither answers nor refuses.
+        // A host drops what is for an address it does not have.
         ip(&format!("-n {} addr flush to {}/32", self.name, self.there)).expect("cut off");
     }
 }

@@ -117,7 +117,9 @@ impl Counters {
         let mut found = false;
         for line in text.lines() {
             let end = line.find(['{', ' ']).unwrap_or(line.len());
-            let Some(series) = SERIES.iter().position(|name| line.get(..end) == Some(*name)) else { continue };
+            let Some(series) = SERIES.iter().position(|name| line.get(..end) == Some(*name)) else {
+                continue;
+            };
             let value = line.rsplit(' ').next().and_then(|value| value.parse::<f64>().ok());
             if let (Some(sum), Some(value)) = (sums.0.get_mut(series), value.filter(|v| v.is_finite())) {
                 *sum += value;

@@ -381,13 +381,11 @@ impl Machine {
     }
 
     fn eject(&mut self, reason: Reason, cure: Cure, now_ms: u64, rules: &Rules) -> Transition {
-        let forgotten = self.out.is_none() && now_ms >= self.returned_ms.saturating_add(rules.max_ejection_ms);
+        let forgotten =
+            self.out.is_none() && now_ms >= self.returned_ms.saturating_add(rules.max_ejection_ms);
         let before = if forgotten { 0 } else { self.ejections };
-        *self = Self {
-            ejections: before.saturating_add(1),
-            returned_ms: self.returned_ms,
-            ..Self::default()
-        };
+        *self =
+            Self { ejections: before.saturating_add(1), returned_ms: self.returned_ms, ..Self::default() };
         let for_ms = match cure {
             Cure::Token => rules.max_ejection_ms.max(1),
             Cure::Time | Cure::Probe => self.length(rules),

@@ -132,8 +132,7 @@ impl Vitals {
 
     /// Takes note of an event.
     pub fn on(&self, event: Event, now_ms: u64, rules: &Rules) -> Option<Transition> {
-        let forgives =
-            matches!(event, Event::Began | Event::Finished | Event::ProbePassed | Event::Alive);
+        let forgives = matches!(event, Event::Began | Event::Finished | Event::ProbePassed | Event::Alive);
         if forgives && !self.suspect.load(Relaxed) {
             return None;
         }

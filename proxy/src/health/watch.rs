@@ -128,8 +128,7 @@ impl Watch {
 
     fn compare(&self, pool: &Pool, now_ms: u64) {
         let admitted = |endpoint: &&Arc<Endpoint>| {
-            !endpoint.draining
-                && matches!(endpoint.vitals().phase(now_ms), Phase::Admitted | Phase::Suspect)
+            !endpoint.draining && matches!(endpoint.vitals().phase(now_ms), Phase::Admitted | Phase::Suspect)
         };
         let members: Vec<&Arc<Endpoint>> = pool.endpoints.iter().filter(admitted).collect();
         let standings: Vec<Standing> = members
@@ -154,13 +153,7 @@ impl Watch {
         let due = |since_ms, kind| Some(Due { since_ms, endpoint: Arc::clone(endpoint), kind });
         if let Some(served_model) = served_model
             && !checks.examining.load(Relaxed)
-            && examination_is_due(
-                &signs,
-                &machine,
-                &self.patience,
-                now_ms,
-                checks.examined_ms.load(Relaxed),
-            )
+            && examination_is_due(&signs, &machine, &self.patience, now_ms, checks.examined_ms.load(Relaxed))
         {
             return due(0, Kind::Examine(Arc::clone(served_model)));
         }
@@ -252,9 +245,7 @@ fn check(watch: &Arc<Watch>, snapshot: &Snapshot, checks: &mut JoinSet<()>) {
 fn served_models(snapshot: &Snapshot) -> HashMap<*const Pool, Arc<str>> {
     let mut names = HashMap::new();
     for route in snapshot.routes.values() {
-        names
-            .entry(Arc::as_ptr(&route.pool))
-            .or_insert_with(|| Arc::from(route.served_model.as_str()));
+        names.entry(Arc::as_ptr(&route.pool)).or_insert_with(|| Arc::from(route.served_model.as_str()));
     }
     names
 }
@@ -324,7 +315,9 @@ fn probe_due(times: &ProbeTimes, signs: &Signs, machine: &Machine, now_ms: u64) 
         Phase::Ejected | Phase::HalfOpen if machine.out().is_some_and(|out| out.cure == Cure::Probe) => {
             after(often)
         }
-        Phase::Admitted | Phase::Suspect if signs.inflight > 0 && signs.silent_ms >= SILENT_MS => after(often),
+        Phase::Admitted | Phase::Suspect if signs.inflight > 0 && signs.silent_ms >= SILENT_MS => {
+            after(often)
+        }
         Phase::Admitted | Phase::Suspect if times.progress_ms > 0 => {
             times.regular_ms.max(times.progress_ms.saturating_add(times.interval_ms))
         }

@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 /// Seconds looked back at most.
-const BUCKETS: u64 = 10;
+const BUCKETS: usize = 10;
 
 /// Seconds looked back at least: the present one has only begun.
 const LEAST: u64 = 2;
@@ -25,7 +25,7 @@ const STREAMS_AGE_MS: u64 = 30_000;
 #[derive(Debug, Default)]
 pub struct Window {
     /// Of each: the second it is of, then successes, then failures: 32, 16 and 16 bits.
-    buckets: [AtomicU64; BUCKETS as usize],
+    buckets: [AtomicU64; BUCKETS],
 }
 
 /// Requests, by how they went.
@@ -56,7 +56,7 @@ impl Window {
     /// Counts a request.
     pub fn record(&self, now_ms: u64, good: bool) {
         let second = second(now_ms);
-        let Some(bucket) = self.buckets.get((second % BUCKETS) as usize) else { return };
+        let Some(bucket) = self.buckets.get(slot(second)) else { return };
         // The closure always gives a value, so the update cannot fail.
         let _always = bucket.fetch_update(Relaxed, Relaxed, |packed| {
             let (of, mut tally) = unpack(packed);
@@ -73,9 +73,9 @@ impl Window {
     pub fn recent(&self, now_ms: u64, enough: u32) -> Option<Tally> {
         let now = second(now_ms);
         let mut sum = Tally::default();
-        for back in 0..BUCKETS.min(now + 1) {
+        for back in 0..(BUCKETS as u64).min(now + 1) {
             let wanted = now - back;
-            let packed = self.buckets.get((wanted % BUCKETS) as usize).map_or(0, |b| b.load(Relaxed));
+            let packed = self.buckets.get(slot(wanted)).map_or(0, |b| b.load(Relaxed));
             let (of, tally) = unpack(packed);
             if of == wanted {
                 sum.good += tally.good;
@@ -96,6 +96,10 @@ impl Window {
 
 fn second(now_ms: u64) -> u64 {
     (now_ms / 1_000) & 0xffff_ffff
+}
+
+fn slot(second: u64) -> usize {
+    usize::try_from(second % BUCKETS as u64).unwrap_or(0)
 }
 
 fn pack(second: u64, tally: Tally) -> u64 {
@@ -224,7 +228,10 @@ mod tests {
                 window.record(now, good);
                 all.push((now / 1_000, good));
             }
-            let of = |seconds: u64, wanted: bool| all.iter().filter(|(s, good)| now / 1_000 - s < seconds && *good == wanted).count() as u32;
+            let of = |seconds: u64, wanted: bool| {
+                let counted = all.iter().filter(|(s, good)| now / 1_000 - s < seconds && *good == wanted);
+                u32::try_from(counted.count()).expect("few")
+            };
             let most = of(10, true) + of(10, false);
             match window.recent(now, enough) {
                 None => prop_assert!(most < enough),

@@ -98,7 +98,8 @@ pub fn pick(
 ) -> Option<(Ticket, How)> {
     let eligible = |endpoint: &Endpoint| !endpoint.draining && !tried.contains(&endpoint.id);
     let all: Vec<&Arc<Endpoint>> = pool.endpoints.iter().filter(|e| eligible(e)).collect();
-    let mut among = |healthy: &dyn Fn(&Endpoint) -> bool, reserve: &dyn Fn(&Arc<Endpoint>) -> Option<Ticket>| {
+    let mut among = |healthy: &dyn Fn(&Endpoint) -> bool,
+                     reserve: &dyn Fn(&Arc<Endpoint>) -> Option<Ticket>| {
         let mut left: Vec<&Arc<Endpoint>> = all.iter().copied().filter(|e| healthy(e)).collect();
         loop {
             let views: Vec<View> = left.iter().map(|endpoint| view(endpoint, now_ms, with)).collect();
@@ -113,9 +114,7 @@ pub fn pick(
         .then(|| among(&|e| e.vitals().is_open(now_ms), &|e| e.try_reserve(now_ms)))
         .flatten();
     let anyway = |endpoint: &Arc<Endpoint>| Some(endpoint.reserve(now_ms));
-    healthy
-        .or_else(|| among(&|e| !e.vitals().is_lost(now_ms), &anyway))
-        .or_else(|| among(&|_| true, &anyway))
+    healthy.or_else(|| among(&|e| !e.vitals().is_lost(now_ms), &anyway)).or_else(|| among(&|_| true, &anyway))
 }
 
 /// Whether picks from the pool look past the health of its endpoints.
@@ -150,10 +149,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        endpoints::endpoint::tests::endpoint,
-        error::UpstreamFailure,
-        health,
-        upstream::retry::RetryBudget,
+        endpoints::endpoint::tests::endpoint, error::UpstreamFailure, health, upstream::retry::RetryBudget,
     };
 
     /// Ejects for a second: an engine that answers with errors, or one that does not react.
@@ -193,7 +189,8 @@ mod tests {
     #[test]
     fn the_least_loaded_wins_and_the_pick_counts_at_once() {
         let pool = pool(3);
-        let _busy = (pool.endpoints[0].reserve(0), pool.endpoints[0].reserve(0), pool.endpoints[2].reserve(0));
+        let _busy =
+            (pool.endpoints[0].reserve(0), pool.endpoints[0].reserve(0), pool.endpoints[2].reserve(0));
         let ticket = pick_from(&pool, &[], 0, |_| 0);
         assert_eq!(picked(&ticket), Some("e1"));
         assert_eq!(pool.endpoints[1].inflight(), 1);
