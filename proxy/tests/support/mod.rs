@@ -4,6 +4,7 @@
 
 pub mod daemon;
 pub mod tls;
+pub mod watched;
 
 use std::{
     collections::BTreeMap,
@@ -86,7 +87,7 @@ impl Proxy {
     }
 }
 
-/// Tables that route the model "m" to `engines`.
+/// Tables in which "m" is served by endpoints "e0", "e1" and so on.
 pub fn state(engines: &[SocketAddr]) -> XdsState {
     let endpoints = engines
         .iter()
@@ -154,6 +155,11 @@ pub struct Engine {
 impl Engine {
     /// `script` gives the steps for the n-th request.
     pub async fn start(script: impl Fn(usize) -> Vec<Step> + Send + Sync + 'static) -> Self {
+        Self::replying(move |number, _| script(number)).await
+    }
+
+    /// The same with a look at the request.
+    pub async fn replying(script: impl Fn(usize, &Seen) -> Vec<Step> + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (seen, closed_at) = (Arc::<Mutex<Vec<Seen>>>::default(), Arc::<Mutex<Vec<Instant>>>::default());
@@ -176,6 +182,11 @@ impl Engine {
         Self::start(move |_| vec![Step::Send(answer.clone().into_bytes())]).await
     }
 
+    /// Requests that were no probes.
+    pub fn served(&self) -> usize {
+        self.seen.lock().unwrap().iter().filter(|seen| seen.head.starts_with("post")).count()
+    }
+
     pub fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()
     }
@@ -190,15 +201,15 @@ async fn converse(
     mut stream: TcpStream,
     seen: Arc<Mutex<Vec<Seen>>>,
     closed_at: Arc<Mutex<Vec<Instant>>>,
-    script: Arc<impl Fn(usize) -> Vec<Step>>,
+    script: Arc<impl Fn(usize, &Seen) -> Vec<Step>>,
 ) {
     while let Some(request) = read_request(&mut stream).await {
         let number = {
             let mut seen = seen.lock().unwrap();
-            seen.push(request);
+            seen.push(request.clone());
             seen.len() - 1
         };
-        for step in script(number) {
+        for step in script(number, &request) {
             match step {
                 Step::Send(bytes) => {
                     if stream.write_all(&bytes).await.is_err() {
