@@ -5,6 +5,7 @@
 //! old address starts clean.
 
 use std::{
+    collections::BTreeSet,
     net::SocketAddr,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
@@ -16,8 +17,11 @@ use std::{
 use penstock_config::proxy::UpstreamConfig;
 use pingora_core::upstreams::peer::HttpPeer;
 
-use super::outlier::{Outlier, Rules};
-use crate::routing::affinity::HashKey;
+use super::{
+    outlier::{Outlier, Rules},
+    reported::{Measured, Reported, ReportedLoad},
+};
+use crate::routing::{affinity::HashKey, load};
 
 /// One registered engine.
 #[derive(Debug)]
@@ -32,6 +36,8 @@ pub struct Endpoint {
     pub draining: bool,
     /// Where it runs; may be empty.
     pub zone: String,
+    /// LoRA adapters it has loaded, by name.
+    pub adapters: BTreeSet<String>,
     /// Prebuilt: a pool key that never varies, so that connections are reused.
     pub peer: HttpPeer,
     pub(super) live: Arc<Live>,
@@ -46,6 +52,8 @@ pub(super) struct Live {
     /// 1 while the outlier has anything to forget: successes of a clean endpoint take no lock.
     suspect: AtomicU32,
     outlier: Mutex<Outlier>,
+    /// What the engine says of its load.
+    reported: Reported,
     /// Its name in hashes.
     key: OnceLock<u64>,
     /// When a pick first saw it, in milliseconds; what came before nobody needs to know.
@@ -72,6 +80,7 @@ impl Endpoint {
             generation,
             draining: false,
             zone: String::new(),
+            adapters: BTreeSet::new(),
             peer,
             live,
         }
@@ -90,6 +99,26 @@ impl Endpoint {
     /// Milliseconds since a pick first saw it, for slow start.
     pub fn age_ms(&self, now_ms: u64) -> u64 {
         now_ms.saturating_sub(*self.live.first_seen_ms.get_or_init(|| now_ms))
+    }
+
+    /// What the engine last said of its load. Old words are given, too: `age_ms` decides what they are worth.
+    pub fn reported(&self, now_ms: u64) -> Option<ReportedLoad> {
+        self.live.reported.get(now_ms)
+    }
+
+    /// The same for the estimate of a pick.
+    pub fn load_report(&self) -> Option<load::Report> {
+        self.live.reported.report()
+    }
+
+    /// Takes a report of its load in.
+    pub fn take_report(&self, measured: Measured, now_ms: u64) {
+        self.live.reported.take(measured, now_ms, self.inflight());
+    }
+
+    /// Remembers what is under way, for reports to come.
+    pub fn sample(&self, now_ms: u64) {
+        self.live.reported.sample(now_ms, self.inflight());
     }
 
     /// Whether failures keep it out of picks at `now_ms`.

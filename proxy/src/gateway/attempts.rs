@@ -7,7 +7,7 @@ use pingora_core::protocols::http::ServerSession;
 use super::Gateway;
 use crate::{
     downstream::{self, respond},
-    endpoints::Ticket,
+    endpoints::{Ticket, table::Target},
     error::{GatewayError, UpstreamFailure},
     record::Record,
     routing::{self, policy::Asked},
@@ -19,29 +19,39 @@ use crate::{
     },
 };
 
+/// Names the deployment that answered.
+const MODEL: &str = "x-penstock-model";
+
+/// What came of asking a target's engines.
+pub(super) enum Outcome {
+    /// The client has its answer, or the beginning of one.
+    Answered,
+    /// It has seen nothing; the last failure, if any engine was asked.
+    Unanswered(Option<Failed>),
+}
+
 impl Gateway {
-    /// Asks engines in turn until one has answered, then hands the answer on.
+    /// Asks a target's engines in turn until one has answered, then hands the answer on.
     pub(super) async fn attempts(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
-        model: &str,
+        (model, target): (&str, &Target),
         asked: &Asked<'_>,
         request: &EngineRequest,
-    ) -> Result<(), GatewayError> {
-        self.pool(model)?.budget.earn();
+    ) -> Result<Outcome, GatewayError> {
+        let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(None)) };
+        pool.budget.earn();
         let rules = self.pick_rules.of(model);
         let mut tried: Vec<Arc<str>> = Vec::new();
         let mut last: Option<Failed> = None;
         let mut resent = false;
         loop {
-            let pool = self.pool(model)?;
+            let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(last)) };
             let chance = |n| fastrand::usize(0..n);
             let with = (&self.pick_rules, &rules);
             let picked = routing::pick(&pool, &tried, asked, self.now_ms(), with, chance);
-            let Some((ticket, how)) = picked else {
-                return self.give_up(session, record, model, last).await;
-            };
+            let Some((ticket, how)) = picked else { return Ok(Outcome::Unanswered(last)) };
             self.metrics.picks.with_label_values(&[rules.policy.name(), how.label()]).inc();
             let answered = tokio::select! {
                 biased;
@@ -50,7 +60,11 @@ impl Gateway {
                 () = self.lifecycle.cut().cancelled() => return Err(GatewayError::Draining),
             };
             let failed = match answered {
-                Ok(answer) => return self.hand_on(session, record, answer, ticket).await,
+                Ok(mut answer) => {
+                    name_model(&mut answer, model, target);
+                    self.hand_on(session, record, answer, ticket).await?;
+                    return Ok(Outcome::Answered);
+                }
                 Err(failed) => failed,
             };
             self.note_failure(&ticket, &failed);
@@ -61,7 +75,7 @@ impl Gateway {
             }) {
                 Next::Retry => tried.push(Arc::clone(&ticket.endpoint().id)),
                 Next::Resend => resent = true,
-                Next::GiveUp => return self.give_up(session, record, model, Some(failed)).await,
+                Next::GiveUp => return Ok(Outcome::Unanswered(Some(failed))),
             }
             self.metrics.retries.with_label_values(&[failed.failure.label()]).inc();
             last = Some(failed);
@@ -135,7 +149,7 @@ impl Gateway {
     }
 
     /// No attempt is left: the engine's own error answer if there is one, else ours.
-    async fn give_up(
+    pub(super) async fn give_up(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
@@ -167,5 +181,17 @@ impl Gateway {
                 "endpoint ejected"
             );
         }
+    }
+}
+
+/// Says which deployment answered, where that is not what was asked for.
+fn name_model(answer: &mut Answer, model: &str, target: &Target) {
+    if *target.pool != *model {
+        let head = match answer {
+            Answer::Whole(whole) => &mut whole.head,
+            Answer::Open(open) => &mut open.head,
+        };
+        // A name that no header can hold is not worth the answer.
+        head.insert_header(MODEL, &*target.pool).ok();
     }
 }

@@ -4,18 +4,21 @@
 //! - [`load`]: how busy an endpoint is thought to be, and how much a young one should carry.
 //! - [`affinity`]: sessions to endpoints, by keyed hashes and under a load bound.
 //! - [`prefix`]: who probably has a prompt's beginning in its cache, in fixed memory.
+//! - [`resolve`]: which pools, in which order, for the name that a client asked for.
 //!
-//! Filters, in order: not draining, not tried by this request before, not ejected. At most a share of the pool may be out
+//! Filters, in order: not draining, has the adapter that is asked for, not tried by this request before, not ejected. At most a share of the pool may be out
 //! for failures: beyond it, and when none is left at all (*panic*), ejections are not looked at, since trying a sick
 //! engine beats refusing a client. No policy ever sees an endpoint that a filter took out.
 //!
-//! Absent: engines' own reports. No wire brings them to the proxy yet; its estimate is what it has under way itself, which
-//! is what [`load::estimate`] says without a report.
+//! Reports of the engines ([`crate::endpoints::reported`]) tell of other proxies' requests. They change which of the
+//! endpoints is taken and never whether one is: what they say may be wrong (vLLM's gauges can stay up after a mass abort) or may
+//! not come any more, and an engine that answers is then still an engine that answers.
 
 pub mod affinity;
 pub mod load;
 pub mod policy;
 pub mod prefix;
+pub mod resolve;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -35,6 +38,8 @@ pub struct PickRules {
     pub max_ejected_percent: u32,
     /// Milliseconds until a new endpoint carries its whole share; 0: at once.
     pub slow_start_ms: u64,
+    /// Age at which an engine's report of its load is not believed any more; 0: reports are not looked at.
+    pub load_stale_ms: u64,
     /// This proxy's zone; empty: every endpoint is near.
     pub zone: String,
     /// Of all hashes.
@@ -57,6 +62,7 @@ impl PickRules {
         Self {
             max_ejected_percent,
             slow_start_ms: config.slow_start_ms,
+            load_stale_ms: config.load_stale_ms,
             zone: config.zone.clone(),
             key,
             blocks: Blocks { bytes: config.prefix_block_bytes, most: config.prefix_blocks },
@@ -94,7 +100,9 @@ pub fn pick(
     (with, rules): (&PickRules, &Rules),
     mut chance: impl FnMut(usize) -> usize,
 ) -> Option<(Ticket, How)> {
-    let eligible = |endpoint: &Endpoint| !endpoint.draining && !tried.contains(&endpoint.id);
+    let able = |endpoint: &Endpoint| asked.adapter.is_none_or(|name| endpoint.adapters.contains(name));
+    let eligible =
+        |endpoint: &Endpoint| !endpoint.draining && able(endpoint) && !tried.contains(&endpoint.id);
     let mut left: Vec<&Arc<Endpoint>> = pool.endpoints.iter().filter(|e| eligible(e)).collect();
     let admitted = |endpoint: &&Arc<Endpoint>| !endpoint.is_ejected(now_ms);
     if !too_many_ejected(&pool.endpoints, now_ms, with.max_ejected_percent) && left.iter().any(admitted) {
@@ -106,9 +114,11 @@ pub fn pick(
 }
 
 fn view(endpoint: &Endpoint, now_ms: u64, with: &PickRules) -> View {
+    let (own, report) = (endpoint.inflight(), endpoint.load_report());
     View {
         key: endpoint.key(with.key),
-        load: load::estimate(endpoint.inflight(), None, now_ms, 0),
+        load: load::estimate(own, report.as_ref(), now_ms, with.load_stale_ms),
+        own,
         weight: load::weight(endpoint.age_ms(now_ms), with.slow_start_ms),
         near: with.zone.is_empty() || endpoint.zone == with.zone,
     }
@@ -129,7 +139,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        endpoints::{endpoint::tests::endpoint, outlier},
+        endpoints::{endpoint::tests::endpoint, outlier, reported::Measured},
         upstream::retry::RetryBudget,
     };
 
@@ -196,6 +206,49 @@ mod tests {
     }
 
     #[test]
+    fn only_endpoints_that_have_the_adapter_are_asked_for_it() {
+        let mut pool = pool(3);
+        let has = Arc::get_mut(&mut pool.endpoints[2]).expect("not shared");
+        has.adapters.insert("sql".into());
+        let with = with(Policy::LeastLoaded);
+        let mut of = |name| {
+            let asked = Asked { adapter: Some(name), ..Asked::default() };
+            Some(pick(&pool, &[], &asked, 0, (&with, &with.rules), |_| 0)?.0)
+        };
+        assert_eq!(picked(&of("sql")), Some("e2"));
+        assert_eq!(picked(&of("other")), None);
+    }
+
+    fn measured(load: u32, at_ms: u64) -> Measured {
+        Measured { running: load, waiting: 0, kv_used_permille: 0, at_ms }
+    }
+
+    #[test]
+    fn a_fresh_report_turns_a_pick_and_an_old_one_does_not() {
+        let pool = pool(2);
+        let _own = pool.endpoints[1].reserve();
+        pool.endpoints[0].take_report(measured(9, 0), 0);
+        let other = |n| n - 1;
+        assert_eq!(picked(&pick_from(&pool, &[], 10, other)), Some("e1"), "nine of others at e0");
+        assert_eq!(picked(&pick_from(&pool, &[], 1_000, other)), Some("e0"), "nobody knows any more");
+    }
+
+    /// vLLM's gauges can stay up after a mass abort (its issue 29928): fresh reports of load that is not there. And where
+    /// the way that reports come is broken, they are old. Neither may stop dispatch.
+    #[test]
+    fn reports_that_are_wrong_or_stale_never_stop_dispatch() {
+        for age in [0, 500, 1_000_000] {
+            let pool = pool(3);
+            for endpoint in &pool.endpoints {
+                endpoint.take_report(measured(u32::MAX, 0), 0);
+            }
+            let held: Vec<_> = (0..300).map_while(|n| pick_from(&pool, &[], age, |of| n % of)).collect();
+            assert_eq!(held.len(), 300, "aged {age} ms");
+            assert!(pool.endpoints.iter().all(|e| e.inflight() > 50), "and nobody is shunned for ever");
+        }
+    }
+
+    #[test]
     fn a_young_endpoint_takes_its_share_by_degrees() {
         let pool = pool(2);
         let age = |endpoint: usize, now: u64| pool.endpoints[endpoint].age_ms(now);
@@ -240,7 +293,7 @@ mod tests {
                 }
             }
             let mut rng = fastrand::Rng::with_seed(seed);
-            let asked = Asked { session, prefix: &prefix };
+            let asked = Asked { session, prefix: &prefix, adapter: None };
             for policy in [Policy::LeastLoaded, Policy::PowerOfTwo, Policy::RoundRobin, Policy::PrefixAffinity, Policy::SessionAffinity] {
                 let with = with(policy);
                 for _ in 0..times {

@@ -87,8 +87,13 @@ fn state(engines: &[SocketAddr]) -> XdsState {
         })
         .collect();
     let table = v1::EndpointTable { pool: "m".into(), endpoints };
-    let route =
-        v1::ModelRoute { model: "m".into(), pool: "m".into(), served_model: "m".into(), created_unix_s: 7 };
+    let route = v1::ModelRoute {
+        model: "m".into(),
+        pool: "m".into(),
+        served_model: "m".into(),
+        created_unix_s: 7,
+        ..Default::default()
+    };
     let response = |type_url: &str, value: Vec<u8>| xds::DeltaDiscoveryResponse {
         type_url: type_url.into(),
         system_version_info: "1.1".into(),
