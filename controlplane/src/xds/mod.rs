@@ -11,6 +11,8 @@
 //! reconnects and says what it has is sent only what differs. Absent: state-of-the-world streams.
 
 pub mod hub;
+pub mod loads;
+pub mod routes;
 pub mod server;
 pub mod session;
 pub mod snapshot;
