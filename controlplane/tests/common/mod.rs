@@ -440,5 +440,6 @@ fn apply(applied: &mut Applied, response: xds::DeltaDiscoveryResponse) {
         applied.versions.remove(&(response.type_url.clone(), name.clone()));
         if is_table { drop(applied.tables.remove(&name)) } else { drop(applied.routes.remove(&name)) }
     }
-    applied.dangling |= applied.routes.values().any(|route| !applied.tables.contains_key(&route.pool));
+    let mut targets = applied.routes.values().flat_map(|route| &route.targets);
+    applied.dangling |= targets.any(|target| !applied.tables.contains_key(&target.pool));
 }
