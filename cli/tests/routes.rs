@@ -28,8 +28,7 @@ async fn get(url: &str) -> Value {
 /// Status, the deployment that answered in place of the one asked for, and the body.
 async fn chat(up: &Up, model: &str) -> (u16, String, Value) {
     let body = json!({"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4});
-    let answer =
-        client().post(format!("{}/v1/chat/completions", up.url())).json(&body).send().await.unwrap();
+    let answer = client().post(format!("{}/v1/chat/completions", up.url())).json(&body).send().await.unwrap();
     let by = answer.headers().get("x-penstock-model").map(|name| name.to_str().unwrap().to_owned());
     (answer.status().as_u16(), by.unwrap_or_default(), answer.json().await.unwrap())
 }
@@ -45,7 +44,8 @@ async fn routes_adapters_and_loads_through_the_whole_system() {
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(1), "{said}");
     assert!(said.contains("neither a deployment nor an adapter"), "{said}");
-    let set = ["route", "set", "chat", "--target", "sim-model=50", "--target", "tuned=50", "--fallback", "sql"];
+    let set =
+        ["route", "set", "chat", "--target", "sim-model=50", "--target", "tuned=50", "--fallback", "sql"];
     assert_eq!(up.run_json(&set)["targets"][1], json!({"model": "tuned", "weight": 50}));
     let table = String::from_utf8(up.run(&["routes"]).stdout).unwrap();
     assert!(table.contains("sim-model=50, tuned=50"), "{table}");

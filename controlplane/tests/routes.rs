@@ -29,9 +29,8 @@ async fn every_bad_route_is_refused_with_its_field() {
     let dir = tempfile::tempdir().unwrap();
     let plane = Plane::start_with(dir.path(), |config| config.limits.max_routes = 2).await;
     deploy(&plane, &["big", "small"]).await;
-    let put = async |name: &str, body: &str| {
-        plane.call("PUT", &format!("/api/v2/routes/{name}"), Some(body)).await
-    };
+    let put =
+        async |name: &str, body: &str| plane.call("PUT", &format!("/api/v2/routes/{name}"), Some(body)).await;
     let (status, made) = put("a", r#"{"targets":[{"model":"big"}],"fallbacks":["small"]}"#).await;
     assert_eq!((status, &made["targets"][0]["weight"]), (201, &json!(100)), "{made}");
     assert_eq!(put("b", r#"{"targets":[{"model":"small"}],"fallbacks":["a"]}"#).await.0, 201);
@@ -73,7 +72,8 @@ async fn a_route_reaches_proxies_follows_its_targets_and_survives_a_restart() {
     assert_eq!(plane.call("PUT", "/api/v2/routes/big", Some(body)).await.0, 201);
     let (status, again) = plane.call("PUT", "/api/v2/routes/big", Some(body)).await;
     assert_eq!((status, &again["implicit"]), (200, &json!(false)), "an equal put changes nothing");
-    let seen = proxy.wait("the split", |now| now.routes.get("big").is_some_and(|r| r.targets.len() == 2)).await;
+    let seen =
+        proxy.wait("the split", |now| now.routes.get("big").is_some_and(|r| r.targets.len() == 2)).await;
     let route = &seen.routes["big"];
     assert_eq!(targets(route), [("big", "", 90), ("next", "", 10)]);
     assert_eq!((route.pool.as_str(), &route.fallbacks[..]), ("big", &["small".to_owned()][..]));
@@ -111,7 +111,10 @@ async fn adapters_become_names_and_a_deployment_of_the_same_name_wins() {
     assert_eq!(a.spec.as_ref().unwrap().lora[0].path, "/l/sql");
     let seen = proxy.wait("the adapter's route", |now| now.routes.contains_key("sql")).await;
     assert_eq!(targets(&seen.routes["sql"]), [("base", "sql", 1)], "before any engine is ready");
-    assert_eq!((seen.routes["sql"].parent.as_str(), seen.routes["sql"].served_model.as_str()), ("base", "sql"));
+    assert_eq!(
+        (seen.routes["sql"].parent.as_str(), seen.routes["sql"].served_model.as_str()),
+        ("base", "sql")
+    );
 
     // Loaded at run time, one more; and one that no client could name.
     let address = "127.0.0.1:10814";

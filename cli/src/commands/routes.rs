@@ -35,7 +35,8 @@ async fn delete(args: &RouteDeleteArgs) -> Result<(), ApiError> {
 
 fn route_table(routes: &[Route]) -> String {
     if routes.is_empty() {
-        return "no routes; deploy a model, or make one with `penstock route set NAME --target MODEL`\n".into();
+        return "no routes; deploy a model, or make one with `penstock route set NAME --target MODEL`\n"
+            .into();
     }
     let rows = routes.iter().map(|route| {
         let targets = route.targets.iter().map(|target| match target.weight {

@@ -392,8 +392,8 @@ mod tests {
             (value!({"lora": [{"name": "a", "path": "-p"}]}), "lora[0].path", "start with '-'"),
             (value!({"lora": [{"name": "m", "path": "p"}]}), "lora[0].name", "taken"),
             (
-                value!({"lora": [{"name": "a", "path": "p", "rank": 1}]}),
-                "lora[0].rank",
+                value!({"lora": [{"name": "a", "path": "p", "max_rank_of_all": 1}]}),
+                "lora[0].max_rank_of_all",
                 "known are name, path",
             ),
             (value!({"gpus_per_replica": 0}), "gpus_per_replica", "from 1 to 64"),

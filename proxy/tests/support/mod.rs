@@ -123,8 +123,9 @@ pub fn fleet(tables: Vec<v1::EndpointTable>, routes: Vec<v1::ModelRoute>) -> Xds
     let tables = tables
         .iter()
         .map(|table| resource(xds::ENDPOINT_TABLE_TYPE, table.pool.clone(), table.encode_to_vec()));
-    let routes =
-        routes.iter().map(|route| resource(xds::MODEL_ROUTE_TYPE, route.model.clone(), route.encode_to_vec()));
+    let routes = routes
+        .iter()
+        .map(|route| resource(xds::MODEL_ROUTE_TYPE, route.model.clone(), route.encode_to_vec()));
     let response = |type_url: &str, resources: Vec<xds::Resource>| xds::DeltaDiscoveryResponse {
         type_url: type_url.into(),
         system_version_info: "1.1".into(),
