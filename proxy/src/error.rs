@@ -90,6 +90,8 @@ impl UpstreamFailure {
 pub enum GatewayError {
     /// The request's head could not be parsed.
     MalformedHead,
+    /// The head did not arrive whole within `limits.head_ms`.
+    HeadTimeout,
     /// The head is larger than `limits.header_bytes`, or has too many fields.
     HeadTooLarge {
         /// The limit in bytes.
@@ -137,6 +139,11 @@ pub enum GatewayError {
     },
     /// Nothing has been heard from a control plane yet and nothing was kept on disk.
     NotReady,
+    /// Every engine of the model is at its limit, and waiting was no use.
+    Saturated {
+        /// When to come back.
+        retry_after_s: u32,
+    },
     /// Too many bytes of other requests are held: `limits.buffered_bytes`.
     Overloaded,
     /// Engines failed, and no attempt is left.
@@ -157,12 +164,13 @@ impl GatewayError {
             Self::MissingKey | Self::InvalidKey => 401,
             Self::UnknownPath { .. } | Self::UnknownModel { .. } => 404,
             Self::MethodNotAllowed { .. } => 405,
-            Self::BodyTimeout => 408,
+            Self::HeadTimeout | Self::BodyTimeout => 408,
             Self::BodyTooLarge { .. } => 413,
             Self::UnsupportedMediaType { .. } => 415,
             Self::HeadTooLarge { .. } => 431,
             Self::ClientGone | Self::ClientStalled => 499,
-            Self::NoEndpoint { .. } | Self::NotReady | Self::Overloaded | Self::Draining => 503,
+            Self::NoEndpoint { .. } | Self::Saturated { .. } => 503,
+            Self::NotReady | Self::Overloaded | Self::Draining => 503,
             Self::Upstream(UpstreamFailure::Busy | UpstreamFailure::Connect) => 503,
             Self::Upstream(UpstreamFailure::FirstByteTimeout | UpstreamFailure::IdleTimeout) => 504,
             Self::Upstream(_) => 502,
@@ -173,7 +181,7 @@ impl GatewayError {
     pub fn blame(&self) -> Blame {
         match self {
             Self::NotReady | Self::Overloaded | Self::Draining => Blame::Gateway,
-            Self::NoEndpoint { .. } | Self::Upstream(_) => Blame::Upstream,
+            Self::NoEndpoint { .. } | Self::Saturated { .. } | Self::Upstream(_) => Blame::Upstream,
             _ => Blame::Client,
         }
     }
@@ -182,6 +190,7 @@ impl GatewayError {
     pub fn retry_after_s(&self) -> Option<u32> {
         match self {
             Self::NoEndpoint { .. } | Self::NotReady => Some(5),
+            Self::Saturated { retry_after_s } => Some(*retry_after_s),
             Self::Overloaded | Self::Upstream(UpstreamFailure::Busy | UpstreamFailure::Connect) => Some(1),
             Self::Draining => Some(1),
             _ => None,
@@ -192,6 +201,7 @@ impl GatewayError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::MalformedHead => "malformed_request",
+            Self::HeadTimeout => "headers_timeout",
             Self::HeadTooLarge { .. } => "headers_too_large",
             Self::UnknownPath { .. } => "unknown_url",
             Self::MethodNotAllowed { .. } => "method_not_allowed",
@@ -206,7 +216,7 @@ impl GatewayError {
             Self::NoEndpoint { .. } => "no_endpoint_available",
             Self::NotReady => "gateway_not_ready",
             Self::Overloaded => "gateway_overloaded",
-            Self::Upstream(UpstreamFailure::Busy) => "engine_overloaded",
+            Self::Saturated { .. } | Self::Upstream(UpstreamFailure::Busy) => "engine_overloaded",
             Self::Upstream(UpstreamFailure::Connect) => "engine_unreachable",
             Self::Upstream(UpstreamFailure::FirstByteTimeout) => "engine_timeout",
             Self::Upstream(UpstreamFailure::IdleTimeout) => "engine_stalled",
@@ -222,6 +232,7 @@ impl GatewayError {
     pub fn message(&self) -> String {
         match self {
             Self::MalformedHead => "The request could not be parsed as HTTP.".into(),
+            Self::HeadTimeout => "The request's headers did not arrive in time.".into(),
             Self::HeadTooLarge { limit } => {
                 format!("The request's headers are larger than the {limit} bytes accepted here.")
             }
@@ -255,6 +266,7 @@ impl GatewayError {
             Self::Overloaded => {
                 "The gateway holds as many request bytes as it may. Try again shortly.".into()
             }
+            Self::Saturated { .. } => Self::Upstream(UpstreamFailure::Busy).message(),
             Self::Upstream(failure) => match failure {
                 UpstreamFailure::Busy => "Every engine of this model is at its limit. Try again shortly.",
                 UpstreamFailure::Connect => "No engine of this model could be reached. Try again shortly.",

@@ -1,16 +1,24 @@
 //! Engines asked in turn until one has answered, and the answer handed on.
+//!
+//! A place at an engine is looked for, and waited for where all are at their limit; it is held to the end of the answer.
 
 use std::{sync::Arc, time::Duration};
 
+use penstock_config::proxy::Patience;
 use pingora_core::protocols::http::ServerSession;
+use tokio::time::{Instant, sleep_until};
 
 use super::Gateway;
 use crate::{
+    admission::queue::{Freed, Full, Number, Waiting},
     downstream::{self, respond},
-    endpoints::{Ticket, table::Target},
+    endpoints::{Endpoint, Ticket, table::Target},
     error::{GatewayError, UpstreamFailure},
     record::Record,
-    routing::{self, policy::Asked},
+    routing::{
+        self, Unpicked,
+        policy::{Asked, Rules},
+    },
     streaming::relay::{self, RelayContext},
     upstream::{
         client::{Answer, Failed, Open, Whole},
@@ -28,10 +36,63 @@ pub(super) enum Outcome {
     Answered,
     /// It has seen nothing; the last failure, if any engine was asked.
     Unanswered(Option<Failed>),
+    /// It has seen nothing, and each engine is at its limit.
+    Saturated,
+}
+
+/// One request's search for an engine that answers.
+struct Search<'a> {
+    target: &'a Target,
+    asked: &'a Asked<'a>,
+    rules: Rules,
+    /// Endpoints that failed it.
+    tried: Vec<Arc<str>>,
+    /// Attempts that came to nothing, the free resend not counted.
+    tries: usize,
+    resent: bool,
+    last: Option<Failed>,
+    /// Its number in the queue, once it had to wait.
+    number: Option<Number>,
+    /// When it first had to, and how long it will.
+    waiting_since: Option<(u64, Instant)>,
+}
+
+impl<'a> Search<'a> {
+    fn new(target: &'a Target, asked: &'a Asked<'a>, rules: Rules) -> Self {
+        Self {
+            target,
+            asked,
+            rules,
+            tried: Vec::new(),
+            tries: 0,
+            resent: false,
+            last: None,
+            number: None,
+            waiting_since: None,
+        }
+    }
+}
+
+/// A place at an endpoint. On drop it is given back, and then whoever waits hears of it: the order of the fields.
+pub(super) struct Place {
+    ticket: Ticket,
+    _freed: Freed,
+}
+
+impl Place {
+    fn endpoint(&self) -> &Arc<Endpoint> {
+        self.ticket.endpoint()
+    }
+}
+
+/// When to come back, from how long the first in the queue has waited: those who leave now would have waited as long.
+fn retry_after_s(oldest_ms: u64) -> u32 {
+    u32::try_from(oldest_ms.div_ceil(1_000)).unwrap_or(u32::MAX).clamp(1, 30)
 }
 
 impl Gateway {
-    /// Asks a target's engines in turn until one has answered, then hands the answer on.
+    /// Asks a target's engines in turn until one has answered, then hands the answer on. `waits`: in the pool's queue while
+    /// each is at its limit.
     pub(super) async fn attempts(
         &self,
         session: &mut ServerSession,
@@ -39,64 +100,146 @@ impl Gateway {
         (model, target): (&str, &Target),
         asked: &Asked<'_>,
         request: &EngineRequest,
+        waits: bool,
     ) -> Result<Outcome, GatewayError> {
         let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(None)) };
         pool.budget.earn();
-        let rules = self.pick_rules.of(model);
-        let mut tried: Vec<Arc<str>> = Vec::new();
-        let mut last: Option<Failed> = None;
-        let mut resent = false;
+        let patience = self.config.upstream.patience(model);
+        let mut search = Search::new(target, asked, self.pick_rules.of(model));
         loop {
-            let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(last)) };
-            let chance = |n| fastrand::usize(0..n);
-            let with = (&self.pick_rules, &rules);
-            let picked = routing::pick(&pool, &tried, asked, self.now_ms(), with, chance);
-            let Some((ticket, how)) = picked else { return Ok(Outcome::Unanswered(last)) };
-            self.metrics.picks.with_label_values(&[rules.policy.name(), how.label()]).inc();
+            let place = match self.place(session, &mut search, waits).await? {
+                Ok(place) => place,
+                Err(Unpicked::Nobody) => return Ok(Outcome::Unanswered(search.last)),
+                Err(Unpicked::Saturated) => return Ok(Outcome::Saturated),
+            };
+            let first_byte = Duration::from_millis(patience.first_byte_ms);
             let answered = tokio::select! {
                 biased;
-                answered = self.engines.ask(ticket.endpoint(), request, |origin| self.metrics.connected(origin)) => answered,
+                answered = self.engines.ask(place.endpoint(), request, first_byte, |origin| self.metrics.connected(origin)) => answered,
                 () = downstream::gone(session) => return Err(GatewayError::ClientGone),
                 () = self.lifecycle.cut().cancelled() => return Err(GatewayError::Draining),
             };
             let failed = match answered {
                 Ok(mut answer) => {
                     name_model(&mut answer, model, target);
-                    self.hand_on(session, record, answer, ticket).await?;
+                    self.hand_on(session, record, answer, place, patience).await?;
                     return Ok(Outcome::Answered);
                 }
                 Err(failed) => failed,
             };
-            self.note_failure(&ticket, &failed);
-            let tries = tried.len() + 1;
+            self.note_failure(place.endpoint(), &failed);
+            search.tries += 1;
+            let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(Some(failed))) };
+            let budget = || pool.budget.take(self.now_ms());
             let attempts = self.config.upstream.attempts;
-            match retry::after_failure(failed.failure, tries, attempts, resent, || {
-                pool.budget.take(self.now_ms())
-            }) {
-                Next::Retry => tried.push(Arc::clone(&ticket.endpoint().id)),
-                Next::Resend => resent = true,
+            match retry::after_failure(failed.failure, search.tries, attempts, search.resent, budget) {
+                // A full engine may have room later; the others it was sick for are not asked again.
+                Next::Retry if failed.failure == UpstreamFailure::Busy => {}
+                Next::Retry => search.tried.push(Arc::clone(&place.endpoint().id)),
+                Next::Resend => {
+                    search.resent = true;
+                    search.tries -= 1;
+                }
                 Next::GiveUp => return Ok(Outcome::Unanswered(Some(failed))),
             }
             self.metrics.retries.with_label_values(&[failed.failure.label()]).inc();
-            last = Some(failed);
+            search.last = Some(failed);
         }
     }
 
-    /// Writes an answer to the client. The ticket is held to its end.
+    /// A place at an endpoint, waited for in order of arrival, if it `waits`, while each is at its limit.
+    async fn place(
+        &self,
+        session: &mut ServerSession,
+        search: &mut Search<'_>,
+        waits: bool,
+    ) -> Result<Result<Place, Unpicked>, GatewayError> {
+        let Some(pool) = self.pool(search.target)? else { return Ok(Err(Unpicked::Nobody)) };
+        let queue = Arc::clone(&pool.queue);
+        if queue.is_empty() {
+            match self.pick(search)? {
+                Err(Unpicked::Saturated) => {}
+                picked => return Ok(picked),
+            }
+        }
+        if !waits {
+            return Ok(Err(Unpicked::Saturated));
+        }
+        let now_ms = self.now_ms();
+        let (since_ms, deadline) = *search.waiting_since.get_or_insert_with(|| {
+            (now_ms, Instant::now() + Duration::from_millis(self.config.queue.deadline_ms))
+        });
+        let saturated =
+            || GatewayError::Saturated { retry_after_s: retry_after_s(queue.oldest_ms(self.now_ms())) };
+        let outcome = |outcome: &str| self.metrics.queue_outcomes.with_label_values(&[outcome]).inc();
+        let waiting =
+            queue.enter(search.number, since_ms, self.config.queue.max_waiting).map_err(|Full| {
+                outcome("full");
+                saturated()
+            })?;
+        search.number = Some(waiting.number());
+        let found = tokio::select! {
+            biased;
+            found = self.found(search, &waiting) => found.inspect(|_| outcome("placed")),
+            () = downstream::gone(session) => {
+                outcome("client_gone");
+                Err(GatewayError::ClientGone)
+            }
+            () = self.lifecycle.cut().cancelled() => {
+                outcome("draining");
+                Err(GatewayError::Draining)
+            }
+            () = sleep_until(deadline) => {
+                outcome("deadline");
+                Err(saturated())
+            }
+        };
+        self.metrics.queue_wait.observe(Duration::from_millis(self.now_ms() - now_ms).as_secs_f64());
+        found
+    }
+
+    /// Looks for a place whenever it may be there, as the first in the queue.
+    async fn found(
+        &self,
+        search: &Search<'_>,
+        waiting: &Waiting,
+    ) -> Result<Result<Place, Unpicked>, GatewayError> {
+        loop {
+            waiting.worth_looking().await;
+            match self.pick(search)? {
+                Err(Unpicked::Saturated) => {}
+                picked => return Ok(picked),
+            }
+        }
+    }
+
+    fn pick(&self, search: &Search<'_>) -> Result<Result<Place, Unpicked>, GatewayError> {
+        let Some(pool) = self.pool(search.target)? else { return Ok(Err(Unpicked::Nobody)) };
+        let chance = |n| fastrand::usize(0..n);
+        let with = (&self.pick_rules, &search.rules);
+        let picked = routing::pick(&pool, &search.tried, search.asked, self.now_ms(), with, chance);
+        Ok(picked.map(|(ticket, how)| {
+            self.metrics.picks.with_label_values(&[search.rules.policy.name(), how.label()]).inc();
+            Place { ticket, _freed: Freed(Arc::clone(&pool.queue)) }
+        }))
+    }
+
+    /// Writes an answer to the client. The place is held to its end.
     async fn hand_on(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
         answer: Answer,
-        ticket: Ticket,
+        place: Place,
+        patience: Patience,
     ) -> Result<(), GatewayError> {
         record.begun();
         match answer {
             Answer::Whole(whole) => {
-                ticket.endpoint().succeeded();
+                place.endpoint().succeeded();
                 self.write_whole(session, record, *whole).await
             }
-            Answer::Open(open) => self.stream(session, record, *open, ticket).await,
+            Answer::Open(open) => self.stream(session, record, *open, place, patience).await,
         }
     }
 
@@ -105,11 +248,12 @@ impl Gateway {
         session: &mut ServerSession,
         record: &mut Record<'_>,
         open: Open,
-        ticket: Ticket,
+        place: Place,
+        patience: Patience,
     ) -> Result<(), GatewayError> {
         record.status(open.head.status.as_u16());
         let context = RelayContext {
-            idle: Duration::from_millis(self.config.upstream.idle_ms),
+            idle: Duration::from_millis(patience.idle_ms),
             cut: self.lifecycle.cut(),
             shape: record.shape(),
             metrics: &self.metrics,
@@ -120,18 +264,18 @@ impl Gateway {
             self.metrics.inband_errors.inc();
         }
         match (&relayed.outcome, &relayed.facts.error) {
-            (Ok(()), None) => ticket.endpoint().succeeded(),
+            (Ok(()), None) => place.endpoint().succeeded(),
             (Ok(()), Some(message)) => {
                 let failed = Failed::inside(UpstreamFailure::MidStream, message);
-                self.note_failure(&ticket, &failed);
+                self.note_failure(place.endpoint(), &failed);
             }
             (Err(GatewayError::Upstream(failure)), _) => {
-                self.note_failure(&ticket, &Failed::inside(*failure, "while streaming"));
+                self.note_failure(place.endpoint(), &Failed::inside(*failure, "while streaming"));
             }
             (Err(_), _) => {}
         }
         if let Some(connection) = relayed.connection {
-            self.engines.release(connection, ticket.endpoint()).await;
+            self.engines.release(connection, place.endpoint()).await;
         }
         relayed.outcome
     }
@@ -163,8 +307,7 @@ impl Gateway {
         }
     }
 
-    fn note_failure(&self, ticket: &Ticket, failed: &Failed) {
-        let endpoint = ticket.endpoint();
+    fn note_failure(&self, endpoint: &Endpoint, failed: &Failed) {
         self.metrics.attempt_failures.with_label_values(&[failed.failure.label()]).inc();
         tracing::debug!(
             endpoint = &*endpoint.id,
@@ -172,6 +315,9 @@ impl Gateway {
             detail = failed.detail,
             "attempt failed"
         );
+        if failed.failure == UpstreamFailure::Busy {
+            endpoint.refused(self.now_ms());
+        }
         if failed.failure.counts_against_endpoint() && endpoint.failed(self.now_ms(), &self.outlier_rules) {
             self.metrics.ejections.inc();
             tracing::warn!(

@@ -11,7 +11,7 @@ mod models;
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use penstock_config::proxy::ProxyConfig;
+use penstock_config::proxy::{LimitsConfig, ProxyConfig};
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
 use tokio::time::Instant;
 
@@ -21,6 +21,7 @@ use crate::{
     admission::auth::KeyRing,
     downstream::{
         body::{self, BodyBudget},
+        peer::Peer,
         respond,
     },
     drain::Lifecycle,
@@ -73,13 +74,15 @@ impl Gateway {
     pub fn new(config: ProxyConfig) -> Result<Self, String> {
         config.validate()?;
         let mut options = HttpServerOptions::default();
-        options.h2c = config.public.h2c;
+        // Listeners find out by themselves who speaks HTTP/2; pingora, asked to, waits for 24 bytes without a deadline.
+        options.h2c = false;
         options.h2_idle_timeout = Some(Duration::from_secs(config.public.keepalive_s.max(1)));
         Ok(Self {
             options,
             scan_limits: ScanLimits { max_depth: config.limits.json_depth, ..ScanLimits::default() },
             pick_rules: PickRules::new(
                 &config.routing,
+                &config.queue,
                 config.outlier.max_ejected_percent,
                 &mut fastrand::Rng::new(),
             ),
@@ -104,13 +107,24 @@ impl Gateway {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// How much a client may send, and how slowly.
+    pub fn limits(&self) -> &LimitsConfig {
+        &self.config.limits
+    }
+
     /// Whether callers need no key.
     pub fn is_open(&self) -> bool {
         self.keys.is_open()
     }
 
     /// From a parsed head to the end of the answer.
-    async fn handle(&self, session: &mut ServerSession, record: &mut Record<'_>) -> Result<(), GatewayError> {
+    async fn handle(
+        &self,
+        session: &mut ServerSession,
+        record: &mut Record<'_>,
+        peer: &Peer,
+    ) -> Result<(), GatewayError> {
+        tracing::trace!(client = %peer.address, tls = peer.tls, "request");
         self.check_head(session)?;
         let head = session.req_header();
         let target =
@@ -154,17 +168,31 @@ impl Gateway {
         let headers = &session.req_header().headers;
         let affinity = self.pick_rules.key.session(headers, header, cookie, user);
         let prefix = chain.map(Chain::hashes).unwrap_or_default();
+        let asked = Asked { session: affinity, prefix: &prefix, adapter: None };
         let places = self.places(&facts.model, affinity)?;
         record.model(&facts.model);
-        let mut last = None;
+        // Whoever has room now goes first; only when nobody has is it worth to wait, and then for who should have answered.
+        let alone = places.len() == 1;
+        let (mut last, mut full) = (None, None);
         for Step { target, fallback } in places {
             self.metrics.routed(&facts.model, &target.pool, fallback);
             request.body = body_for_engine(&held.bytes, &facts, &target.served_model);
-            let asked = Asked { session: affinity, prefix: &prefix, adapter: target.adapter.as_deref() };
+            let asked = Asked { adapter: target.adapter.as_deref(), ..asked };
             let place = (&*facts.model, &*target);
-            match self.attempts(session, record, place, &asked, &request).await? {
+            match self.attempts(session, record, place, &asked, &request, alone).await? {
                 Outcome::Answered => return Ok(()),
                 Outcome::Unanswered(failed) => last = failed.or(last),
+                Outcome::Saturated => full = full.or(Some(target)),
+            }
+        }
+        if let Some(target) = full {
+            request.body = body_for_engine(&held.bytes, &facts, &target.served_model);
+            let asked = Asked { adapter: target.adapter.as_deref(), ..asked };
+            let place = (&*facts.model, &*target);
+            match self.attempts(session, record, place, &asked, &request, true).await? {
+                Outcome::Answered => return Ok(()),
+                Outcome::Unanswered(failed) => last = failed.or(last),
+                Outcome::Saturated => {}
             }
         }
         self.give_up(session, record, &facts.model, last).await

@@ -8,11 +8,13 @@
 //!
 //! Filters, in order: not draining, has the adapter that is asked for, not tried by this request before, not ejected. At most a share of the pool may be out
 //! for failures: beyond it, and when none is left at all (*panic*), ejections are not looked at, since trying a sick
-//! engine beats refusing a client. No policy ever sees an endpoint that a filter took out.
+//! engine beats refusing a client. Last: not at its limit ([`saturation`]); when that takes out all that were left, the
+//! request waits. No policy ever sees an endpoint that a filter took out.
 //!
-//! Reports of the engines ([`crate::endpoints::reported`]) tell of other proxies' requests. They change which of the
-//! endpoints is taken and never whether one is: what they say may be wrong (vLLM's gauges can stay up after a mass abort) or may
-//! not come any more, and an engine that answers is then still an engine that answers.
+//! Reports of the engines ([`crate::endpoints::reported`]) tell of other proxies' requests and of engines' own queues. What
+//! they say may be wrong (vLLM's gauges can stay up after a mass abort) or may not come any more, and an engine that
+//! answers is then still an engine that answers: so they decide between endpoints and how many requests one gets at a time,
+//! never that an idle one gets none.
 
 pub mod affinity;
 pub mod load;
@@ -22,14 +24,17 @@ pub mod resolve;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use penstock_config::proxy::RoutingConfig;
+use penstock_config::proxy::{QueueConfig, RoutingConfig};
 
 use self::{
     affinity::{HashKey, LoadBound},
     policy::{Asked, How, Policy, Rules, View},
     prefix::{Blocks, Chain},
 };
-use crate::endpoints::{Endpoint, Pool, Ticket};
+use crate::{
+    admission::saturation::{self, Limits, Reported},
+    endpoints::{Endpoint, Pool, Ticket, reported::ReportedLoad},
+};
 
 /// What a pick may look at besides the pool and the request.
 #[derive(Debug, Clone)]
@@ -46,6 +51,8 @@ pub struct PickRules {
     pub key: HashKey,
     /// How prompts are cut for prefix affinity.
     pub blocks: Blocks,
+    /// When an engine is at its limit.
+    pub limits: Limits,
     /// How to choose, where a model has no rules of its own.
     pub rules: Rules,
     /// By the name that clients use.
@@ -54,7 +61,12 @@ pub struct PickRules {
 
 impl PickRules {
     /// What the settings say. `rng` makes a key where they have none.
-    pub fn new(config: &RoutingConfig, max_ejected_percent: u32, rng: &mut fastrand::Rng) -> Self {
+    pub fn new(
+        config: &RoutingConfig,
+        queue: &QueueConfig,
+        max_ejected_percent: u32,
+        rng: &mut fastrand::Rng,
+    ) -> Self {
         let key = match config.hash_key.as_str() {
             "" => HashKey::random(rng),
             secret => HashKey::from_secret(secret),
@@ -66,6 +78,12 @@ impl PickRules {
             zone: config.zone.clone(),
             key,
             blocks: Blocks { bytes: config.prefix_block_bytes, most: config.prefix_blocks },
+            limits: Limits {
+                waiting: queue.engine_waiting,
+                kv_permille: queue.kv_percent * 10,
+                busy_step_ms: queue.busy_step_ms,
+                inflight: queue.engine_inflight,
+            },
             rules: Rules {
                 policy: config.policy,
                 bound: LoadBound { percent: config.load_bound_percent, floor: config.load_bound_floor },
@@ -90,8 +108,19 @@ impl PickRules {
     }
 }
 
-/// Reserves a place at the endpoint that `rules` choose of those the filters leave, or `None` when the pool has none that
-/// this request has not tried. `chance` gives a number in `0..n`.
+/// Why nobody was picked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unpicked {
+    /// The pool has no endpoint that this request may try.
+    Nobody,
+    /// It has, and each is at its limit.
+    Saturated,
+}
+
+/// Reserves a place at the endpoint that `rules` choose of those the filters leave. `chance` gives a number in `0..n`.
+///
+/// # Errors
+/// [`Unpicked`] when the filters leave none.
 pub fn pick(
     pool: &Pool,
     tried: &[Arc<str>],
@@ -99,7 +128,7 @@ pub fn pick(
     now_ms: u64,
     (with, rules): (&PickRules, &Rules),
     mut chance: impl FnMut(usize) -> usize,
-) -> Option<(Ticket, How)> {
+) -> Result<(Ticket, How), Unpicked> {
     let able = |endpoint: &Endpoint| asked.adapter.is_none_or(|name| endpoint.adapters.contains(name));
     let eligible =
         |endpoint: &Endpoint| !endpoint.draining && able(endpoint) && !tried.contains(&endpoint.id);
@@ -108,9 +137,30 @@ pub fn pick(
     if !too_many_ejected(&pool.endpoints, now_ms, with.max_ejected_percent) && left.iter().any(admitted) {
         left.retain(admitted);
     }
-    let views: Vec<View> = left.iter().map(|endpoint| view(endpoint, now_ms, with)).collect();
-    let (index, how) = policy::choose(rules, &views, asked, &pool.memory, &mut chance)?;
-    Some((left.get(index)?.reserve(), how))
+    if left.is_empty() {
+        return Err(Unpicked::Nobody);
+    }
+    let (left, views): (Vec<_>, Vec<View>) = left
+        .into_iter()
+        .map(|endpoint| (endpoint, view(endpoint, now_ms, with)))
+        .filter(|(endpoint, view)| !is_full(endpoint, view, now_ms, with))
+        .unzip();
+    let (index, how) =
+        policy::choose(rules, &views, asked, &pool.memory, &mut chance).ok_or(Unpicked::Saturated)?;
+    let chosen = left.get(index).ok_or(Unpicked::Saturated)?;
+    Ok((chosen.reserve(), how))
+}
+
+/// A report is believed only while it is fresh, and only of an engine that has a request of ours: whatever it says, one may be
+/// sent, and its answer tells more.
+fn is_full(endpoint: &Endpoint, view: &View, now_ms: u64, with: &PickRules) -> bool {
+    let fresh = |report: &ReportedLoad| view.own > 0 && report.age_ms < with.load_stale_ms;
+    let reported = endpoint.reported(now_ms).filter(fresh).map(|report| Reported {
+        running: report.running,
+        waiting: report.waiting,
+        kv_permille: report.kv_used_permille,
+    });
+    saturation::is_full((view.own, view.load), reported, endpoint.busy(), now_ms, &with.limits)
 }
 
 fn view(endpoint: &Endpoint, now_ms: u64, with: &PickRules) -> View {
@@ -148,7 +198,7 @@ mod tests {
 
     fn with(policy: Policy) -> PickRules {
         let config = RoutingConfig { policy, hash_key: "k".into(), ..RoutingConfig::default() };
-        PickRules::new(&config, 67, &mut fastrand::Rng::with_seed(1))
+        PickRules::new(&config, &QueueConfig::default(), 67, &mut fastrand::Rng::with_seed(1))
     }
 
     fn pick_from(
@@ -158,13 +208,16 @@ mod tests {
         chance: impl FnMut(usize) -> usize,
     ) -> Option<Ticket> {
         let with = with(Policy::LeastLoaded);
-        Some(pick(pool, tried, &Asked::default(), now_ms, (&with, &with.rules), chance)?.0)
+        pick(pool, tried, &Asked::default(), now_ms, (&with, &with.rules), chance)
+            .ok()
+            .map(|(ticket, _)| ticket)
     }
 
     fn pool(n: usize) -> Pool {
         Pool {
             endpoints: (0..n).map(|i| endpoint(&format!("e{i}"))).collect(),
             budget: Arc::new(RetryBudget::new(10, 10)),
+            queue: Arc::default(),
             memory: Arc::default(),
             source: Arc::default(),
         }
@@ -213,7 +266,7 @@ mod tests {
         let with = with(Policy::LeastLoaded);
         let mut of = |name| {
             let asked = Asked { adapter: Some(name), ..Asked::default() };
-            Some(pick(&pool, &[], &asked, 0, (&with, &with.rules), |_| 0)?.0)
+            pick(&pool, &[], &asked, 0, (&with, &with.rules), |_| 0).ok().map(|(ticket, _)| ticket)
         };
         assert_eq!(picked(&of("sql")), Some("e2"));
         assert_eq!(picked(&of("other")), None);
@@ -246,6 +299,22 @@ mod tests {
             assert_eq!(held.len(), 300, "aged {age} ms");
             assert!(pool.endpoints.iter().all(|e| e.inflight() > 50), "and nobody is shunned for ever");
         }
+    }
+
+    #[test]
+    fn a_pool_is_saturated_once_each_endpoint_has_refused_and_until_one_has_room() {
+        let pool = pool(2);
+        let with = with(Policy::LeastLoaded);
+        let pick = |now| pick(&pool, &[], &Asked::default(), now, (&with, &with.rules), |_| 0);
+        let held: Vec<_> = pool.endpoints.iter().map(Endpoint::reserve).collect();
+        pool.endpoints.iter().for_each(|endpoint| {
+            let refused = endpoint.reserve();
+            endpoint.refused(1_000);
+            drop(refused);
+        });
+        assert_eq!(pick(1_000).err(), Some(Unpicked::Saturated));
+        drop(held);
+        assert!(pick(1_000).is_ok());
     }
 
     #[test]
@@ -298,7 +367,7 @@ mod tests {
                 let with = with(policy);
                 for _ in 0..times {
                     let ticket = pick(&pool, &tried, &asked, 10, (&with, &with.rules), |n| rng.usize(0..n));
-                    let Some((ticket, _)) = ticket else {
+                    let Ok((ticket, _)) = ticket else {
                         prop_assert!(states.iter().all(|s| matches!(s, 1 | 2)));
                         continue;
                     };

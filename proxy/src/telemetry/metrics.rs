@@ -7,12 +7,14 @@
 use std::time::Duration;
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 
 use crate::{
     endpoints::Snapshot,
     error::UpstreamFailure,
+    listener::Refusal,
     routing::policy::{How, Policy},
     upstream::client::Origin,
     xds::status::XdsStatusView,
@@ -25,6 +27,9 @@ const TTFT_BUCKETS: &[f64] =
 /// Seconds. From an embedding to an hour's reasoning.
 const DURATION_BUCKETS: &[f64] =
     &[0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
+
+/// How waiting in the queue ends: a place, the deadline, no room in the queue, the client's leaving, the gateway's stop.
+pub const QUEUE_OUTCOMES: [&str; 5] = ["placed", "deadline", "full", "client_gone", "draining"];
 
 /// The label of requests that never came to a deployed model.
 pub const NO_MODEL: &str = "";
@@ -61,6 +66,11 @@ pub struct Metrics {
     pub fallbacks: IntCounterVec,
     /// Reports of engines' loads, by whether the endpoint was known.
     pub load_reports: IntCounterVec,
+    /// Requests that had to wait for a place, by how that ended: see [`QUEUE_OUTCOMES`].
+    pub queue_outcomes: IntCounterVec,
+    /// How long they waited.
+    pub queue_wait: Histogram,
+    queue_depth: IntGaugeVec,
     /// Endpoints taken out of picks for failures.
     pub ejections: IntCounter,
     /// Upstream connections by origin: new, reused.
@@ -69,6 +79,10 @@ pub struct Metrics {
     pub client_disconnects: IntCounter,
     /// Error frames engines sent inside a 200.
     pub inband_errors: IntCounter,
+    /// Clients' connections and certificates.
+    pub listeners: ListenerMetrics,
+    /// Binary upgrades by how they ended: done, failed.
+    pub upgrades: IntCounterVec,
     snapshot_revision: IntGauge,
     snapshot_term: IntGauge,
     endpoints: IntGauge,
@@ -161,6 +175,21 @@ impl Metrics {
                 "Engines' reports of their load that arrived; unknown: of an endpoint that is not in the tables.",
                 &["endpoint"],
             )?,
+            queue_outcomes: make.counters(
+                "penstock_proxy_queue_outcomes_total",
+                "Requests for which every engine was at its limit, by how their wait ended.",
+                &["outcome"],
+            )?,
+            queue_wait: make.histogram(
+                "penstock_proxy_queue_wait_seconds",
+                "Time in the queue, however it ended.",
+                TTFT_BUCKETS,
+            )?,
+            queue_depth: make.gauges(
+                "penstock_proxy_queue_depth",
+                "Requests that wait for a place, by pool.",
+                &["pool"],
+            )?,
             ejections: make
                 .counter("penstock_proxy_ejections_total", "Endpoints taken out of picks for failures.")?,
             upstream_connections: make.counters(
@@ -173,6 +202,12 @@ impl Metrics {
             inband_errors: make.counter(
                 "penstock_proxy_inband_errors_total",
                 "Error frames that engines sent inside a 200.",
+            )?,
+            listeners: ListenerMetrics::new(&make)?,
+            upgrades: make.counters(
+                "penstock_proxy_upgrades_total",
+                "Successors started, by whether they took over.",
+                &["result"],
             )?,
             body_bytes_held: make
                 .gauge("penstock_proxy_request_bytes_held", "Request bytes held in memory.")?,
@@ -206,8 +241,14 @@ impl Metrics {
         for endpoint in ["known", "unknown"] {
             metrics.load_reports.with_label_values(&[endpoint]).inc_by(0);
         }
+        for outcome in QUEUE_OUTCOMES {
+            metrics.queue_outcomes.with_label_values(&[outcome]).inc_by(0);
+        }
         for kind in ["prompt", "completion"] {
             metrics.tokens.with_label_values(&[kind]).inc_by(0);
+        }
+        for result in ["done", "failed"] {
+            metrics.upgrades.with_label_values(&[result]).inc_by(0);
         }
         for origin in ["new", "reused"] {
             metrics.upstream_connections.with_label_values(&[origin]).inc_by(0);
@@ -223,6 +264,10 @@ impl Metrics {
         self.snapshot_term.set(clamp(snapshot.version.term));
         self.endpoints.set(clamp(all().count() as u64));
         self.endpoints_ejected.set(clamp(all().filter(|e| e.is_ejected(now_ms)).count() as u64));
+        self.queue_depth.reset(); // pools come and go
+        for (name, pool) in &snapshot.pools {
+            self.queue_depth.with_label_values(&[name.as_str()]).set(clamp(pool.queue.len() as u64));
+        }
         self.models.set(clamp(snapshot.routes.len() as u64));
         self.xds_connected.set(i64::from(xds.connected));
         self.xds_age_seconds.set(xds.last_response_age.map_or(-1, |age| clamp(age.as_secs())));
@@ -263,6 +308,88 @@ impl Metrics {
     }
 }
 
+/// What is counted for each listener, by its name in the settings.
+#[derive(Debug)]
+pub struct ListenerMetrics {
+    accepted: IntCounterVec,
+    open: IntGaugeVec,
+    refused: IntCounterVec,
+    certificate_expiry: IntGaugeVec,
+    certificate_reloads: IntCounterVec,
+}
+
+impl ListenerMetrics {
+    fn new(make: &Maker<'_>) -> Result<Self, prometheus::Error> {
+        Ok(Self {
+            accepted: make.counters(
+                "penstock_proxy_connections_total",
+                "Clients' connections accepted, those refused for the limit not counted.",
+                &["listener"],
+            )?,
+            open: make.gauges("penstock_proxy_connections_open", "Clients' connections.", &["listener"])?,
+            refused: make.counters(
+                "penstock_proxy_connections_refused_total",
+                "Clients' connections closed before they brought a request.",
+                &["listener", "reason"],
+            )?,
+            certificate_expiry: make.gauges(
+                "penstock_proxy_certificate_expiry_timestamp_seconds",
+                "When the first certificate of the listener's chain expires.",
+                &["listener"],
+            )?,
+            certificate_reloads: make.counters(
+                "penstock_proxy_certificate_reloads_total",
+                "Changed certificate files, by whether they are in use now or were refused.",
+                &["listener", "result"],
+            )?,
+        })
+    }
+
+    /// Makes the series of a listener, at zero.
+    pub fn exists(&self, listener: &str) {
+        self.accepted.with_label_values(&[listener]).inc_by(0);
+        self.open.with_label_values(&[listener]).add(0);
+        for refusal in Refusal::ALL {
+            self.refused.with_label_values(&[listener, refusal.label()]).inc_by(0);
+        }
+    }
+
+    /// Counts a connection in, until what it gives back is dropped.
+    pub fn opened(&self, listener: &str) -> impl Drop + use<> {
+        self.accepted.with_label_values(&[listener]).inc();
+        let gauge = self.open.with_label_values(&[listener]);
+        gauge.inc();
+        Open(gauge)
+    }
+
+    /// Counts a connection that was closed before it brought a request.
+    pub fn refused(&self, listener: &str, why: Refusal) {
+        self.refused.with_label_values(&[listener, why.label()]).inc();
+    }
+
+    /// Tells of the certificates in use.
+    pub fn certificate(&self, listener: &str, expires_unix_s: i64) {
+        self.certificate_expiry.with_label_values(&[listener]).set(expires_unix_s);
+        for result in ["loaded", "refused"] {
+            self.certificate_reloads.with_label_values(&[listener, result]).inc_by(0);
+        }
+    }
+
+    /// Counts changed files of certificates.
+    pub fn reloaded(&self, listener: &str, good: bool) {
+        let result = if good { "loaded" } else { "refused" };
+        self.certificate_reloads.with_label_values(&[listener, result]).inc();
+    }
+}
+
+struct Open(IntGauge);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 /// The status in decimal without an allocation.
 fn status_text(status: u16, digits: &mut [u8; 5]) -> &str {
     let mut rest = status;
@@ -300,6 +427,10 @@ impl Maker<'_> {
 
     fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
         self.registered(IntCounterVec::new(Opts::new(name, help), labels)?)
+    }
+
+    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, prometheus::Error> {
+        self.registered(IntGaugeVec::new(Opts::new(name, help), labels)?)
     }
 
     fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
