@@ -6,8 +6,8 @@
 //! - [`prefix`]: who probably has a prompt's beginning in its cache, in fixed memory.
 //! - [`resolve`]: which pools, in which order, for the name that a client asked for.
 //!
-//! Filters, in order: not draining, has the adapter that is asked for, not tried by this request before, not ejected. At most a share of the pool may be out
-//! for failures: beyond it, and when none is left at all (*panic*), ejections are not looked at, since trying a sick
+//! Filters, in order: not draining, has the adapter that is asked for, not tried by this request before, not ejected. At
+//! most a share of the pool may be out for failures: beyond it, and when none is left at all (*panic*), ejections are not looked at, since trying a sick
 //! engine beats refusing a client. Last: not at its limit ([`saturation`]); when that takes out all that were left, the
 //! request waits. No policy ever sees an endpoint that a filter took out.
 //!
@@ -298,6 +298,15 @@ mod tests {
             let held: Vec<_> = (0..300).map_while(|n| pick_from(&pool, &[], age, |of| n % of)).collect();
             assert_eq!(held.len(), 300, "aged {age} ms");
             assert!(pool.endpoints.iter().all(|e| e.inflight() > 50), "and nobody is shunned for ever");
+        }
+        // A queue that is not there either: each engine still gets a request at a time.
+        let pool = pool(3);
+        for endpoint in &pool.endpoints {
+            endpoint.take_report(Measured { waiting: 50, ..measured(16, 0) }, 0);
+        }
+        for n in 0..300 {
+            let ticket = pick_from(&pool, &[], 1, |of| n % of);
+            assert!(ticket.is_some(), "request {n}");
         }
     }
 
