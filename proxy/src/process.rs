@@ -15,6 +15,7 @@ use crate::{
     gateway::Gateway,
     listener,
     private::{self, PrivateState},
+    telemetry::access_log::{self, AccessLog},
     xds::{
         cache,
         client::{XdsClient, XdsSettings},
@@ -28,6 +29,9 @@ const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(200);
 
 /// After the drain, how long background tasks may take to end.
 const TASKS_END: Duration = Duration::from_secs(5);
+
+/// How long the last lines of the access log may take.
+const LOG_FLUSH: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Parser)]
 #[command(
@@ -126,7 +130,10 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
         public: local_address(&public)?,
         private: local_address(&private)?,
     };
-    let gateway = Arc::new(Gateway::new(config.clone())?);
+    let mut gateway = Gateway::new(config.clone())?;
+    let access_log = access_log::open(&config.telemetry, &gateway.metrics)?;
+    gateway.log_to(access_log.clone());
+    let gateway = Arc::new(gateway);
     if gateway.is_open() {
         tracing::warn!(
             "auth.keys is empty: everybody who reaches {} may use every model",
@@ -138,6 +145,8 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     let tasks = TaskTracker::new();
     let xds = Arc::new(XdsStatus::default());
     discover(&config, &gateway, &xds, &tasks, &stop)?;
+
+    tasks.spawn(reopen_on_hangup(access_log.clone(), stop.clone())?);
 
     let state = PrivateState { gateway: Arc::clone(&gateway), xds };
     private.set_nonblocking(true).map_err(|e| e.to_string())?;
@@ -175,6 +184,10 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     }
     drop(tokio::time::timeout(TASKS_END, accepting).await);
     data.shutdown_timeout(Duration::from_millis(100));
+    let flushed = tokio::task::spawn_blocking(move || access_log.flush(LOG_FLUSH));
+    if !flushed.await.unwrap_or(false) {
+        tracing::warn!("the access log could not be written to its end in time");
+    }
     tracing::info!(cut, "penstock-proxy has stopped");
     Ok(())
 }
@@ -231,6 +244,20 @@ fn discover(
     let client = XdsClient::new(settings).map_err(|e| e.to_string())?;
     tasks.spawn(client.run(states, Arc::clone(status), stop.clone()));
     Ok(())
+}
+
+/// SIGHUP has the access log's file opened again, until `stop`.
+fn reopen_on_hangup(
+    log: AccessLog,
+    stop: CancellationToken,
+) -> Result<impl Future<Output = ()> + Send, String> {
+    let mut hangups = signal(SignalKind::hangup()).map_err(|e| e.to_string())?;
+    Ok(async move {
+        while let Some(Some(())) = stop.run_until_cancelled(hangups.recv()).await {
+            log.reopen();
+            tracing::info!("SIGHUP: the access log is opened again");
+        }
+    })
 }
 
 fn node_id(configured: &str) -> String {

@@ -7,6 +7,7 @@ mod health;
 mod limits;
 mod listeners;
 mod routing;
+mod telemetry;
 mod upstream;
 
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,7 @@ pub use self::{
     limits::LimitsConfig,
     listeners::{PrivateConfig, PublicConfig},
     routing::{Policy, RoutingConfig},
+    telemetry::TelemetryConfig,
     upstream::UpstreamConfig,
 };
 use crate::logging::LogConfig;
@@ -45,6 +47,8 @@ pub struct ProxyConfig {
     pub routing: RoutingConfig,
     /// When an endpoint is left out of picks.
     pub outlier: OutlierConfig,
+    /// What is told about each request.
+    pub telemetry: TelemetryConfig,
     /// How it stops.
     pub drain: DrainConfig,
 }
@@ -85,6 +89,7 @@ impl ProxyConfig {
             ));
         }
         self.routing.validate()?;
+        self.telemetry.validate()?;
         if self.discovery.controlplanes.is_empty() && self.discovery.snapshot_file.is_empty() {
             return Err("discovery.controlplanes is empty, and so is discovery.snapshot_file: \
                         name at least one, or there is nothing to route to"

@@ -38,14 +38,18 @@ impl Gateway {
             let pool = self.pool(model)?;
             let chance = |n| fastrand::usize(0..n);
             let with = (&self.pick_rules, &rules);
-            let picked = routing::pick(&pool, &tried, asked, self.now_ms(), with, chance);
+            let mut seen = record.considers();
+            let now_ms = self.now_ms();
+            let picked = routing::pick_seen(&pool, &tried, asked, now_ms, with, chance, seen.as_deref_mut());
             let Some((ticket, how)) = picked else {
+                record.picked(&pool, None, (rules.policy, None), seen);
                 return self.give_up(session, record, model, last).await;
             };
+            record.picked(&pool, Some(&ticket.endpoint().id), (rules.policy, Some(how)), seen);
             self.metrics.picks.with_label_values(&[rules.policy.name(), how.label()]).inc();
             let answered = tokio::select! {
                 biased;
-                answered = self.engines.ask(ticket.endpoint(), request, |origin| self.metrics.connected(origin)) => answered,
+                answered = self.engines.ask(ticket.endpoint(), request, |origin| record.connected(origin)) => answered,
                 () = downstream::gone(session) => return Err(GatewayError::ClientGone),
                 () = self.lifecycle.cut().cancelled() => return Err(GatewayError::Draining),
             };
@@ -56,9 +60,11 @@ impl Gateway {
             self.note_failure(&ticket, &failed);
             let tries = tried.len() + 1;
             let attempts = self.config.upstream.attempts;
-            match retry::after_failure(failed.failure, tries, attempts, resent, || {
+            let next = retry::after_failure(failed.failure, tries, attempts, resent, || {
                 pool.budget.take(self.now_ms())
-            }) {
+            });
+            record.attempt_failed(&failed, next);
+            match next {
                 Next::Retry => tried.push(Arc::clone(&ticket.endpoint().id)),
                 Next::Resend => resent = true,
                 Next::GiveUp => return self.give_up(session, record, model, Some(failed)).await,
@@ -101,10 +107,7 @@ impl Gateway {
             metrics: &self.metrics,
         };
         let relayed = relay::relay(session, open, &context).await;
-        record.usage(&relayed.facts.usage);
-        if relayed.facts.error.is_some() {
-            self.metrics.inband_errors.inc();
-        }
+        record.relayed(&relayed);
         match (&relayed.outcome, &relayed.facts.error) {
             (Ok(()), None) => ticket.endpoint().succeeded(),
             (Ok(()), Some(message)) => {
@@ -129,7 +132,7 @@ impl Gateway {
         whole: Whole,
     ) -> Result<(), GatewayError> {
         record.status(whole.head.status.as_u16());
-        record.tail(&whole.body);
+        record.whole(&whole.body);
         self.metrics.bytes_out.inc_by(whole.body.len() as u64);
         respond::whole_with_head(session, whole.head, whole.body).await.map_err(|_| GatewayError::ClientGone)
     }

@@ -63,7 +63,8 @@ impl Gateway {
             Ok(false) => return None, // an idle connection that the client has closed
             Err(e) => {
                 let error = head_error(&e, limits.header_bytes);
-                let mut record = Record::new(&self.metrics);
+                let mut record = Record::new(&self.telemetry);
+                record.client(session.client_addr());
                 record.failed(&error);
                 if error == GatewayError::ClientGone {
                     return None;
@@ -75,7 +76,9 @@ impl Gateway {
                 return None;
             }
         }
-        let mut record = Record::new(&self.metrics);
+        let mut record = Record::new(&self.telemetry);
+        record.client(session.client_addr());
+        record.head(session.req_header());
         let _counted = self.lifecycle.request();
         session.set_write_timeout(Some(Duration::from_millis(limits.write_stall_ms)));
         session.set_total_drain_timeout(Some(Duration::from_millis(limits.body_idle_ms)));

@@ -31,7 +31,7 @@ use crate::{
     },
     record::Record,
     routing::{PickRules, policy::Asked, prefix::Chain},
-    telemetry::metrics::Metrics,
+    telemetry::{Telemetry, access_log::AccessLog, metrics::Metrics},
     upstream::{
         client::EngineClient,
         request::{EngineRequest, forwarded_headers},
@@ -53,7 +53,9 @@ pub struct Gateway {
     /// Where requests can go.
     pub table: EndpointTable,
     /// What is counted.
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
+    /// Where requests leave what is known of them.
+    pub telemetry: Telemetry,
     /// Whether it is stopping.
     pub lifecycle: Lifecycle,
     started: Instant,
@@ -69,6 +71,8 @@ impl Gateway {
         let mut options = HttpServerOptions::default();
         options.h2c = config.public.h2c;
         options.h2_idle_timeout = Some(Duration::from_secs(config.public.keepalive_s.max(1)));
+        let telemetry = Telemetry::new(&config.telemetry)?;
+        let metrics = Arc::clone(&telemetry.metrics);
         Ok(Self {
             options,
             scan_limits: ScanLimits { max_depth: config.limits.json_depth, ..ScanLimits::default() },
@@ -84,13 +88,19 @@ impl Gateway {
             },
             keys: KeyRing::new(&config.auth.keys)?,
             bodies: BodyBudget::new(config.limits.buffered_bytes),
-            engines: EngineClient::new(&config.upstream),
+            engines: EngineClient::new(&config.upstream, metrics.upstream_kept.clone()),
             table: EndpointTable::new(config.upstream.clone()),
-            metrics: Metrics::new().map_err(|e| e.to_string())?,
+            metrics,
+            telemetry,
             lifecycle: Lifecycle::default(),
             started: Instant::now(),
             config,
         })
+    }
+
+    /// Has requests logged there. Without it they are not.
+    pub fn log_to(&mut self, log: AccessLog) {
+        self.telemetry.access_log = log;
     }
 
     /// Milliseconds on this process's own clock, which never goes back.
@@ -111,11 +121,12 @@ impl Gateway {
             head.uri.path_and_query().map_or_else(|| head.uri.path().to_owned(), ToString::to_string);
         let path = target.split_once('?').map_or(&*target, |(path, _)| path);
         if path == "/healthz" && head.method == http::Method::GET {
+            record.unlogged();
             return self.say(session, record, "text/plain", "ok\n".into()).await;
         }
         let route = openai::route(&head.method, path);
         record.route(route.label(), route.shape());
-        self.keys.caller(&head.headers)?;
+        record.caller(self.keys.caller(&head.headers)?);
         let (api, engine_path) = match route {
             Route::Inference { api, path } => (api, path),
             Route::Models => return self.say(session, record, "application/json", self.models()).await,
@@ -135,7 +146,8 @@ impl Gateway {
         let facts = openai::request::scan_with(&held.bytes, &self.scan_limits, chain.as_mut())
             .map_err(GatewayError::Body)?;
         let served_model = self.served_model(&facts.model)?;
-        record.model(&facts.model);
+        record.model(&facts.model, self.table.load().version);
+        record.stream(facts.stream);
         let query = &target[path.len()..];
         let request = EngineRequest {
             api,

@@ -1,6 +1,7 @@
 //! Which endpoint takes a request: filters over the pool, then a policy over what is left, then a place reserved at once.
 //!
 //! - [`policy`]: the choice, over plain data; the same code runs in [`crate::simulator`].
+//! - [`considered`]: what a pick looked at, for those who ask why.
 //! - [`load`]: how busy an endpoint is thought to be, and how much a young one should carry.
 //! - [`affinity`]: sessions to endpoints, by keyed hashes and under a load bound.
 //! - [`prefix`]: who probably has a prompt's beginning in its cache, in fixed memory.
@@ -13,6 +14,7 @@
 //! is what [`load::estimate`] says without a report.
 
 pub mod affinity;
+pub mod considered;
 pub mod load;
 pub mod policy;
 pub mod prefix;
@@ -23,6 +25,7 @@ use penstock_config::proxy::RoutingConfig;
 
 use self::{
     affinity::{HashKey, LoadBound},
+    considered::Considered,
     policy::{Asked, How, Policy, Rules, View},
     prefix::{Blocks, Chain},
 };
@@ -91,8 +94,22 @@ pub fn pick(
     tried: &[Arc<str>],
     asked: &Asked<'_>,
     now_ms: u64,
+    with: (&PickRules, &Rules),
+    chance: impl FnMut(usize) -> usize,
+) -> Option<(Ticket, How)> {
+    pick_seen(pool, tried, asked, now_ms, with, chance, None)
+}
+
+/// [`pick`], with what it looked at written to `seen`: done only where somebody will read it, since it looks at the whole
+/// pool once more.
+pub fn pick_seen(
+    pool: &Pool,
+    tried: &[Arc<str>],
+    asked: &Asked<'_>,
+    now_ms: u64,
     (with, rules): (&PickRules, &Rules),
     mut chance: impl FnMut(usize) -> usize,
+    seen: Option<&mut Considered>,
 ) -> Option<(Ticket, How)> {
     let eligible = |endpoint: &Endpoint| !endpoint.draining && !tried.contains(&endpoint.id);
     let mut left: Vec<&Arc<Endpoint>> = pool.endpoints.iter().filter(|e| eligible(e)).collect();
@@ -101,7 +118,12 @@ pub fn pick(
         left.retain(admitted);
     }
     let views: Vec<View> = left.iter().map(|endpoint| view(endpoint, now_ms, with)).collect();
-    let (index, how) = policy::choose(rules, &views, asked, &pool.memory, &mut chance)?;
+    let chosen = policy::choose(rules, &views, asked, &pool.memory, &mut chance);
+    if let Some(seen) = seen {
+        let chosen = chosen.map(|(index, _)| index);
+        *seen = Considered::of(&pool.endpoints, tried, &left, &views, chosen, now_ms);
+    }
+    let (index, how) = chosen?;
     Some((left.get(index)?.reserve(), how))
 }
 
@@ -221,6 +243,29 @@ mod tests {
         assert_eq!(with.of("m").policy, Policy::PrefixAffinity);
         assert_eq!(with.of("other").policy, Policy::LeastLoaded);
         assert!(with.chain().is_some());
+    }
+
+    #[test]
+    fn what_a_pick_looked_at_is_told_in_bounds_and_as_it_was() {
+        let mut pool = pool(40);
+        Arc::get_mut(&mut pool.endpoints[0]).expect("not shared").draining = true;
+        pool.endpoints[2].failed(0, &EJECT);
+        let _busy: Vec<_> = pool.endpoints[5..].iter().map(Endpoint::reserve).collect();
+        let (with, mut seen) = (with(Policy::LeastLoaded), considered::Considered::default());
+        let rules = (&with, &with.rules);
+        let picked = pick_seen(&pool, &["e1".into()], &Asked::default(), 10, rules, |_| 1, Some(&mut seen));
+        let (ticket, _) = picked.expect("some are left");
+        assert_eq!((seen.endpoints, seen.candidates, seen.panic), (40, 37, false));
+        assert_eq!(seen.out, [("draining", 1), ("tried", 1), ("ejected", 1)]);
+        assert_eq!(seen.shown.len(), considered::SHOWN);
+        assert_eq!((&*seen.shown[0].id, seen.shown[0].local), (&*ticket.endpoint().id, 0), "the chosen one, before its pick");
+        assert_eq!((&*seen.shown[1].id, seen.shown[2].load), ("e4", 1), "then by load");
+        for endpoint in &pool.endpoints {
+            endpoint.failed(0, &EJECT);
+        }
+        let picked = pick_seen(&pool, &[], &Asked::default(), 10, rules, |_| 1, Some(&mut seen));
+        assert!(picked.is_some() && seen.panic && seen.shown[0].ejected);
+        assert_eq!(seen.out, [("draining", 1)]);
     }
 
     proptest! {

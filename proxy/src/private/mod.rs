@@ -1,7 +1,9 @@
-//! The private port: probes, metrics, and a look inside. Never behind auth, never on the public network.
+//! The private port: probes, metrics, and a look inside ([`debug`]). Never behind auth, never on the public network.
 //!
 //! `/livez` says that the process runs and nothing else. `/readyz` is 200 while there are routes and no drain; with the
 //! control plane away it stays 200 and says `degraded`, since requests are served.
+
+mod debug;
 
 use std::sync::Arc;
 
@@ -12,9 +14,9 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::{endpoints::Endpoint, gateway::Gateway, telemetry::metrics, xds::status::XdsStatus};
+use crate::{gateway::Gateway, telemetry::metrics, xds::status::XdsStatus};
 
 /// What the handlers look at.
 #[derive(Debug, Clone)]
@@ -32,7 +34,10 @@ pub fn router(state: PrivateState) -> Router {
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(readyz))
         .route("/metrics", get(show_metrics))
-        .route("/debug/endpoints", get(debug_endpoints))
+        .route("/debug/endpoints", get(debug::endpoints))
+        .route("/debug/snapshot", get(debug::snapshot))
+        .route("/debug/decisions", get(debug::decisions))
+        .route("/debug/decisions/{request_id}", get(debug::decision))
         .with_state(state)
 }
 
@@ -75,26 +80,4 @@ async fn show_metrics(State(state): State<PrivateState>) -> String {
         body_bytes_held: gateway.bodies.held_bytes(),
         now_ms: gateway.now_ms(),
     })
-}
-
-async fn debug_endpoints(State(state): State<PrivateState>) -> Json<Value> {
-    let snapshot = Arc::clone(&state.gateway.table.load());
-    let now_ms = state.gateway.now_ms();
-    let show = |endpoint: &Arc<Endpoint>| {
-        json!({
-            "id": &*endpoint.id,
-            "address": endpoint.address,
-            "generation": endpoint.generation,
-            "zone": endpoint.zone,
-            "draining": endpoint.draining,
-            "ejected": endpoint.is_ejected(now_ms),
-            "inflight": endpoint.inflight(),
-        })
-    };
-    let models: serde_json::Map<String, Value> = snapshot
-        .routes
-        .iter()
-        .map(|(name, route)| (name.clone(), route.pool.endpoints.iter().map(show).collect()))
-        .collect();
-    Json(json!({"version": snapshot.version.to_string(), "models": models}))
 }
