@@ -104,7 +104,8 @@ impl<'a> Record<'a> {
         if let Some(id) = text("traceparent").and_then(facts::trace_id) {
             id.clone_into(&mut self.facts.trace_id);
         }
-        self.asked = self.telemetry.decisions.is_on() && text(EXPLAIN).is_some_and(|value| value.trim() == "1");
+        self.asked =
+            self.telemetry.decisions.is_on() && text(EXPLAIN).is_some_and(|value| value.trim() == "1");
     }
 
     /// A probe: counted, not logged.

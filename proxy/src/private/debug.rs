@@ -88,7 +88,8 @@ impl Ask {
 /// The query, or a 400 that says what is accepted.
 fn asked(query: Result<Query<Ask>, QueryRejection>) -> Result<Ask, Response> {
     let refused = |e: QueryRejection| {
-        let message = format!("{}; accepted: model=NAME, limit=1 to {LARGEST_PAGE}, after=CURSOR", e.body_text());
+        let message =
+            format!("{}; accepted: model=NAME, limit=1 to {LARGEST_PAGE}, after=CURSOR", e.body_text());
         failed(StatusCode::BAD_REQUEST, "invalid_query", &message)
     };
     let ask = query.map(|Query(ask)| ask).map_err(refused)?;
@@ -255,6 +256,10 @@ pub(super) async fn decision(State(state): State<PrivateState>, Path(request_id)
              (telemetry.decisions_kept), or nothing went wrong with it and it was not sampled \
              (telemetry.decisions_sample, or the header x-penstock-explain: 1)",
         ),
-        None => failed(StatusCode::NOT_FOUND, "not_found", "telemetry.decisions_kept is 0: nothing is recorded here"),
+        None => failed(
+            StatusCode::NOT_FOUND,
+            "not_found",
+            "telemetry.decisions_kept is 0: nothing is recorded here",
+        ),
     }
 }

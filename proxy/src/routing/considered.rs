@@ -4,10 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{
-    load::score,
-    policy::View,
-};
+use super::{load::score, policy::View};
 use crate::endpoints::Endpoint;
 
 /// Most candidates that are kept by name.

@@ -258,7 +258,11 @@ mod tests {
         assert_eq!((seen.endpoints, seen.candidates, seen.panic), (40, 37, false));
         assert_eq!(seen.out, [("draining", 1), ("tried", 1), ("ejected", 1)]);
         assert_eq!(seen.shown.len(), considered::SHOWN);
-        assert_eq!((&*seen.shown[0].id, seen.shown[0].local), (&*ticket.endpoint().id, 0), "the chosen one, before its pick");
+        assert_eq!(
+            (&*seen.shown[0].id, seen.shown[0].local),
+            (&*ticket.endpoint().id, 0),
+            "the chosen one, before its pick"
+        );
         assert_eq!((&*seen.shown[1].id, seen.shown[2].load), ("e4", 1), "then by load");
         for endpoint in &pool.endpoints {
             endpoint.failed(0, &EJECT);

@@ -76,8 +76,7 @@ pub fn open(config: &TelemetryConfig, metrics: &Arc<Metrics>) -> Result<AccessLo
                 .map_err(|e| format!("telemetry.access_log: cannot use standard output: {e}"))?,
         )),
         Some(path) => Box::new(
-            append(path)
-                .map_err(|e| format!("telemetry.access_log: cannot open {}: {e}", path.display()))?,
+            append(path).map_err(|e| format!("telemetry.access_log: cannot open {}: {e}", path.display()))?,
         ),
     };
     let (queue, lines) = sync_channel(config.access_log_queue);
@@ -239,7 +238,10 @@ impl Writer {
                 self.torn = false;
             }
             Err(error) => {
-                self.complain("the access log cannot be opened again; the file opened before is used", &error);
+                self.complain(
+                    "the access log cannot be opened again; the file opened before is used",
+                    &error,
+                );
             }
         }
     }
@@ -268,7 +270,8 @@ mod tests {
 
     fn ids(path: &Path) -> Vec<String> {
         let text = std::fs::read_to_string(path).expect("a log");
-        let id = |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON")["request_id"].clone();
+        let id =
+            |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON")["request_id"].clone();
         text.lines().map(|line| id(line).as_str().expect("a name").to_owned()).collect()
     }
 

@@ -36,7 +36,8 @@ const DURATION_BUCKETS: &[f64] =
 
 /// Seconds. Tokens of a small model on an idle engine come every few milliseconds; 50 to 100 ms is a full batch, and what
 /// is above a second is a reader who waits.
-const ITL_BUCKETS: &[f64] = &[0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0, 60.0];
+const ITL_BUCKETS: &[f64] =
+    &[0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0, 60.0];
 
 /// Seconds. From the next request's end to the longest wait that a client would bear.
 const QUEUE_BUCKETS: &[f64] = &[0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];

@@ -51,7 +51,8 @@ fn models_beyond_the_limit_share_one_label() {
         metrics.of_model(&format!("m{n}")).ttft.observe(1.0);
     }
     let text = rendered(&metrics);
-    let series = text.lines().filter(|l| l.starts_with("penstock_proxy_time_to_first_byte_seconds_count")).count();
+    let series =
+        text.lines().filter(|l| l.starts_with("penstock_proxy_time_to_first_byte_seconds_count")).count();
     assert_eq!(series, MAX_MODELS + 1);
     assert!(text.contains("penstock_proxy_time_to_first_byte_seconds_count{model=\"(other)\"} 50"), "{text}");
 }

@@ -13,7 +13,7 @@ use std::{
 
 use penstock_config::proxy::ProxyConfig;
 use penstock_proto::{v1, xds};
-use penstock_proxy::{gateway::Gateway, listener, xds::state::XdsState};
+use penstock_proxy::{gateway::Gateway, listener, telemetry::access_log, xds::state::XdsState};
 use prost::Message;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -32,7 +32,13 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn start(config: ProxyConfig, engines: &[SocketAddr]) -> Self {
-        let gateway = Arc::new(Gateway::new(config.clone()).expect("valid settings"));
+        let mut gateway = Gateway::new(config.clone()).expect("valid settings");
+        if config.telemetry.access_log != "stdout" {
+            let log =
+                access_log::open(&config.telemetry, &gateway.metrics).expect("a log that can be opened");
+            gateway.log_to(log);
+        }
+        let gateway = Arc::new(gateway);
         gateway.table.apply(&state(engines));
         let socket = listener::bind("public.listen", "127.0.0.1:0").expect("a free port");
         let address = socket.local_addr().expect("bound");
