@@ -14,7 +14,7 @@ use penstock_proto::Version;
 use pingora_core::protocols::l4::socket::SocketAddr;
 
 use crate::{
-    endpoints::Pool,
+    endpoints::{Endpoint, Pool},
     error::GatewayError,
     openai::{
         ErrorShape,
@@ -151,30 +151,39 @@ impl<'a> Record<'a> {
         self.facts.queue.0 += waited;
     }
 
-    /// Room for what the next pick looks at, if somebody will want to read it.
-    pub fn considers(&self) -> Option<Box<Considered>> {
-        (self.asked || self.sampled).then(Box::default)
+    /// Whether somebody will want to read what picks look at.
+    pub fn considers(&self) -> bool {
+        self.asked || self.sampled
     }
 
-    /// An endpoint was picked, and an attempt at it begins; or none was left.
+    /// An endpoint was picked, and an attempt at it begins.
     pub fn picked(
         &mut self,
         pool: &Pool,
-        endpoint: Option<&Arc<str>>,
-        (policy, how): (Policy, Option<How>),
+        endpoint: &Endpoint,
+        (policy, how): (Policy, How),
         considered: Option<Box<Considered>>,
     ) {
         pool.source.pool.clone_into(&mut self.facts.deployment);
-        if let Some(endpoint) = endpoint {
-            self.facts.attempts += 1;
-            self.facts.endpoint = Arc::clone(endpoint);
-        }
+        self.facts.attempts += 1;
+        self.facts.endpoint = Arc::clone(&endpoint.id);
         self.attempt = Some(Attempt {
             began: Millis(self.started.elapsed()),
-            endpoint: endpoint.cloned().unwrap_or_default(),
+            endpoint: Arc::clone(&endpoint.id),
             policy: policy.name(),
-            how: how.map_or("", How::label),
+            how: how.label(),
             considered,
+            ..Attempt::default()
+        });
+    }
+
+    /// No endpoint could be picked, and why.
+    pub fn unplaced(&mut self, pool: &Pool, tried: &[Arc<str>], policy: Policy, now_ms: u64) {
+        pool.source.pool.clone_into(&mut self.facts.deployment);
+        self.attempt = Some(Attempt {
+            began: Millis(self.started.elapsed()),
+            policy: policy.name(),
+            considered: Some(Box::new(Considered::nobody(&pool.endpoints, tried, now_ms))),
             ..Attempt::default()
         });
     }

@@ -1,16 +1,25 @@
 //! Engines asked in turn until one has answered, and the answer handed on.
+//!
+//! A place at an engine is looked for, and waited for where all are at their limit; it is held to the end of the answer.
 
 use std::{sync::Arc, time::Duration};
 
+use penstock_config::proxy::Patience;
 use pingora_core::protocols::http::ServerSession;
+use tokio::time::{Instant, sleep_until};
 
 use super::Gateway;
 use crate::{
+    admission::queue::{Freed, Full, Number, Waiting},
     downstream::{self, respond},
-    endpoints::Ticket,
+    endpoints::{Endpoint, Pool, Ticket},
     error::{GatewayError, UpstreamFailure},
     record::Record,
-    routing::{self, policy::Asked},
+    routing::{
+        self, Unpicked,
+        considered::Considered,
+        policy::{Asked, How, Rules},
+    },
     streaming::relay::{self, RelayContext},
     upstream::{
         client::{Answer, Failed, Open, Whole},
@@ -18,6 +27,66 @@ use crate::{
         retry::{self, Next},
     },
 };
+
+/// One request's search for an engine that answers.
+struct Search<'a> {
+    model: &'a str,
+    asked: &'a Asked<'a>,
+    rules: Rules,
+    /// Endpoints that failed it.
+    tried: Vec<Arc<str>>,
+    /// Attempts that came to nothing, the free resend not counted.
+    tries: usize,
+    resent: bool,
+    last: Option<Failed>,
+    /// Its number in the queue, once it had to wait.
+    number: Option<Number>,
+    /// When it first had to, and how long it will.
+    waiting_since: Option<(u64, Instant)>,
+    /// Time it spent there and was not told of yet.
+    queued: Duration,
+    /// Whether somebody wants to read what picks look at.
+    considers: bool,
+}
+
+impl<'a> Search<'a> {
+    fn new(model: &'a str, asked: &'a Asked<'a>, rules: Rules, considers: bool) -> Self {
+        Self {
+            model,
+            asked,
+            rules,
+            tried: Vec::new(),
+            tries: 0,
+            resent: false,
+            last: None,
+            number: None,
+            waiting_since: None,
+            queued: Duration::ZERO,
+            considers,
+        }
+    }
+}
+
+/// A place at an endpoint. On drop it is given back, and then whoever waits hears of it: the order of the fields.
+pub(super) struct Place {
+    ticket: Ticket,
+    _freed: Freed,
+    /// Where it was found, how, and what else was looked at.
+    pool: Arc<Pool>,
+    how: How,
+    seen: Option<Box<Considered>>,
+}
+
+impl Place {
+    fn endpoint(&self) -> &Arc<Endpoint> {
+        self.ticket.endpoint()
+    }
+}
+
+/// When to come back, from how long the first in the queue has waited: those who leave now would have waited as long.
+fn retry_after_s(oldest_ms: u64) -> u32 {
+    u32::try_from(oldest_ms.div_ceil(1_000)).unwrap_or(u32::MAX).clamp(1, 30)
+}
 
 impl Gateway {
     /// Asks engines in turn until one has answered, then hands the answer on.
@@ -30,65 +99,148 @@ impl Gateway {
         request: &EngineRequest,
     ) -> Result<(), GatewayError> {
         self.pool(model)?.budget.earn();
-        let rules = self.pick_rules.of(model);
-        let mut tried: Vec<Arc<str>> = Vec::new();
-        let mut last: Option<Failed> = None;
-        let mut resent = false;
+        let patience = self.config.upstream.patience(model);
+        let mut search = Search::new(model, asked, self.pick_rules.of(model), record.considers());
         loop {
-            let pool = self.pool(model)?;
-            let chance = |n| fastrand::usize(0..n);
-            let with = (&self.pick_rules, &rules);
-            let mut seen = record.considers();
-            let now_ms = self.now_ms();
-            let picked = routing::pick_seen(&pool, &tried, asked, now_ms, with, chance, seen.as_deref_mut());
-            let Some((ticket, how)) = picked else {
-                record.picked(&pool, None, (rules.policy, None), seen);
-                return self.give_up(session, record, model, last).await;
+            let placed = self.place(session, &mut search).await;
+            record.queued(std::mem::take(&mut search.queued));
+            let mut place = match placed {
+                Ok(Some(place)) => place,
+                unplaced => {
+                    // Under overload thousands come by here; what a sample of them saw will do.
+                    if unplaced.is_ok() || record.considers() {
+                        let (tried, policy) = (&search.tried, search.rules.policy);
+                        record.unplaced(&*self.pool(model)?, tried, policy, self.now_ms());
+                    }
+                    unplaced?;
+                    return self.give_up(session, record, model, search.last).await;
+                }
             };
-            record.picked(&pool, Some(&ticket.endpoint().id), (rules.policy, Some(how)), seen);
-            self.metrics.picks.with_label_values(&[rules.policy.name(), how.label()]).inc();
+            let how = (search.rules.policy, place.how);
+            record.picked(&place.pool, place.ticket.endpoint(), how, place.seen.take());
+            let first_byte = Duration::from_millis(patience.first_byte_ms);
             let answered = tokio::select! {
                 biased;
-                answered = self.engines.ask(ticket.endpoint(), request, |origin| record.connected(origin)) => answered,
+                answered = self.engines.ask(place.endpoint(), request, first_byte, |origin| record.connected(origin)) => answered,
                 () = downstream::gone(session) => return Err(GatewayError::ClientGone),
                 () = self.lifecycle.cut().cancelled() => return Err(GatewayError::Draining),
             };
             let failed = match answered {
-                Ok(answer) => return self.hand_on(session, record, answer, ticket).await,
+                Ok(answer) => return self.hand_on(session, record, answer, place, patience).await,
                 Err(failed) => failed,
             };
-            self.note_failure(&ticket, &failed);
-            let tries = tried.len() + 1;
+            self.note_failure(place.endpoint(), &failed);
+            search.tries += 1;
+            let pool = self.pool(model)?;
+            let budget = || pool.budget.take(self.now_ms());
             let attempts = self.config.upstream.attempts;
-            let next = retry::after_failure(failed.failure, tries, attempts, resent, || {
-                pool.budget.take(self.now_ms())
-            });
+            let next = retry::after_failure(failed.failure, search.tries, attempts, search.resent, budget);
             record.attempt_failed(&failed, next);
             match next {
-                Next::Retry => tried.push(Arc::clone(&ticket.endpoint().id)),
-                Next::Resend => resent = true,
+                // A full engine may have room later; the others it was sick for are not asked again.
+                Next::Retry if failed.failure == UpstreamFailure::Busy => {}
+                Next::Retry => search.tried.push(Arc::clone(&place.endpoint().id)),
+                Next::Resend => {
+                    search.resent = true;
+                    search.tries -= 1;
+                }
                 Next::GiveUp => return self.give_up(session, record, model, Some(failed)).await,
             }
             self.metrics.retries.with_label_values(&[failed.failure.label()]).inc();
-            last = Some(failed);
+            search.last = Some(failed);
         }
     }
 
-    /// Writes an answer to the client. The ticket is held to its end.
+    /// A place at an endpoint, waited for in order of arrival while each is at its limit; `None` when there is none to
+    /// wait for.
+    async fn place(
+        &self,
+        session: &mut ServerSession,
+        search: &mut Search<'_>,
+    ) -> Result<Option<Place>, GatewayError> {
+        let queue = Arc::clone(&self.pool(search.model)?.queue);
+        if queue.is_empty() {
+            match self.pick(search)? {
+                Err(Unpicked::Saturated) => {}
+                picked => return Ok(picked.ok()),
+            }
+        }
+        let now_ms = self.now_ms();
+        let (since_ms, deadline) = *search.waiting_since.get_or_insert_with(|| {
+            (now_ms, Instant::now() + Duration::from_millis(self.config.queue.deadline_ms))
+        });
+        let saturated =
+            || GatewayError::Saturated { retry_after_s: retry_after_s(queue.oldest_ms(self.now_ms())) };
+        let outcome = |outcome: &str| self.metrics.queue_outcomes.with_label_values(&[outcome]).inc();
+        let waiting =
+            queue.enter(search.number, since_ms, self.config.queue.max_waiting).map_err(|Full| {
+                outcome("full");
+                saturated()
+            })?;
+        search.number = Some(waiting.number());
+        let found = tokio::select! {
+            biased;
+            found = self.found(search, &waiting) => found.inspect(|_| outcome("placed")),
+            () = downstream::gone(session) => {
+                outcome("client_gone");
+                Err(GatewayError::ClientGone)
+            }
+            () = self.lifecycle.cut().cancelled() => {
+                outcome("draining");
+                Err(GatewayError::Draining)
+            }
+            () = sleep_until(deadline) => {
+                outcome("deadline");
+                Err(saturated())
+            }
+        };
+        let waited = Duration::from_millis(self.now_ms() - now_ms);
+        self.metrics.queue_wait.observe(waited.as_secs_f64());
+        search.queued += waited;
+        found
+    }
+
+    /// Looks for a place whenever it may be there, as the first in the queue.
+    async fn found(&self, search: &Search<'_>, waiting: &Waiting) -> Result<Option<Place>, GatewayError> {
+        loop {
+            waiting.worth_looking().await;
+            match self.pick(search)? {
+                Err(Unpicked::Saturated) => {}
+                picked => return Ok(picked.ok()),
+            }
+        }
+    }
+
+    fn pick(&self, search: &Search<'_>) -> Result<Result<Place, Unpicked>, GatewayError> {
+        let pool = self.pool(search.model)?;
+        let chance = |n| fastrand::usize(0..n);
+        let with = (&self.pick_rules, &search.rules);
+        let mut seen: Option<Box<Considered>> = search.considers.then(Box::default);
+        let (tried, now_ms) = (&search.tried, self.now_ms());
+        let picked =
+            routing::pick_seen(&pool, tried, search.asked, now_ms, with, chance, seen.as_deref_mut());
+        Ok(picked.map(|(ticket, how)| {
+            self.metrics.picks.with_label_values(&[search.rules.policy.name(), how.label()]).inc();
+            Place { ticket, _freed: Freed(Arc::clone(&pool.queue)), pool, how, seen }
+        }))
+    }
+
+    /// Writes an answer to the client. The place is held to its end.
     async fn hand_on(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
         answer: Answer,
-        ticket: Ticket,
+        place: Place,
+        patience: Patience,
     ) -> Result<(), GatewayError> {
         record.begun();
         match answer {
             Answer::Whole(whole) => {
-                ticket.endpoint().succeeded();
+                place.endpoint().succeeded();
                 self.write_whole(session, record, *whole).await
             }
-            Answer::Open(open) => self.stream(session, record, *open, ticket).await,
+            Answer::Open(open) => self.stream(session, record, *open, place, patience).await,
         }
     }
 
@@ -97,11 +249,12 @@ impl Gateway {
         session: &mut ServerSession,
         record: &mut Record<'_>,
         open: Open,
-        ticket: Ticket,
+        place: Place,
+        patience: Patience,
     ) -> Result<(), GatewayError> {
         record.status(open.head.status.as_u16());
         let context = RelayContext {
-            idle: Duration::from_millis(self.config.upstream.idle_ms),
+            idle: Duration::from_millis(patience.idle_ms),
             cut: self.lifecycle.cut(),
             shape: record.shape(),
             metrics: &self.metrics,
@@ -109,18 +262,18 @@ impl Gateway {
         let relayed = relay::relay(session, open, &context).await;
         record.relayed(&relayed);
         match (&relayed.outcome, &relayed.facts.error) {
-            (Ok(()), None) => ticket.endpoint().succeeded(),
+            (Ok(()), None) => place.endpoint().succeeded(),
             (Ok(()), Some(message)) => {
                 let failed = Failed::inside(UpstreamFailure::MidStream, message);
-                self.note_failure(&ticket, &failed);
+                self.note_failure(place.endpoint(), &failed);
             }
             (Err(GatewayError::Upstream(failure)), _) => {
-                self.note_failure(&ticket, &Failed::inside(*failure, "while streaming"));
+                self.note_failure(place.endpoint(), &Failed::inside(*failure, "while streaming"));
             }
             (Err(_), _) => {}
         }
         if let Some(connection) = relayed.connection {
-            self.engines.release(connection, ticket.endpoint()).await;
+            self.engines.release(connection, place.endpoint()).await;
         }
         relayed.outcome
     }
@@ -152,8 +305,7 @@ impl Gateway {
         }
     }
 
-    fn note_failure(&self, ticket: &Ticket, failed: &Failed) {
-        let endpoint = ticket.endpoint();
+    fn note_failure(&self, endpoint: &Endpoint, failed: &Failed) {
         self.metrics.attempt_failures.with_label_values(&[failed.failure.label()]).inc();
         tracing::debug!(
             endpoint = &*endpoint.id,
@@ -161,6 +313,9 @@ impl Gateway {
             detail = failed.detail,
             "attempt failed"
         );
+        if failed.failure == UpstreamFailure::Busy {
+            endpoint.refused(self.now_ms());
+        }
         if failed.failure.counts_against_endpoint() && endpoint.failed(self.now_ms(), &self.outlier_rules) {
             self.metrics.ejections.inc();
             tracing::warn!(

@@ -78,6 +78,7 @@ impl Gateway {
             scan_limits: ScanLimits { max_depth: config.limits.json_depth, ..ScanLimits::default() },
             pick_rules: PickRules::new(
                 &config.routing,
+                &config.queue,
                 config.outlier.max_ejected_percent,
                 &mut fastrand::Rng::new(),
             ),

@@ -43,6 +43,11 @@ pub struct Candidate {
 }
 
 impl Considered {
+    /// Of a pool of which nobody could be picked: why each was left out.
+    pub fn nobody(pool: &[Arc<Endpoint>], tried: &[Arc<str>], now_ms: u64) -> Self {
+        Self::of(pool, tried, &[], &[], None, now_ms)
+    }
+
     /// Of `pool`, the filters left `left`, which the policy saw as `views` and of which it chose one.
     pub(super) fn of(
         pool: &[Arc<Endpoint>],
@@ -54,12 +59,17 @@ impl Considered {
     ) -> Self {
         let mut seen = Self { endpoints: pool.len(), candidates: left.len(), ..Self::default() };
         let admitted_ejected = left.iter().any(|endpoint| endpoint.is_ejected(now_ms));
+        // Both are in the same order.
+        let mut kept = left.iter().peekable();
         for endpoint in pool {
+            if kept.next_if(|kept| Arc::ptr_eq(kept, endpoint)).is_some() {
+                continue;
+            }
             let filter = match () {
                 () if endpoint.draining => "draining",
                 () if tried.contains(&endpoint.id) => "tried",
                 () if endpoint.is_ejected(now_ms) && !admitted_ejected => "ejected",
-                () => continue,
+                () => "full",
             };
             match seen.out.iter_mut().find(|(name, _)| *name == filter) {
                 Some((_, count)) => *count += 1,

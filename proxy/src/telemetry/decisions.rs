@@ -5,8 +5,8 @@
 //! said so; the candidates of each pick are written down only in the last two cases, since they must be looked at before
 //! anybody knows how the request will end.
 //!
-//! Two rings of fixed length: one for requests that failed on our side of the wire or were retried, one for the others.
-//! So neither a flood of bad requests nor one of `x-penstock-explain` pushes out what an operator looks for. Keeping is
+//! Two rings of fixed length: one for requests that engines failed or that were retried, one for the others. So neither a
+//! flood of bad or shed requests nor one of `x-penstock-explain` pushes out what an operator looks for. Keeping is
 //! one atomic add and one pointer swap; readers take no lock either and cost requests nothing.
 //!
 //! Bounds of a record: [`MAX_ATTEMPTS`] attempts, [`crate::routing::considered::SHOWN`] candidates each, texts of
@@ -171,7 +171,8 @@ impl Decisions {
 
     /// Keeps a decision; the oldest of its kind gives way.
     pub fn keep(&self, why: Why, request: Facts, attempts: Vec<Attempt>) {
-        let ours = why == Why::Retried || (why == Why::Failed && request.blame != "client");
+        let engines = why == Why::Failed && request.blame != "client" && !attempts.is_empty();
+        let ours = why == Why::Retried || engines;
         let ring = if ours { &self.trouble } else { &self.others };
         let order = self.order.fetch_add(1, Relaxed);
         ring.push(Arc::new(Decision { order, why, request, attempts }));
@@ -223,7 +224,8 @@ mod tests {
     fn keep(decisions: &Decisions, id: &str, why: Why, blame: &'static str) {
         let mut facts = Facts::new(id.into());
         (facts.blame, facts.model) = (blame, "m".into());
-        decisions.keep(why, facts, vec![]);
+        let attempts = if blame == "upstream" { vec![Attempt::default()] } else { vec![] };
+        decisions.keep(why, facts, attempts);
     }
 
     #[test]
@@ -232,6 +234,7 @@ mod tests {
         keep(&decisions, "ours", Why::Failed, "upstream");
         keep(&decisions, "retried", Why::Retried, "none");
         for n in 0..100 {
+            keep(&decisions, &format!("shed-{n}"), Why::Failed, "gateway");
             keep(&decisions, &format!("bad-{n}"), Why::Failed, "client");
             keep(&decisions, &format!("asked-{n}"), Why::Asked, "none");
         }
@@ -240,7 +243,7 @@ mod tests {
         assert!(decisions.find("bad-1").is_none(), "memory is bounded");
         let latest: Vec<_> =
             decisions.latest(Some("m"), 3).iter().map(|d| d.request.request_id.clone()).collect();
-        assert_eq!(latest, ["asked-99", "bad-99", "asked-98"]);
+        assert_eq!(latest, ["asked-99", "bad-99", "shed-99"]);
         assert_eq!(decisions.latest(None, 100).len(), 6);
         assert!(decisions.latest(Some("other"), 9).is_empty());
     }

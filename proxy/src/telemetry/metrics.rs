@@ -39,14 +39,11 @@ const DURATION_BUCKETS: &[f64] =
 const ITL_BUCKETS: &[f64] =
     &[0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0, 60.0];
 
-/// Seconds. From the next request's end to the longest wait that a client would bear.
-const QUEUE_BUCKETS: &[f64] = &[0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
-
-/// How a wait in a model's queue can end: `outcome` of the queue's counter.
-pub const QUEUE_OUTCOMES: [&str; 4] = ["served", "expired", "client_gone", "full"];
-
 /// Why a line of the access log was lost: `reason` of its counter.
 pub const LOG_LOSSES: [&str; 2] = ["queue_full", "write_error"];
+
+/// How waiting in the queue ends: a place, the deadline, no room in the queue, the client's leaving, the gateway's stop.
+pub const QUEUE_OUTCOMES: [&str; 5] = ["placed", "deadline", "full", "client_gone", "draining"];
 
 /// The label of requests that never came to a deployed model.
 pub const NO_MODEL: &str = "";
@@ -83,18 +80,17 @@ pub struct Metrics {
     pub retries: IntCounterVec,
     /// Endpoints chosen, by policy and by how: balanced, affine, spilled.
     pub picks: IntCounterVec,
+    /// Requests that had to wait for a place, by how that ended: see [`QUEUE_OUTCOMES`].
+    pub queue_outcomes: IntCounterVec,
+    /// How long they waited.
+    pub queue_wait: Histogram,
+    queue_depth: IntGaugeVec,
     /// Endpoints taken out of picks for failures.
     pub ejections: IntCounter,
     /// Upstream connections by origin: new, reused.
     pub upstream_connections: IntCounterVec,
     /// Connections put aside for reuse.
     pub upstream_kept: IntCounter,
-    /// Requests that wait for an engine with room, by model.
-    pub queue_depth: IntGaugeVec,
-    /// How long they waited.
-    pub queue_wait: Histogram,
-    /// How waits ended, by [`QUEUE_OUTCOMES`].
-    pub queue_outcomes: IntCounterVec,
     /// Lines of the access log written.
     pub access_log_lines: IntCounter,
     /// Lines of the access log lost, by [`LOG_LOSSES`].
@@ -203,6 +199,21 @@ impl Metrics {
                 "Endpoints chosen; affine: for its session or prefix, spilled: that one was too busy.",
                 &["policy", "how"],
             )?,
+            queue_outcomes: make.counters(
+                "penstock_proxy_queue_outcomes_total",
+                "Requests for which every engine was at its limit, by how their wait ended.",
+                &["outcome"],
+            )?,
+            queue_wait: make.histogram(
+                "penstock_proxy_queue_wait_seconds",
+                "Time in the queue, however it ended.",
+                TTFT_BUCKETS,
+            )?,
+            queue_depth: make.gauges(
+                "penstock_proxy_queue_depth",
+                "Requests that wait for a place, by pool.",
+                &["pool"],
+            )?,
             ejections: make
                 .counter("penstock_proxy_ejections_total", "Endpoints taken out of picks for failures.")?,
             upstream_connections: make.counters(
@@ -213,21 +224,6 @@ impl Metrics {
             upstream_kept: make.counter(
                 "penstock_proxy_upstream_connections_kept_total",
                 "Connections put aside for reuse; kept less reused is what idled out, was evicted, or waits.",
-            )?,
-            queue_depth: make.gauges(
-                "penstock_proxy_queue_depth",
-                "Requests that wait for an engine with room.",
-                &["model"],
-            )?,
-            queue_wait: make.histogram(
-                "penstock_proxy_queue_wait_seconds",
-                "Time that requests waited for an engine with room, however it ended.",
-                QUEUE_BUCKETS,
-            )?,
-            queue_outcomes: make.counters(
-                "penstock_proxy_queue_outcomes_total",
-                "Waits by how they ended; full: refused without a wait.",
-                &["outcome"],
             )?,
             access_log_lines: make
                 .counter("penstock_proxy_access_log_lines_total", "Lines of the access log written.")?,
@@ -308,6 +304,10 @@ impl Metrics {
         self.snapshot_term.set(clamp(snapshot.version.term));
         self.endpoints.set(clamp(all().count() as u64));
         self.endpoints_ejected.set(clamp(all().filter(|e| e.is_ejected(now_ms)).count() as u64));
+        self.queue_depth.reset(); // pools come and go
+        for (name, pool) in &snapshot.pools {
+            self.queue_depth.with_label_values(&[name.as_str()]).set(clamp(pool.queue.len() as u64));
+        }
         self.models.set(clamp(snapshot.routes.len() as u64));
         self.xds_connected.set(i64::from(xds.connected));
         self.xds_age_seconds.set(xds.last_response_age.map_or(-1, |age| clamp(age.as_secs())));
@@ -337,7 +337,6 @@ impl Metrics {
             itl_max: self.itl_max.with_label_values(&[label]),
             prompt_tokens: self.tokens.with_label_values(&[label, "prompt"]),
             completion_tokens: self.tokens.with_label_values(&[label, "completion"]),
-            queue_depth: self.queue_depth.with_label_values(&[label]),
         })
     }
 

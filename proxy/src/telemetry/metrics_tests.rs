@@ -21,7 +21,7 @@ fn every_series_exists_at_zero() {
         "penstock_proxy_xds_last_response_age_seconds -1",
         "penstock_proxy_snapshot_age_seconds -1",
         "penstock_proxy_snapshot_from_disk 0",
-        "penstock_proxy_queue_outcomes_total{outcome=\"expired\"} 0",
+        "penstock_proxy_queue_outcomes_total{outcome=\"deadline\"} 0",
         "penstock_proxy_access_log_dropped_total{reason=\"queue_full\"} 0",
         "penstock_proxy_decisions_recorded_total{why=\"retried\"} 0",
     ] {
@@ -37,7 +37,6 @@ fn what_is_counted_by_model_exists_at_zero_for_every_route() {
     for line in [
         "penstock_proxy_model_requests_inflight{model=\"m\"} 0",
         "penstock_proxy_tokens_total{kind=\"completion\",model=\"m\"} 0",
-        "penstock_proxy_queue_depth{model=\"m\"} 0",
         "penstock_proxy_inter_token_latency_seconds_count{model=\"m\"} 0",
     ] {
         assert!(text.contains(line), "{line} missing in\n{text}");

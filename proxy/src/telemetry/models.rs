@@ -31,8 +31,6 @@ pub struct ModelSeries {
     pub prompt_tokens: IntCounter,
     /// Tokens generated.
     pub completion_tokens: IntCounter,
-    /// Requests that wait for an engine with room.
-    pub queue_depth: IntGauge,
 }
 
 /// Resolved series by model: a look-up takes no lock and allocates nothing; a new name copies the map.
