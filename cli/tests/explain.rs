@@ -74,7 +74,10 @@ async fn an_operator_learns_why_a_request_went_where_it_went() {
     assert_eq!(status, 404);
     let output = explain(&up, &[&id, "--json"]);
     let decision: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((&decision["why"], &decision["request"]["error"]), (&"failed".into(), &"model_not_found".into()));
+    assert_eq!(
+        (&decision["why"], &decision["request"]["error"]),
+        (&"failed".into(), &"model_not_found".into())
+    );
 
     let output = explain(&up, &["never-seen"]);
     assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
