@@ -5,13 +5,13 @@
 //! written down only if [`Record::considers`].
 
 use std::{
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 use http::request::Parts;
 use penstock_proto::Version;
-use pingora_core::protocols::l4::socket::SocketAddr;
 
 use crate::{
     endpoints::{Endpoint, Pool},
@@ -92,8 +92,8 @@ impl<'a> Record<'a> {
     }
 
     /// Where the connection came from.
-    pub fn client(&mut self, address: Option<&SocketAddr>) {
-        self.facts.client = address.and_then(SocketAddr::as_inet).map(std::net::SocketAddr::ip);
+    pub fn client(&mut self, address: IpAddr) {
+        self.facts.client = Some(address);
     }
 
     /// The request's head.

@@ -23,6 +23,8 @@ use std::{
 };
 
 use penstock_config::proxy::TelemetryConfig;
+use tokio::signal::unix::Signal;
+use tokio_util::sync::CancellationToken;
 
 use super::{facts::Facts, metrics::Metrics};
 
@@ -122,6 +124,13 @@ impl AccessLog {
     pub fn reopen(&self) {
         if let Some(open) = &self.open {
             open.reopen.store(true, Relaxed);
+        }
+    }
+
+    /// Does so at each `hangup`, until `stop`.
+    pub async fn reopen_on(self, mut hangup: Signal, stop: CancellationToken) {
+        while let Some(Some(())) = stop.run_until_cancelled(hangup.recv()).await {
+            self.reopen();
         }
     }
 
