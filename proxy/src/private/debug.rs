@@ -86,19 +86,19 @@ impl Ask {
 }
 
 /// The query, or a 400 that says what is accepted.
-fn asked(query: Result<Query<Ask>, QueryRejection>) -> Result<Ask, Response> {
+fn asked(query: Result<Query<Ask>, QueryRejection>) -> Result<Ask, Box<Response>> {
     let refused = |e: QueryRejection| {
         let message =
             format!("{}; accepted: model=NAME, limit=1 to {LARGEST_PAGE}, after=CURSOR", e.body_text());
-        failed(StatusCode::BAD_REQUEST, "invalid_query", &message)
+        Box::new(failed(StatusCode::BAD_REQUEST, "invalid_query", &message))
     };
     let ask = query.map(|Query(ask)| ask).map_err(refused)?;
     match &ask.after {
-        Some(cursor) if !cursor.contains('\n') => Err(failed(
+        Some(cursor) if !cursor.contains('\n') => Err(Box::new(failed(
             StatusCode::BAD_REQUEST,
             "invalid_query",
             "after is not a cursor; take the whole of `next` from the page before",
-        )),
+        ))),
         _ => Ok(ask),
     }
 }
@@ -123,7 +123,7 @@ pub(super) async fn snapshot(
 ) -> Response {
     let ask = match asked(query) {
         Ok(ask) => ask,
-        Err(refused) => return refused,
+        Err(refused) => return *refused,
     };
     let snapshot = Arc::clone(&state.gateway.table.load());
     if let Some(model) = ask.model.as_deref().filter(|model| !snapshot.routes.contains_key(*model)) {
@@ -207,7 +207,7 @@ pub(super) async fn endpoints(
 ) -> Response {
     let ask = match asked(query) {
         Ok(ask) => ask,
-        Err(refused) => return refused,
+        Err(refused) => return *refused,
     };
     let snapshot = Arc::clone(&state.gateway.table.load());
     let now_ms = state.gateway.now_ms();
@@ -233,7 +233,7 @@ pub(super) async fn decisions(
 ) -> Response {
     let ask = match asked(query) {
         Ok(ask) => ask,
-        Err(refused) => return refused,
+        Err(refused) => return *refused,
     };
     made(move || {
         let limit = ask.limit.unwrap_or(100).clamp(1, LARGEST_PAGE);

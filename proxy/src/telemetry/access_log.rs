@@ -16,7 +16,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
     },
     thread::{Builder, sleep},
     time::{Duration, Instant},
@@ -206,10 +206,7 @@ impl Writer {
                 if batch.len() >= BATCH_BYTES {
                     self.write(&mut batch, &mut count);
                 }
-                next = match lines.try_recv() {
-                    Ok(message) => Some(message),
-                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
-                };
+                next = lines.try_recv().ok();
             }
             self.write(&mut batch, &mut count);
         }

@@ -150,7 +150,11 @@ impl Facts {
 
 /// The beginning of `text`, at most [`MAX_TEXT`] bytes.
 pub fn cut(text: &str) -> &str {
-    text.get(..text.floor_char_boundary(MAX_TEXT)).unwrap_or(text)
+    if text.len() <= MAX_TEXT {
+        return text;
+    }
+    let end = (0..=MAX_TEXT).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+    text.get(..end).unwrap_or_default()
 }
 
 /// The trace id of a `traceparent` header that is one (W3C Trace Context: `00-32 hex-16 hex-2 hex`, not all zero).
