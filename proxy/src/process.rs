@@ -21,6 +21,7 @@ use crate::{
     health,
     listener::{self, Listener, reload},
     private::{self, PrivateState},
+    telemetry::access_log,
     upgrade::{
         Ready, Socket,
         command::{self, UpgradeArgs},
@@ -41,6 +42,8 @@ const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(200);
 /// After the drain, how long background tasks may take to end.
 const TASKS_END: Duration = Duration::from_secs(5);
 
+/// How long the last lines of the access log may take.
+const LOG_FLUSH: Duration = Duration::from_secs(2);
 /// Between two looks for tables, by a process that is to take over.
 const TABLES: Duration = Duration::from_millis(20);
 
@@ -164,7 +167,10 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     raise_file_limit();
     let mut predecessor = Predecessor::find()?;
     let sockets = sockets(&config, &mut predecessor)?;
-    let gateway = Arc::new(Gateway::new(config.clone())?);
+    let mut gateway = Gateway::new(config.clone())?;
+    let access_log = access_log::open(&config.telemetry, &gateway.metrics)?;
+    gateway.log_to(access_log.clone());
+    let gateway = Arc::new(gateway);
     let open = listeners(&config, &sockets, &gateway)?;
     let announcement = announcement(&open, &sockets)?;
     if gateway.is_open() {
@@ -177,6 +183,8 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     let xds = Arc::new(XdsStatus::default());
     discover(&config, &gateway, &xds, &tasks, &stop)?;
     tasks.spawn(health::watch::run(Arc::clone(&gateway), stop.clone()));
+    let moved = signal(SignalKind::hangup()).map_err(|e| e.to_string())?;
+    tasks.spawn(access_log.clone().reopen_on(moved, stop.clone()));
     tasks.spawn(reload::run(open.watched, Arc::clone(&gateway), hangup, stop.clone()));
     if let Some(predecessor) = &predecessor {
         tracing::info!(pid = predecessor.pid, "taking over");
@@ -217,6 +225,10 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     }
     drop(tokio::time::timeout(TASKS_END, accepting.wait()).await);
     data.shutdown_timeout(Duration::from_millis(100));
+    let flushed = tokio::task::spawn_blocking(move || access_log.flush(LOG_FLUSH));
+    if !flushed.await.unwrap_or(false) {
+        tracing::warn!("the access log could not be written to its end in time");
+    }
     tracing::info!(cut, "penstock-proxy has stopped");
     Ok(())
 }

@@ -13,13 +13,14 @@ use super::Gateway;
 use crate::{
     admission::queue::{Freed, Full, Number, Waiting},
     downstream::{self, respond},
-    endpoints::{Endpoint, Ticket, table::Target},
+    endpoints::{Endpoint, Pool, Ticket, table::Target},
     error::{GatewayError, UpstreamFailure},
     health,
     record::Record,
     routing::{
         self, Unpicked,
-        policy::{Asked, Rules},
+        considered::Considered,
+        policy::{Asked, How, Rules},
     },
     streaming::relay::{self, RelayContext},
     upstream::{
@@ -57,10 +58,14 @@ struct Search<'a> {
     number: Option<Number>,
     /// When it first had to, and how long it will.
     waiting_since: Option<(u64, Instant)>,
+    /// Time it spent there and was not told of yet.
+    queued: Duration,
+    /// Whether somebody wants to read what picks look at.
+    considers: bool,
 }
 
 impl<'a> Search<'a> {
-    fn new(target: &'a Target, asked: &'a Asked<'a>, rules: Rules) -> Self {
+    fn new(target: &'a Target, asked: &'a Asked<'a>, rules: Rules, considers: bool) -> Self {
         Self {
             target,
             asked,
@@ -71,6 +76,8 @@ impl<'a> Search<'a> {
             last: None,
             number: None,
             waiting_since: None,
+            queued: Duration::ZERO,
+            considers,
         }
     }
 }
@@ -79,6 +86,10 @@ impl<'a> Search<'a> {
 pub(super) struct Place {
     ticket: Ticket,
     _freed: Freed,
+    /// Where it was found, how, and what else was looked at.
+    pool: Arc<Pool>,
+    how: How,
+    seen: Option<Box<Considered>>,
 }
 
 impl Place {
@@ -107,17 +118,28 @@ impl Gateway {
         let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(None)) };
         pool.budget.earn();
         let patience = self.config.upstream.patience(model);
-        let mut search = Search::new(target, asked, self.pick_rules.of(model));
+        let mut search = Search::new(target, asked, self.pick_rules.of(model), record.considers());
         loop {
-            let place = match self.place(session, &mut search, waits).await? {
+            let placed = self.place(session, &mut search, waits).await;
+            record.queued(std::mem::take(&mut search.queued));
+            // Under overload thousands come by here; what a sample of them saw will do.
+            if !matches!(placed, Ok(Ok(_)))
+                && (placed.is_ok() || record.considers())
+                && let Some(pool) = self.pool(target)?
+            {
+                record.unplaced(&pool, &search.tried, search.rules.policy, self.now_ms());
+            }
+            let mut place = match placed? {
                 Ok(place) => place,
                 Err(Unpicked::Nobody) => return Ok(Outcome::Unanswered(search.last)),
                 Err(Unpicked::Saturated) => return Ok(Outcome::Saturated),
             };
+            let how = (search.rules.policy, place.how);
+            record.picked(&place.pool, place.ticket.endpoint(), how, place.seen.take());
             let first_byte = Duration::from_millis(patience.first_byte_ms);
             let answered = tokio::select! {
                 biased;
-                answered = self.engines.ask(place.endpoint(), request, first_byte, |origin| self.metrics.connected(origin)) => answered,
+                answered = self.engines.ask(place.endpoint(), request, first_byte, |origin| record.connected(origin)) => answered,
                 () = downstream::gone(session) => return Err(GatewayError::ClientGone),
                 () = self.lifecycle.cut().cancelled() => return Err(GatewayError::Draining),
             };
@@ -134,7 +156,9 @@ impl Gateway {
             let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(Some(failed))) };
             let budget = || pool.budget.take(self.now_ms());
             let attempts = self.config.upstream.attempts;
-            match retry::after_failure(failed.failure, search.tries, attempts, search.resent, budget) {
+            let next = retry::after_failure(failed.failure, search.tries, attempts, search.resent, budget);
+            record.attempt_failed(&failed, next);
+            match next {
                 // A full engine may have room later; the others it was sick for are not asked again.
                 Next::Retry if failed.failure == UpstreamFailure::Busy => {}
                 Next::Retry => search.tried.push(Arc::clone(&place.endpoint().id)),
@@ -196,7 +220,9 @@ impl Gateway {
                 Err(saturated())
             }
         };
-        self.metrics.queue_wait.observe(Duration::from_millis(self.now_ms() - now_ms).as_secs_f64());
+        let waited = Duration::from_millis(self.now_ms() - now_ms);
+        self.metrics.queue_wait.observe(waited.as_secs_f64());
+        search.queued += waited;
         found
     }
 
@@ -219,10 +245,13 @@ impl Gateway {
         let Some(pool) = self.pool(search.target)? else { return Ok(Err(Unpicked::Nobody)) };
         let chance = |n| fastrand::usize(0..n);
         let with = (&self.pick_rules, &search.rules);
-        let picked = routing::pick(&pool, &search.tried, search.asked, self.now_ms(), with, chance);
+        let mut seen: Option<Box<Considered>> = search.considers.then(Box::default);
+        let (tried, now_ms) = (&search.tried, self.now_ms());
+        let picked =
+            routing::pick_seen(&pool, tried, search.asked, now_ms, with, chance, seen.as_deref_mut());
         Ok(picked.map(|(ticket, how)| {
             self.metrics.picks.with_label_values(&[search.rules.policy.name(), how.label()]).inc();
-            Place { ticket, _freed: Freed(Arc::clone(&pool.queue)) }
+            Place { ticket, _freed: Freed(Arc::clone(&pool.queue)), pool, how, seen }
         }))
     }
 
@@ -266,10 +295,7 @@ impl Gateway {
             metrics: &self.metrics,
         };
         let relayed = relay::relay(session, open, &context).await;
-        record.usage(&relayed.facts.usage);
-        if relayed.facts.error.is_some() {
-            self.metrics.inband_errors.inc();
-        }
+        record.relayed(&relayed);
         match (&relayed.outcome, &relayed.facts.error) {
             (Ok(()), None) => self.note_end(&place.ticket),
             (Ok(()), Some(message)) => {
@@ -294,7 +320,7 @@ impl Gateway {
         whole: Whole,
     ) -> Result<(), GatewayError> {
         record.status(whole.head.status.as_u16());
-        record.tail(&whole.body);
+        record.whole(&whole.body);
         self.metrics.bytes_out.inc_by(whole.body.len() as u64);
         respond::whole_with_head(session, whole.head, whole.body).await.map_err(|_| GatewayError::ClientGone)
     }

@@ -39,7 +39,7 @@ use crate::{
         prefix::Chain,
         resolve::{self, Step},
     },
-    telemetry::metrics::Metrics,
+    telemetry::{Telemetry, access_log::AccessLog, metrics::Metrics},
     upstream::{
         client::EngineClient,
         request::{EngineRequest, forwarded_headers},
@@ -61,7 +61,9 @@ pub struct Gateway {
     /// Where requests can go.
     pub table: EndpointTable,
     /// What is counted.
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
+    /// Where requests leave what is known of them.
+    pub telemetry: Telemetry,
     /// Whether it is stopping.
     pub lifecycle: Lifecycle,
     started: Instant,
@@ -78,6 +80,8 @@ impl Gateway {
         // Listeners find out by themselves who speaks HTTP/2; pingora, asked to, waits for 24 bytes without a deadline.
         options.h2c = false;
         options.h2_idle_timeout = Some(Duration::from_secs(config.public.keepalive_s.max(1)));
+        let telemetry = Telemetry::new(&config.telemetry)?;
+        let metrics = Arc::clone(&telemetry.metrics);
         Ok(Self {
             options,
             scan_limits: ScanLimits { max_depth: config.limits.json_depth, ..ScanLimits::default() },
@@ -90,13 +94,19 @@ impl Gateway {
             health_rules: health::rules(&config.health),
             keys: KeyRing::new(&config.auth.keys)?,
             bodies: BodyBudget::new(config.limits.buffered_bytes),
-            engines: EngineClient::new(&config.upstream),
+            engines: EngineClient::new(&config.upstream, metrics.upstream_kept.clone()),
             table: EndpointTable::new(config.upstream.clone()),
-            metrics: Metrics::new().map_err(|e| e.to_string())?,
+            metrics,
+            telemetry,
             lifecycle: Lifecycle::default(),
             started: Instant::now(),
             config,
         })
+    }
+
+    /// Has requests logged there. Without it they are not.
+    pub fn log_to(&mut self, log: AccessLog) {
+        self.telemetry.access_log = log;
     }
 
     /// Milliseconds on this process's own clock, which never goes back.
@@ -138,11 +148,12 @@ impl Gateway {
             head.uri.path_and_query().map_or_else(|| head.uri.path().to_owned(), ToString::to_string);
         let path = target.split_once('?').map_or(&*target, |(path, _)| path);
         if path == "/healthz" && head.method == http::Method::GET {
+            record.unlogged();
             return self.say(session, record, "text/plain", "ok\n".into()).await;
         }
         let route = openai::route(&head.method, path);
         record.route(route.label(), route.shape());
-        self.keys.caller(&head.headers)?;
+        record.caller(self.keys.caller(&head.headers)?);
         let (api, engine_path) = match route {
             Route::Inference { api, path } => (api, path),
             Route::Models => return self.say(session, record, "application/json", self.models()).await,
@@ -177,7 +188,8 @@ impl Gateway {
         let prefix = chain.map(Chain::hashes).unwrap_or_default();
         let asked = Asked { session: affinity, prefix: &prefix, adapter: None };
         let places = self.places(&facts.model, affinity)?;
-        record.model(&facts.model);
+        record.model(&facts.model, self.table.load().version);
+        record.stream(facts.stream);
         // Whoever has room now goes first; only when nobody has is it worth to wait, and then for who should have answered.
         let alone = places.len() == 1;
         let (mut last, mut full) = (None, None);

@@ -1,6 +1,7 @@
 //! Which endpoint takes a request: filters over the pool, then a policy over what is left, then a place reserved at once.
 //!
 //! - [`policy`]: the choice, over plain data; the same code runs in [`crate::simulator`].
+//! - [`considered`]: what a pick looked at, for those who ask why.
 //! - [`load`]: how busy an endpoint is thought to be, and how much a young one should carry.
 //! - [`affinity`]: sessions to endpoints, by keyed hashes and under a load bound.
 //! - [`prefix`]: who probably has a prompt's beginning in its cache, in fixed memory.
@@ -18,6 +19,7 @@
 //! never that an idle one gets none.
 
 pub mod affinity;
+pub mod considered;
 pub mod load;
 pub mod policy;
 pub mod prefix;
@@ -29,6 +31,7 @@ use penstock_config::proxy::{QueueConfig, RoutingConfig};
 
 use self::{
     affinity::{HashKey, LoadBound},
+    considered::Considered,
     policy::{Asked, How, Policy, Rules, View},
     prefix::{Blocks, Chain},
 };
@@ -127,8 +130,25 @@ pub fn pick(
     tried: &[Arc<str>],
     asked: &Asked<'_>,
     now_ms: u64,
+    with: (&PickRules, &Rules),
+    chance: impl FnMut(usize) -> usize,
+) -> Result<(Ticket, How), Unpicked> {
+    pick_seen(pool, tried, asked, now_ms, with, chance, None)
+}
+
+/// [`pick`], with what it looked at written to `seen`: done only where somebody will read it, since it looks at the whole
+/// pool once more.
+///
+/// # Errors
+/// As [`pick`]; then `seen` stays as it was if nobody is left, and there are [`Considered::nobody`]'s reasons.
+pub fn pick_seen(
+    pool: &Pool,
+    tried: &[Arc<str>],
+    asked: &Asked<'_>,
+    now_ms: u64,
     (with, rules): (&PickRules, &Rules),
     mut chance: impl FnMut(usize) -> usize,
+    mut seen: Option<&mut Considered>,
 ) -> Result<(Ticket, How), Unpicked> {
     let able = |endpoint: &Endpoint| asked.adapter.is_none_or(|name| endpoint.adapters.contains(name));
     let eligible =
@@ -143,7 +163,12 @@ pub fn pick(
             .unzip();
         let none = if left.len() < of_health().count() { Unpicked::Saturated } else { Unpicked::Nobody };
         loop {
-            let (index, how) = policy::choose(rules, &views, asked, &pool.memory, &mut chance).ok_or(none)?;
+            let chosen = policy::choose(rules, &views, asked, &pool.memory, &mut chance);
+            if let Some(seen) = seen.as_deref_mut() {
+                let chosen = chosen.map(|(index, _)| index);
+                *seen = Considered::of(&pool.endpoints, tried, &left, &views, chosen, now_ms);
+            }
+            let (index, how) = chosen.ok_or(none)?;
             match reserve(left.get(index).ok_or(none)?) {
                 Some(ticket) => return Ok((ticket, how)),
                 None => {
@@ -406,6 +431,33 @@ mod tests {
         assert_eq!(with.of("m").policy, Policy::PrefixAffinity);
         assert_eq!(with.of("other").policy, Policy::LeastLoaded);
         assert!(with.chain().is_some());
+    }
+
+    #[test]
+    fn what_a_pick_looked_at_is_told_in_bounds_and_as_it_was() {
+        let mut pool = pool(40);
+        Arc::get_mut(&mut pool.endpoints[0]).expect("not shared").draining = true;
+        eject(&pool.endpoints[2], UpstreamFailure::BeforeFirstByte);
+        let _busy: Vec<_> = pool.endpoints[5..].iter().map(|endpoint| endpoint.reserve(0)).collect();
+        let (with, mut seen) = (with(Policy::LeastLoaded), considered::Considered::default());
+        let rules = (&with, &with.rules);
+        let picked = pick_seen(&pool, &["e1".into()], &Asked::default(), 10, rules, |_| 1, Some(&mut seen));
+        let (ticket, _) = picked.expect("some are left");
+        assert_eq!((seen.endpoints, seen.candidates, seen.panic), (40, 37, false));
+        assert_eq!(seen.out, [("draining", 1), ("tried", 1), ("ejected", 1)]);
+        assert_eq!(seen.shown.len(), considered::SHOWN);
+        assert_eq!(
+            (&*seen.shown[0].id, seen.shown[0].local),
+            (&*ticket.endpoint().id, 0),
+            "the chosen one, before its pick"
+        );
+        assert_eq!((&*seen.shown[1].id, seen.shown[2].load), ("e4", 1), "then by load");
+        for endpoint in &pool.endpoints {
+            eject(endpoint, UpstreamFailure::BeforeFirstByte);
+        }
+        let picked = pick_seen(&pool, &[], &Asked::default(), 10, rules, |_| 1, Some(&mut seen));
+        assert!(picked.is_ok() && seen.panic && seen.shown[0].ejected);
+        assert_eq!(seen.out, [("draining", 1)]);
     }
 
     proptest! {
