@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use super::PrivateState;
 use crate::{
     endpoints::{Endpoint, Pool, Route, Snapshot},
+    health,
     telemetry::decisions::Decision,
 };
 
@@ -34,6 +35,7 @@ struct EndpointView<'a> {
     zone: &'a str,
     draining: bool,
     ejected: bool,
+    health: Value,
     inflight: u32,
 }
 
@@ -45,6 +47,7 @@ fn view(endpoint: &Endpoint, now_ms: u64) -> EndpointView<'_> {
         zone: &endpoint.zone,
         draining: endpoint.draining,
         ejected: endpoint.is_ejected(now_ms),
+        health: health::describe(endpoint, now_ms),
         inflight: endpoint.inflight(),
     }
 }

@@ -5,7 +5,7 @@
 //! is ever held back for more. An event that is not whole yet is: a stream that breaks never ends inside an event.
 //! Backpressure is the write: while a client takes nothing, nothing more is read from its engine.
 //!
-//! Cost of an event: one read, one write, one allocation for its bytes, no timer set (one idle timer a stream is looked
+//! Cost of an event: one read, one write, one allocation for its bytes, one atomic load, no timer set (one idle timer a stream is looked
 //! at when it fires, not when an event passes), no lock.
 
 use std::{pin::pin, time::Duration};
@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     downstream::{self, respond},
     error::{GatewayError, UpstreamFailure},
+    health::Pulse,
     openai::{ErrorShape, usage::StreamFacts},
     telemetry::metrics::Metrics,
     upstream::client::{Events, Open},
@@ -39,6 +40,8 @@ pub struct RelayContext<'a> {
     pub shape: ErrorShape,
     /// Where events and bytes are counted.
     pub metrics: &'a Metrics,
+    /// Where the engine's progress is noted.
+    pub pulse: &'a Pulse<'a>,
 }
 
 /// How fast the answer came and how much of it was written. Kept with the clock reads that the idle timer needs anyway:
@@ -152,6 +155,7 @@ async fn copy(
         let gap = last_read.saturating_duration_since(before);
         pace.reading += gap;
         pace.longest_gap = pace.longest_gap.max(gap);
+        context.pulse.beat(last_read);
         let (ready, after) = take_what_is_there(connection, chunk, events.as_deref_mut())?;
         if let Some(events) = events.as_deref_mut() {
             let before = events.facts.events;
@@ -231,7 +235,7 @@ async fn write(
 ) -> Result<(), GatewayError> {
     pace.bytes += bytes.len() as u64;
     context.metrics.bytes_out.inc_by(bytes.len() as u64);
-    session.write_response_body(bytes, false).await.map_err(|e| write_error(&e))
+    context.pulse.while_written(session.write_response_body(bytes, false)).await.map_err(|e| write_error(&e))
 }
 
 fn write_error(error: &pingora_error::Error) -> GatewayError {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::telemetry::models::MAX_MODELS;
+use crate::{endpoints::Snapshot, telemetry::models::MAX_MODELS};
 
 fn rendered(metrics: &Metrics) -> String {
     metrics.render(&State {
@@ -8,6 +8,7 @@ fn rendered(metrics: &Metrics) -> String {
         draining: false,
         body_bytes_held: 0,
         now_ms: 0,
+        max_ejected_percent: 67,
     })
 }
 
@@ -17,6 +18,8 @@ fn every_series_exists_at_zero() {
     for line in [
         "penstock_proxy_retries_total{reason=\"connect\"} 0",
         "penstock_proxy_requests_inflight 0",
+        "penstock_proxy_ejections_total{reason=\"hang\"} 0",
+        "penstock_proxy_endpoints_by_health{state=\"half_open\"} 0",
         "penstock_proxy_upstream_connections_total{origin=\"reused\"} 0",
         "penstock_proxy_xds_last_response_age_seconds -1",
         "penstock_proxy_snapshot_age_seconds -1",
