@@ -79,7 +79,7 @@ struct Candidate {
     load: u32,
     weight: u32,
     near: bool,
-    ejected: bool,
+    health: String,
 }
 
 /// The story of `decision`, which `proxy` told.
@@ -182,7 +182,7 @@ fn considered(seen: &Considered, chosen: &str, lines: &mut Vec<String>) {
     let out = if out.is_empty() { String::new() } else { format!("; left out: {}", out.join(", ")) };
     lines.push(format!("  {} of {} endpoints could take it{out}", seen.candidates, seen.endpoints));
     if seen.panic {
-        lines.push("  panic: too many were ejected, so ejections were not looked at".into());
+        lines.push("  panic: too many were out for their health, so it was not looked at".into());
     }
     if seen.shown.is_empty() {
         return;
@@ -192,9 +192,9 @@ fn considered(seen: &Considered, chosen: &str, lines: &mut Vec<String>) {
         let mark = if c.id == chosen { "* " } else { "  " };
         let weight = format!("{}%", c.weight / 10);
         let (local, load) = (c.local.to_string(), c.load.to_string());
-        [format!("{mark}{}", c.id), load, local, weight, yes(c.near), yes(c.ejected)]
+        [format!("{mark}{}", c.id), load, local, weight, yes(c.near), c.health.clone()]
     });
-    let text = table(["  ENDPOINT", "LOAD", "OWN", "WEIGHT", "NEAR", "EJECTED"], rows);
+    let text = table(["  ENDPOINT", "LOAD", "OWN", "WEIGHT", "NEAR", "HEALTH"], rows);
     lines.extend(text.trim_end().lines().map(|line| format!("    {line}")));
     let more = seen.candidates.saturating_sub(seen.shown.len() as u64);
     if more > 0 {
@@ -259,7 +259,7 @@ mod tests {
                 {"began_ms": 0.1, "endpoint": "e0", "policy": "least_loaded", "how": "balanced", "failed_ms": 0.5,
                  "failure": "connect", "detail": "refused", "next": "retry", "considered": {
                     "endpoints": 4, "candidates": 2, "out": {"draining": 1, "ejected": 1}, "panic": false,
-                    "shown": [{"id": "e0", "load": 3, "local": 3, "weight": 1000, "near": true, "ejected": false}]}},
+                    "shown": [{"id": "e0", "load": 3, "local": 3, "weight": 1000, "near": true, "health": "admitted"}]}},
                 {"began_ms": 0.7, "endpoint": "e1", "policy": "least_loaded", "how": "spilled", "connection": "new",
                  "connected_ms": 0.2, "first_byte_ms": 11.0},
             ],
@@ -269,7 +269,7 @@ mod tests {
             "recorded by http://p:1 because an attempt failed; tables 1.2",
             "Attempt 1, after 0.1 ms: e0 (least_loaded, balanced)",
             "2 of 4 endpoints could take it; left out: 1 draining, 1 ejected",
-            "* e0        3     3    100%    yes   no",
+            "* e0        3     3    100%    yes   admitted",
             "and 1 more",
             "failed after 0.5 ms: connect: refused",
             "so another endpoint was tried",

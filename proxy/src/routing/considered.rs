@@ -19,7 +19,7 @@ pub struct Considered {
     pub candidates: usize,
     /// Endpoints taken out, by filter; only filters that took any.
     pub out: Vec<(&'static str, usize)>,
-    /// Whether ejections were not looked at, because too much of the pool was out.
+    /// Whether endpoints were looked at that health would take out, because too much of the pool was out.
     pub panic: bool,
     /// The best of the candidates, the chosen one first.
     pub shown: Vec<Candidate>,
@@ -38,8 +38,8 @@ pub struct Candidate {
     pub weight: u32,
     /// Whether it is in this proxy's zone.
     pub near: bool,
-    /// Whether it was ejected; then it is a candidate by panic only.
-    pub ejected: bool,
+    /// The state of its health; an ejected one is a candidate by panic only.
+    pub health: &'static str,
 }
 
 impl Considered {
@@ -58,17 +58,16 @@ impl Considered {
         now_ms: u64,
     ) -> Self {
         let mut seen = Self { endpoints: pool.len(), candidates: left.len(), ..Self::default() };
-        let admitted_ejected = left.iter().any(|endpoint| endpoint.is_ejected(now_ms));
-        // Both are in the same order.
-        let mut kept = left.iter().peekable();
+        let mut kept: Vec<*const Endpoint> = left.iter().map(|endpoint| Arc::as_ptr(endpoint)).collect();
+        kept.sort_unstable();
         for endpoint in pool {
-            if kept.next_if(|kept| Arc::ptr_eq(kept, endpoint)).is_some() {
+            if kept.binary_search(&Arc::as_ptr(endpoint)).is_ok() {
                 continue;
             }
             let filter = match () {
                 () if endpoint.draining => "draining",
                 () if tried.contains(&endpoint.id) => "tried",
-                () if endpoint.is_ejected(now_ms) && !admitted_ejected => "ejected",
+                () if !endpoint.vitals().is_open(now_ms) => endpoint.vitals().phase(now_ms).label(),
                 () => "full",
             };
             match seen.out.iter_mut().find(|(name, _)| *name == filter) {
@@ -76,7 +75,7 @@ impl Considered {
                 None => seen.out.push((filter, 1)),
             }
         }
-        seen.panic = admitted_ejected;
+        seen.panic = left.iter().any(|endpoint| !endpoint.vitals().is_open(now_ms));
         let mut best: Vec<(usize, &View)> = views.iter().enumerate().collect();
         let rank = |&(index, view): &(usize, &View)| (chosen != Some(index), score(view.load, view.weight));
         if best.len() > SHOWN {
@@ -92,7 +91,7 @@ impl Considered {
                 load: view.load,
                 weight: view.weight,
                 near: view.near,
-                ejected: endpoint.is_ejected(now_ms),
+                health: endpoint.vitals().phase(now_ms).label(),
             })
         };
         seen.shown = best.into_iter().filter_map(candidate).collect();

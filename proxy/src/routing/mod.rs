@@ -456,7 +456,7 @@ mod tests {
             eject(endpoint, UpstreamFailure::BeforeFirstByte);
         }
         let picked = pick_seen(&pool, &[], &Asked::default(), 10, rules, |_| 1, Some(&mut seen));
-        assert!(picked.is_ok() && seen.panic && seen.shown[0].ejected);
+        assert!(picked.is_ok() && seen.panic && seen.shown[0].health == "ejected");
         assert_eq!(seen.out, [("draining", 1)]);
     }
 

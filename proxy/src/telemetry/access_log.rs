@@ -23,7 +23,7 @@ use std::{
 };
 
 use penstock_config::proxy::TelemetryConfig;
-use tokio::signal::unix::Signal;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::{facts::Facts, metrics::Metrics};
@@ -127,8 +127,12 @@ impl AccessLog {
         }
     }
 
-    /// Does so at each `hangup`, until `stop`.
-    pub async fn reopen_on(self, mut hangup: Signal, stop: CancellationToken) {
+    /// Does so at each SIGHUP, until `stop`.
+    pub async fn reopen_on_hangup(self, stop: CancellationToken) {
+        let mut hangup = match signal(SignalKind::hangup()) {
+            Ok(hangup) => hangup,
+            Err(e) => return tracing::error!(error = %e, "SIGHUP will not open the access log again"),
+        };
         while let Some(Some(())) = stop.run_until_cancelled(hangup.recv()).await {
             self.reopen();
         }

@@ -124,7 +124,7 @@ fn considered<S: Serializer>(seen: &Option<Box<Considered>>, to: S) -> Result<S:
             "load": c.load,
             "weight": c.weight,
             "near": c.near,
-            "ejected": c.ejected,
+            "health": c.health,
         })
     };
     let out: serde_json::Map<_, _> =
@@ -270,7 +270,7 @@ mod tests {
                 load: 3,
                 weight: 1_000,
                 near: true,
-                ejected: false,
+                health: "admitted",
             }],
         };
         let attempt = Attempt { considered: Some(Box::new(seen)), ..Attempt::default() };

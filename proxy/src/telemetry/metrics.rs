@@ -13,13 +13,14 @@ use prometheus::{
     Encoder, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
 };
 
+pub use super::state::State;
 use super::{
     make::{Maker, status_text},
     models::{ModelSeries, Models},
 };
 
 use crate::{
-    endpoints::{Pool, Snapshot},
+    endpoints::Pool,
     error::UpstreamFailure,
     health::{Phase, Reason, probe::Probed, progress::Verdict},
     listener::Refusal,
@@ -28,7 +29,6 @@ use crate::{
         policy::{How, Policy},
     },
     upstream::client::Origin,
-    xds::status::XdsStatusView,
 };
 
 /// Seconds. From a cached prefix on an idle engine (milliseconds) to a long queue.
@@ -138,23 +138,6 @@ pub struct Metrics {
     draining: IntGauge,
     body_bytes_held: IntGauge,
     models_seen: Models,
-}
-
-/// What the gauges of state are set from when somebody asks.
-#[derive(Debug)]
-pub struct State<'a> {
-    /// The tables in use.
-    pub snapshot: &'a Snapshot,
-    /// The control plane's connection.
-    pub xds: &'a XdsStatusView,
-    /// Whether the process is stopping.
-    pub draining: bool,
-    /// Request bytes reserved in memory.
-    pub body_bytes_held: usize,
-    /// The clock that ejections are in.
-    pub now_ms: u64,
-    /// Largest share of a pool that may be out.
-    pub max_ejected_percent: u32,
 }
 
 impl Metrics {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::telemetry::models::MAX_MODELS;
+use crate::{endpoints::Snapshot, telemetry::models::MAX_MODELS};
 
 fn rendered(metrics: &Metrics) -> String {
     metrics.render(&State {

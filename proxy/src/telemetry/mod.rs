@@ -13,6 +13,7 @@ pub mod facts;
 mod make;
 pub mod metrics;
 pub mod models;
+mod state;
 
 use std::sync::Arc;
 
