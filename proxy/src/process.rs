@@ -17,6 +17,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     gateway::Gateway,
+    health,
     listener::{self, Listener, reload},
     private::{self, PrivateState},
     upgrade::{
@@ -174,6 +175,7 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     let tasks = TaskTracker::new();
     let xds = Arc::new(XdsStatus::default());
     discover(&config, &gateway, &xds, &tasks, &stop)?;
+    tasks.spawn(health::watch::run(Arc::clone(&gateway), stop.clone()));
     tasks.spawn(reload::run(open.watched, Arc::clone(&gateway), hangup, stop.clone()));
     if let Some(predecessor) = &predecessor {
         tracing::info!(pid = predecessor.pid, "taking over");

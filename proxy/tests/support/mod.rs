@@ -306,6 +306,11 @@ pub fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|w| w == needle)
 }
 
+/// Ejections for a reason.
+pub fn ejections(proxy: &Proxy, reason: &str) -> u64 {
+    proxy.gateway.metrics.ejections.with_label_values(&[reason]).get()
+}
+
 /// Waits for a condition, not for luck.
 pub async fn eventually(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
