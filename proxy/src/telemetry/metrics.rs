@@ -269,14 +269,13 @@ impl Metrics {
         for verdict in Verdict::ALL {
             metrics.hang_checks.with_label_values(&[verdict.label()]).inc_by(0);
         }
-        for kind in ["prompt", "completion"] {
-            metrics.tokens.with_label_values(&[kind]).inc_by(0);
-        }
-        for result in ["done", "failed"] {
-            metrics.upgrades.with_label_values(&[result]).inc_by(0);
-        }
-        for origin in ["new", "reused"] {
-            metrics.upstream_connections.with_label_values(&[origin]).inc_by(0);
+        let pairs = [
+            (&metrics.tokens, ["prompt", "completion"]),
+            (&metrics.upgrades, ["done", "failed"]),
+            (&metrics.upstream_connections, ["new", "reused"]),
+        ];
+        for (counters, label) in pairs.iter().flat_map(|(counters, two)| two.map(|label| (counters, label))) {
+            counters.with_label_values(&[label]).inc_by(0);
         }
         Ok(metrics)
     }
@@ -334,7 +333,8 @@ impl Metrics {
 pub struct ListenerMetrics {
     accepted: IntCounterVec,
     open: IntGaugeVec,
-    refused: IntCounterVec,
+    /// Connections closed before they brought a request, by listener and reason.
+    pub refusals: IntCounterVec,
     certificate_expiry: IntGaugeVec,
     certificate_reloads: IntCounterVec,
 }
@@ -348,7 +348,7 @@ impl ListenerMetrics {
                 &["listener"],
             )?,
             open: make.gauges("penstock_proxy_connections_open", "Clients' connections.", &["listener"])?,
-            refused: make.counters(
+            refusals: make.counters(
                 "penstock_proxy_connections_refused_total",
                 "Clients' connections closed before they brought a request.",
                 &["listener", "reason"],
@@ -371,7 +371,7 @@ impl ListenerMetrics {
         self.accepted.with_label_values(&[listener]).inc_by(0);
         self.open.with_label_values(&[listener]).add(0);
         for refusal in Refusal::ALL {
-            self.refused.with_label_values(&[listener, refusal.label()]).inc_by(0);
+            self.refusals.with_label_values(&[listener, refusal.label()]).inc_by(0);
         }
     }
 
@@ -385,7 +385,7 @@ impl ListenerMetrics {
 
     /// Counts a connection that was closed before it brought a request.
     pub fn refused(&self, listener: &str, why: Refusal) {
-        self.refused.with_label_values(&[listener, why.label()]).inc();
+        self.refusals.with_label_values(&[listener, why.label()]).inc();
     }
 
     /// Tells of the certificates in use.
@@ -398,13 +398,13 @@ impl ListenerMetrics {
 
     /// Counts changed files of certificates.
     pub fn reloaded(&self, listener: &str, good: bool) {
-        let result = if good { "loaded" } else { "refused" };
-        self.certificate_reloads.with_label_values(&[listener, result]).inc();
+        self.certificate_reloads
+            .with_label_values(&[listener, if good { "loaded" } else { "refused" }])
+            .inc();
     }
 }
 
 struct Open(IntGauge);
-
 impl Drop for Open {
     fn drop(&mut self) {
         self.0.dec();
