@@ -40,6 +40,7 @@ pub mod private;
 pub mod process;
 pub mod record;
 pub mod routing;
+mod signals;
 pub mod simulator;
 pub mod streaming;
 pub mod telemetry;

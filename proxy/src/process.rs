@@ -10,7 +10,7 @@ use penstock_config::proxy::{DrainConfig, PUBLIC, ProxyConfig};
 use sd_notify::NotifyState;
 use serde::Serialize;
 use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
+    signal::unix::{SignalKind, signal},
     sync::watch,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -21,6 +21,7 @@ use crate::{
     health,
     listener::{self, Listener, reload},
     private::{self, PrivateState},
+    signals::{Asked, Signals},
     telemetry::access_log,
     upgrade::{
         Ready, Socket,
@@ -183,8 +184,7 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     let xds = Arc::new(XdsStatus::default());
     discover(&config, &gateway, &xds, &tasks, &stop)?;
     tasks.spawn(health::watch::run(Arc::clone(&gateway), stop.clone()));
-    let moved = signal(SignalKind::hangup()).map_err(|e| e.to_string())?;
-    tasks.spawn(access_log.clone().reopen_on(moved, stop.clone()));
+    tasks.spawn(access_log.clone().reopen_on_hangup(stop.clone()));
     tasks.spawn(reload::run(open.watched, Arc::clone(&gateway), hangup, stop.clone()));
     if let Some(predecessor) = &predecessor {
         tracing::info!(pid = predecessor.pid, "taking over");
@@ -458,60 +458,4 @@ fn node_id(configured: &str) -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let host = host.trim();
     if host.is_empty() { "proxy".into() } else { format!("proxy-{host}") }
-}
-
-/// What an operator can ask for by a signal.
-enum Asked {
-    Stop,
-    Upgrade,
-}
-
-/// The signals that are listened to.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    upgrade: Signal,
-    /// Whether it was asked to stop while it did something else.
-    stop_came: bool,
-}
-
-impl Signals {
-    fn new() -> Result<Self, String> {
-        let of = |kind| signal(kind).map_err(|e| e.to_string());
-        Ok(Self {
-            terminate: of(SignalKind::terminate())?,
-            interrupt: of(SignalKind::interrupt())?,
-            upgrade: of(SignalKind::user_defined2())?,
-            stop_came: false,
-        })
-    }
-
-    async fn next(&mut self) -> Asked {
-        tokio::select! {
-            _ = self.terminate.recv() => Asked::Stop,
-            _ = self.interrupt.recv() => Asked::Stop,
-            _ = self.upgrade.recv() => Asked::Upgrade,
-        }
-    }
-
-    /// Waits for SIGTERM or SIGINT alone, and remembers it.
-    async fn stop(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-        self.stop_came = true;
-    }
-
-    /// A token that the next SIGTERM or SIGINT cancels.
-    fn hurry(mut self) -> CancellationToken {
-        let hurry = CancellationToken::new();
-        let second = hurry.clone();
-        // Lives as long as the drain: the process ends after it.
-        drop(tokio::spawn(async move {
-            self.stop().await;
-            second.cancel();
-        }));
-        hurry
-    }
 }

@@ -9,9 +9,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use prometheus::{
-    Encoder, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
-};
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
 pub use super::state::State;
 use super::{
@@ -20,14 +18,10 @@ use super::{
 };
 
 use crate::{
-    endpoints::Pool,
     error::UpstreamFailure,
-    health::{Phase, Reason, probe::Probed, progress::Verdict},
+    health::{Reason, probe::Probed, progress::Verdict},
     listener::Refusal,
-    routing::{
-        self,
-        policy::{How, Policy},
-    },
+    routing::policy::{How, Policy},
     upstream::client::Origin,
 };
 
@@ -56,7 +50,7 @@ pub const NO_MODEL: &str = "";
 /// The proxy's metrics and the registry they are in.
 #[derive(Debug)]
 pub struct Metrics {
-    registry: Registry,
+    pub(super) registry: Registry,
     /// Finished requests by api, model, code and blame ("none" for success).
     pub requests: IntCounterVec,
     /// Requests under way, from head to the end of the answer.
@@ -95,7 +89,7 @@ pub struct Metrics {
     pub queue_outcomes: IntCounterVec,
     /// How long they waited.
     pub queue_wait: Histogram,
-    queue_depth: IntGaugeVec,
+    pub(super) queue_depth: IntGaugeVec,
     /// Endpoints taken out of picks for their health, by reason.
     pub ejections: IntCounterVec,
     /// Endpoints that passed their trials after an ejection.
@@ -122,22 +116,22 @@ pub struct Metrics {
     pub listeners: ListenerMetrics,
     /// Binary upgrades by how they ended: done, failed.
     pub upgrades: IntCounterVec,
-    snapshot_revision: IntGauge,
-    snapshot_term: IntGauge,
-    snapshot_age_seconds: IntGauge,
-    snapshot_from_disk: IntGauge,
-    endpoints: IntGauge,
-    endpoints_ejected: IntGauge,
-    endpoints_by_health: IntGaugeVec,
-    pools_in_panic: IntGauge,
-    models: IntGauge,
-    xds_connected: IntGauge,
-    xds_age_seconds: IntGauge,
-    xds_acks: IntGauge,
-    xds_nacks: IntGauge,
-    draining: IntGauge,
-    body_bytes_held: IntGauge,
-    models_seen: Models,
+    pub(super) snapshot_revision: IntGauge,
+    pub(super) snapshot_term: IntGauge,
+    pub(super) snapshot_age_seconds: IntGauge,
+    pub(super) snapshot_from_disk: IntGauge,
+    pub(super) endpoints: IntGauge,
+    pub(super) endpoints_ejected: IntGauge,
+    pub(super) endpoints_by_health: IntGaugeVec,
+    pub(super) pools_in_panic: IntGauge,
+    pub(super) models: IntGauge,
+    pub(super) xds_connected: IntGauge,
+    pub(super) xds_age_seconds: IntGauge,
+    pub(super) xds_acks: IntGauge,
+    pub(super) xds_nacks: IntGauge,
+    pub(super) draining: IntGauge,
+    pub(super) body_bytes_held: IntGauge,
+    pub(super) models_seen: Models,
 }
 
 impl Metrics {
@@ -357,53 +351,12 @@ impl Metrics {
         for why in super::decisions::Why::ALL {
             metrics.decisions.with_label_values(&[why.label()]).inc_by(0);
         }
-        for result in ["done", "failed"] {
-            metrics.upgrades.with_label_values(&[result]).inc_by(0);
-        }
-        for origin in ["new", "reused"] {
-            metrics.upstream_connections.with_label_values(&[origin]).inc_by(0);
+        let pairs =
+            [(&metrics.upgrades, ["done", "failed"]), (&metrics.upstream_connections, ["new", "reused"])];
+        for (counters, label) in pairs.iter().flat_map(|(counters, two)| two.map(|label| (counters, label))) {
+            counters.with_label_values(&[label]).inc_by(0);
         }
         Ok(metrics)
-    }
-
-    /// The Prometheus text of everything, with the gauges of state brought up to date first.
-    pub fn render(&self, state: &State<'_>) -> String {
-        let State { snapshot, xds, draining, body_bytes_held, now_ms, max_ejected_percent } = *state;
-        let all = || snapshot.pools.values().flat_map(|pool| &pool.endpoints);
-        self.snapshot_revision.set(clamp(snapshot.version.revision));
-        self.snapshot_term.set(clamp(snapshot.version.term));
-        self.endpoints.set(clamp(all().count() as u64));
-        self.endpoints_ejected.set(clamp(all().filter(|e| e.is_ejected(now_ms)).count() as u64));
-        self.queue_depth.reset(); // pools come and go
-        for (name, pool) in &snapshot.pools {
-            self.queue_depth.with_label_values(&[name.as_str()]).set(clamp(pool.queue.len() as u64));
-        }
-        let mut by_phase = [0u64; Phase::ALL.len()];
-        for phase in all().map(|endpoint| endpoint.vitals().phase(now_ms)) {
-            by_phase[phase as usize] += 1;
-        }
-        for (phase, count) in Phase::ALL.into_iter().zip(by_phase) {
-            self.endpoints_by_health.with_label_values(&[phase.label()]).set(clamp(count));
-        }
-        let panics = |pool: &&Arc<Pool>| routing::in_panic(pool, now_ms, max_ejected_percent);
-        self.pools_in_panic.set(clamp(snapshot.pools.values().filter(panics).count() as u64));
-        self.models.set(clamp(snapshot.routes.len() as u64));
-        self.xds_connected.set(i64::from(xds.connected));
-        self.xds_age_seconds.set(xds.last_response_age.map_or(-1, |age| clamp(age.as_secs())));
-        self.xds_acks.set(clamp(xds.acks));
-        self.xds_nacks.set(clamp(xds.nacks));
-        self.snapshot_age_seconds.set(snapshot.applied.map_or(-1, |at| clamp(at.elapsed().as_secs())));
-        self.snapshot_from_disk.set(i64::from(snapshot.loaded && xds.last_response_age.is_none()));
-        self.draining.set(i64::from(draining));
-        for model in snapshot.routes.keys() {
-            self.of_model(model);
-        }
-        self.body_bytes_held.set(clamp(body_bytes_held as u64));
-        let mut text = Vec::new();
-        match TextEncoder::new().encode(&self.registry.gather(), &mut text) {
-            Ok(()) => String::from_utf8_lossy(&text).into_owned(),
-            Err(e) => format!("# metrics could not be rendered: {e}\n"),
-        }
     }
 
     /// The series of a deployed model; its name must be one of the snapshot's.
@@ -450,7 +403,8 @@ impl Metrics {
 pub struct ListenerMetrics {
     accepted: IntCounterVec,
     open: IntGaugeVec,
-    refused: IntCounterVec,
+    /// Connections closed before they brought a request, by listener and reason.
+    pub refusals: IntCounterVec,
     certificate_expiry: IntGaugeVec,
     certificate_reloads: IntCounterVec,
 }
@@ -464,7 +418,7 @@ impl ListenerMetrics {
                 &["listener"],
             )?,
             open: make.gauges("penstock_proxy_connections_open", "Clients' connections.", &["listener"])?,
-            refused: make.counters(
+            refusals: make.counters(
                 "penstock_proxy_connections_refused_total",
                 "Clients' connections closed before they brought a request.",
                 &["listener", "reason"],
@@ -487,7 +441,7 @@ impl ListenerMetrics {
         self.accepted.with_label_values(&[listener]).inc_by(0);
         self.open.with_label_values(&[listener]).add(0);
         for refusal in Refusal::ALL {
-            self.refused.with_label_values(&[listener, refusal.label()]).inc_by(0);
+            self.refusals.with_label_values(&[listener, refusal.label()]).inc_by(0);
         }
     }
 
@@ -501,7 +455,7 @@ impl ListenerMetrics {
 
     /// Counts a connection that was closed before it brought a request.
     pub fn refused(&self, listener: &str, why: Refusal) {
-        self.refused.with_label_values(&[listener, why.label()]).inc();
+        self.refusals.with_label_values(&[listener, why.label()]).inc();
     }
 
     /// Tells of the certificates in use.
@@ -514,21 +468,17 @@ impl ListenerMetrics {
 
     /// Counts changed files of certificates.
     pub fn reloaded(&self, listener: &str, good: bool) {
-        let result = if good { "loaded" } else { "refused" };
-        self.certificate_reloads.with_label_values(&[listener, result]).inc();
+        self.certificate_reloads
+            .with_label_values(&[listener, if good { "loaded" } else { "refused" }])
+            .inc();
     }
 }
 
 struct Open(IntGauge);
-
 impl Drop for Open {
     fn drop(&mut self) {
         self.0.dec();
     }
-}
-
-fn clamp(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]
