@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use pingora_core::protocols::http::ServerSession;
 
-use super::Gateway;
+use super::{Done, Gateway};
 use crate::{
     downstream::{self, respond},
     endpoints::Ticket,
@@ -13,6 +13,7 @@ use crate::{
     routing::{self, policy::Asked},
     streaming::relay::{self, RelayContext},
     upstream::{
+        answers,
         client::{Answer, Failed, Open, Whole},
         request::EngineRequest,
         retry::{self, Next},
@@ -28,7 +29,7 @@ impl Gateway {
         model: &str,
         asked: &Asked<'_>,
         request: &EngineRequest,
-    ) -> Result<(), GatewayError> {
+    ) -> Result<Done, GatewayError> {
         self.pool(model)?.budget.earn();
         let rules = self.pick_rules.of(model);
         let mut tried: Vec<Arc<str>> = Vec::new();
@@ -75,7 +76,7 @@ impl Gateway {
         record: &mut Record<'_>,
         answer: Answer,
         ticket: Ticket,
-    ) -> Result<(), GatewayError> {
+    ) -> Result<Done, GatewayError> {
         record.begun();
         match answer {
             Answer::Whole(whole) => {
@@ -83,6 +84,7 @@ impl Gateway {
                 self.write_whole(session, record, *whole).await
             }
             Answer::Open(open) => self.stream(session, record, *open, ticket).await,
+            Answer::Upgraded(upgraded) => self.upgrade(session, record, *upgraded, ticket).await,
         }
     }
 
@@ -92,7 +94,7 @@ impl Gateway {
         record: &mut Record<'_>,
         open: Open,
         ticket: Ticket,
-    ) -> Result<(), GatewayError> {
+    ) -> Result<Done, GatewayError> {
         record.status(open.head.status.as_u16());
         let context = RelayContext {
             idle: Duration::from_millis(self.config.upstream.idle_ms),
@@ -119,19 +121,21 @@ impl Gateway {
         if let Some(connection) = relayed.connection {
             self.engines.release(connection, ticket.endpoint()).await;
         }
-        relayed.outcome
+        relayed.outcome.map(|()| Done::Answered)
     }
 
     async fn write_whole(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
-        whole: Whole,
-    ) -> Result<(), GatewayError> {
+        mut whole: Whole,
+    ) -> Result<Done, GatewayError> {
+        answers::normalise(&mut whole, record.shape());
         record.status(whole.head.status.as_u16());
         record.tail(&whole.body);
         self.metrics.bytes_out.inc_by(whole.body.len() as u64);
-        respond::whole_with_head(session, whole.head, whole.body).await.map_err(|_| GatewayError::ClientGone)
+        let written = respond::whole_with_head(session, whole.head, whole.body).await;
+        written.map(|()| Done::Answered).map_err(|_| GatewayError::ClientGone)
     }
 
     /// No attempt is left: the engine's own error answer if there is one, else ours.
@@ -141,7 +145,7 @@ impl Gateway {
         record: &mut Record<'_>,
         model: &str,
         last: Option<Failed>,
-    ) -> Result<(), GatewayError> {
+    ) -> Result<Done, GatewayError> {
         match last {
             Some(Failed { answer: Some(whole), .. }) => self.write_whole(session, record, *whole).await,
             Some(failed) => Err(GatewayError::Upstream(failed.failure)),
@@ -149,7 +153,7 @@ impl Gateway {
         }
     }
 
-    fn note_failure(&self, ticket: &Ticket, failed: &Failed) {
+    pub(super) fn note_failure(&self, ticket: &Ticket, failed: &Failed) {
         let endpoint = ticket.endpoint();
         self.metrics.attempt_failures.with_label_values(&[failed.failure.label()]).inc();
         tracing::debug!(

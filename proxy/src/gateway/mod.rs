@@ -7,10 +7,13 @@
 mod attempts;
 mod host;
 mod models;
+mod realtime;
+mod take;
 
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use http::Method;
 use penstock_config::proxy::ProxyConfig;
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
 use tokio::time::Instant;
@@ -18,25 +21,25 @@ use tokio::time::Instant;
 pub use self::host::Host;
 use crate::{
     admission::auth::KeyRing,
-    downstream::{
-        body::{self, BodyBudget},
-        respond,
-    },
+    downstream::{body::BodyBudget, respond},
     drain::Lifecycle,
     endpoints::{EndpointTable, Pool, Snapshot},
     error::GatewayError,
-    openai::{
-        self, Route,
-        request::{RequestFacts, ScanLimits},
-    },
+    openai::{self, Route, request::ScanLimits},
     record::Record,
-    routing::{PickRules, policy::Asked, prefix::Chain},
+    routing::PickRules,
     telemetry::metrics::Metrics,
-    upstream::{
-        client::EngineClient,
-        request::{EngineRequest, forwarded_headers},
-    },
+    upstream::client::EngineClient,
 };
+
+/// What has become of a request when [`Gateway::handle`] is done with it.
+#[derive(Debug)]
+enum Done {
+    /// It has been answered.
+    Answered,
+    /// Client and engine have agreed to a WebSocket; the connection is the tunnel's now.
+    Upgraded(Box<realtime::Tunnel>),
+}
 
 /// Everything requests share.
 #[derive(Debug)]
@@ -66,6 +69,12 @@ impl Gateway {
     /// A sentence about a setting that cannot be used.
     pub fn new(config: ProxyConfig) -> Result<Self, String> {
         config.validate()?;
+        if let Some(name) = config.trust.remove_fields.iter().find(|name| openai::request::is_acted_on(name))
+        {
+            return Err(format!(
+                "trust.remove_fields has {name:?}, which the gateway reads itself; remove it there"
+            ));
+        }
         let mut options = HttpServerOptions::default();
         options.h2c = config.public.h2c;
         options.h2_idle_timeout = Some(Duration::from_secs(config.public.keepalive_s.max(1)));
@@ -103,55 +112,47 @@ impl Gateway {
         self.keys.is_open()
     }
 
-    /// From a parsed head to the end of the answer.
-    async fn handle(&self, session: &mut ServerSession, record: &mut Record<'_>) -> Result<(), GatewayError> {
+    /// From a parsed head to the end of the answer, or to the beginning of a tunnel.
+    async fn handle(
+        &self,
+        session: &mut ServerSession,
+        record: &mut Record<'_>,
+    ) -> Result<Done, GatewayError> {
         self.check_head(session)?;
         let head = session.req_header();
         let target =
             head.uri.path_and_query().map_or_else(|| head.uri.path().to_owned(), ToString::to_string);
         let path = target.split_once('?').map_or(&*target, |(path, _)| path);
-        if path == "/healthz" && head.method == http::Method::GET {
+        if path == "/healthz" && matches!(head.method, Method::GET | Method::HEAD) {
             return self.say(session, record, "text/plain", "ok\n".into()).await;
         }
         let route = openai::route(&head.method, path);
         record.route(route.label(), route.shape());
-        self.keys.caller(&head.headers)?;
-        let (api, engine_path) = match route {
-            Route::Inference { api, path } => (api, path),
-            Route::Models => return self.say(session, record, "application/json", self.models()).await,
+        if let Route::Options { allow } = route {
+            record.status(204);
+            let said = respond::options(session, allow, record.request_id()).await;
+            return said.map(|()| Done::Answered).map_err(|_| GatewayError::ClientGone);
+        }
+        let caller = self.keys.caller(&head.headers)?;
+        let asked_for = take::Target { path, query: &target[path.len()..] };
+        match route {
+            Route::Inference { api, path } => {
+                let asked_for = take::Target { path, ..asked_for };
+                self.inference(session, record, api, asked_for, caller).await
+            }
+            Route::Realtime => self.realtime(session, record, asked_for, caller).await,
+            Route::Models => self.say(session, record, "application/json", self.models()).await,
             Route::Model { id } => {
                 let model = self.model(&id)?;
-                return self.say(session, record, "application/json", model).await;
+                self.say(session, record, "application/json", model).await
             }
-            Route::MethodNotAllowed { allowed, .. } => {
-                return Err(GatewayError::MethodNotAllowed { allow: allowed });
+            Route::StoredResponse => Err(GatewayError::StoredResponse),
+            Route::MethodNotAllowed { allow, .. } => Err(GatewayError::MethodNotAllowed { allow }),
+            // Options were answered above.
+            Route::NotFound { .. } | Route::Options { .. } => {
+                Err(GatewayError::UnknownPath { path: path.to_owned() })
             }
-            Route::NotFound { .. } => return Err(GatewayError::UnknownPath { path: path.to_owned() }),
-        };
-        check_content_type(session)?;
-        let held = body::read(session, &self.config.limits, &self.bodies).await?;
-        record.body(held.bytes.len());
-        let mut chain = self.pick_rules.chain();
-        let facts = openai::request::scan_with(&held.bytes, &self.scan_limits, chain.as_mut())
-            .map_err(GatewayError::Body)?;
-        let served_model = self.served_model(&facts.model)?;
-        record.model(&facts.model);
-        let query = &target[path.len()..];
-        let request = EngineRequest {
-            api,
-            stream: facts.stream,
-            request_id: record.request_id().to_owned(),
-            target: [engine_path, query].concat(),
-            headers: forwarded_headers(&session.req_header().headers, record.request_id()),
-            body: body_for_engine(&held.bytes, &facts, &served_model),
-        };
-        let user = facts.user_range.clone().and_then(|range| held.bytes.get(range));
-        let (header, cookie) = (&*self.config.routing.session_header, &*self.config.routing.session_cookie);
-        let headers = &session.req_header().headers;
-        let affinity = self.pick_rules.key.session(headers, header, cookie, user);
-        let prefix = chain.map(Chain::hashes).unwrap_or_default();
-        let asked = Asked { session: affinity, prefix: &prefix };
-        self.attempts(session, record, &facts.model, &asked, &request).await
+        }
     }
 
     fn check_head(&self, session: &ServerSession) -> Result<(), GatewayError> {
@@ -191,29 +192,11 @@ impl Gateway {
         record: &mut Record<'_>,
         content_type: &'static str,
         body: Bytes,
-    ) -> Result<(), GatewayError> {
+    ) -> Result<Done, GatewayError> {
         record.status(200);
         respond::whole(session, 200, content_type, record.request_id(), body)
             .await
-            .map_err(|_| GatewayError::ClientGone)
+            .map_err(|_| GatewayError::ClientGone)?;
+        Ok(Done::Answered)
     }
-}
-
-fn check_content_type(session: &ServerSession) -> Result<(), GatewayError> {
-    let value = session.get_header_bytes(http::header::CONTENT_TYPE);
-    let essence = value.split(|b| *b == b';').next().unwrap_or_default().trim_ascii();
-    let is_json = essence.eq_ignore_ascii_case(b"application/json")
-        || (essence.len() > 5 && essence[essence.len() - 5..].eq_ignore_ascii_case(b"+json"));
-    if is_json {
-        return Ok(());
-    }
-    Err(GatewayError::UnsupportedMediaType { got: String::from_utf8_lossy(essence).into_owned() })
-}
-
-/// The client's bytes; only the value of `model` is replaced, where the engines know another name.
-fn body_for_engine(body: &Bytes, facts: &RequestFacts, served_model: &str) -> Bytes {
-    if facts.model == served_model {
-        return body.clone();
-    }
-    openai::request::splice(body, facts.model_range.clone(), &openai::request::json_string(served_model))
 }

@@ -63,6 +63,8 @@ pub struct Metrics {
     pub client_disconnects: IntCounter,
     /// Error frames engines sent inside a 200.
     pub inband_errors: IntCounter,
+    /// Members of bodies taken out because their callers are not trusted.
+    pub untrusted_fields: IntCounter,
     snapshot_revision: IntGauge,
     snapshot_term: IntGauge,
     endpoints: IntGauge,
@@ -152,6 +154,10 @@ impl Metrics {
             inband_errors: make.counter(
                 "penstock_proxy_inband_errors_total",
                 "Error frames that engines sent inside a 200.",
+            )?,
+            untrusted_fields: make.counter(
+                "penstock_proxy_untrusted_fields_removed_total",
+                "Fields of [trust] taken out of bodies whose callers are not trusted; neighbours count once.",
             )?,
             body_bytes_held: make
                 .gauge("penstock_proxy_request_bytes_held", "Request bytes held in memory.")?,
