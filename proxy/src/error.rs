@@ -151,6 +151,11 @@ pub enum GatewayError {
     },
     /// Nothing has been heard from a control plane yet and nothing was kept on disk.
     NotReady,
+    /// Every engine of the model is at its limit, and waiting was no use.
+    Saturated {
+        /// When to come back.
+        retry_after_s: u32,
+    },
     /// Too many bytes of other requests are held: `limits.buffered_bytes`.
     Overloaded,
     /// Engines failed, and no attempt is left.
@@ -178,7 +183,8 @@ impl GatewayError {
             Self::StoredResponse => 501,
             Self::HeadTooLarge { .. } => 431,
             Self::ClientGone | Self::ClientStalled => 499,
-            Self::NoEndpoint { .. } | Self::NotReady | Self::Overloaded | Self::Draining => 503,
+            Self::NoEndpoint { .. } | Self::Saturated { .. } => 503,
+            Self::NotReady | Self::Overloaded | Self::Draining => 503,
             Self::Upstream(UpstreamFailure::Busy | UpstreamFailure::Connect) => 503,
             Self::Upstream(UpstreamFailure::FirstByteTimeout | UpstreamFailure::IdleTimeout) => 504,
             Self::Upstream(_) => 502,
@@ -189,7 +195,7 @@ impl GatewayError {
     pub fn blame(&self) -> Blame {
         match self {
             Self::NotReady | Self::Overloaded | Self::Draining => Blame::Gateway,
-            Self::NoEndpoint { .. } | Self::Upstream(_) => Blame::Upstream,
+            Self::NoEndpoint { .. } | Self::Saturated { .. } | Self::Upstream(_) => Blame::Upstream,
             _ => Blame::Client,
         }
     }
@@ -198,6 +204,7 @@ impl GatewayError {
     pub fn retry_after_s(&self) -> Option<u32> {
         match self {
             Self::NoEndpoint { .. } | Self::NotReady => Some(5),
+            Self::Saturated { retry_after_s } => Some(*retry_after_s),
             Self::Overloaded | Self::Upstream(UpstreamFailure::Busy | UpstreamFailure::Connect) => Some(1),
             Self::Draining => Some(1),
             _ => None,
@@ -225,7 +232,7 @@ impl GatewayError {
             Self::NoEndpoint { .. } => "no_endpoint_available",
             Self::NotReady => "gateway_not_ready",
             Self::Overloaded => "gateway_overloaded",
-            Self::Upstream(UpstreamFailure::Busy) => "engine_overloaded",
+            Self::Saturated { .. } | Self::Upstream(UpstreamFailure::Busy) => "engine_overloaded",
             Self::Upstream(UpstreamFailure::Connect) => "engine_unreachable",
             Self::Upstream(UpstreamFailure::FirstByteTimeout) => "engine_timeout",
             Self::Upstream(UpstreamFailure::IdleTimeout) => "engine_stalled",
@@ -284,6 +291,7 @@ impl GatewayError {
             Self::Overloaded => {
                 "The gateway holds as many request bytes as it may. Try again shortly.".into()
             }
+            Self::Saturated { .. } => Self::Upstream(UpstreamFailure::Busy).message(),
             Self::Upstream(failure) => match failure {
                 UpstreamFailure::Busy => "Every engine of this model is at its limit. Try again shortly.",
                 UpstreamFailure::Connect => "No engine of this model could be reached. Try again shortly.",

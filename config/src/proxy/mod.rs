@@ -6,6 +6,7 @@ mod drain;
 mod health;
 mod limits;
 mod listeners;
+mod queue;
 mod routing;
 mod trust;
 mod upstream;
@@ -19,9 +20,10 @@ pub use self::{
     health::OutlierConfig,
     limits::LimitsConfig,
     listeners::{PrivateConfig, PublicConfig},
+    queue::QueueConfig,
     routing::{Policy, RoutingConfig},
     trust::TrustConfig,
-    upstream::UpstreamConfig,
+    upstream::{Patience, UpstreamConfig},
 };
 use crate::logging::LogConfig;
 
@@ -45,6 +47,8 @@ pub struct ProxyConfig {
     pub limits: LimitsConfig,
     /// How engines are called.
     pub upstream: UpstreamConfig,
+    /// What happens while every engine of a model is at its limit.
+    pub queue: QueueConfig,
     /// Which endpoint takes a request.
     pub routing: RoutingConfig,
     /// When an endpoint is left out of picks.
@@ -68,8 +72,6 @@ impl ProxyConfig {
             ("limits.websocket_idle_ms", self.limits.websocket_idle_ms),
             ("limits.json_depth", self.limits.json_depth as u64),
             ("upstream.connect_ms", self.upstream.connect_ms),
-            ("upstream.first_byte_ms", self.upstream.first_byte_ms),
-            ("upstream.idle_ms", self.upstream.idle_ms),
             ("upstream.attempts", self.upstream.attempts as u64),
             ("outlier.consecutive_failures", u64::from(self.outlier.consecutive_failures)),
             ("outlier.base_ejection_ms", self.outlier.base_ejection_ms),
@@ -89,6 +91,8 @@ impl ProxyConfig {
                 self.outlier.max_ejected_percent
             ));
         }
+        self.upstream.validate()?;
+        self.queue.validate()?;
         self.routing.validate()?;
         self.trust.validate()?;
         if self.discovery.controlplanes.is_empty() && self.discovery.snapshot_file.is_empty() {

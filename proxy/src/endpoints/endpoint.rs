@@ -17,7 +17,7 @@ use penstock_config::proxy::UpstreamConfig;
 use pingora_core::upstreams::peer::HttpPeer;
 
 use super::outlier::{Outlier, Rules};
-use crate::routing::affinity::HashKey;
+use crate::{admission::saturation::Busy, routing::affinity::HashKey};
 
 /// One registered engine.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ pub struct Endpoint {
 }
 
 /// What changes while an endpoint lives.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Live {
     inflight: AtomicU32,
     /// Copy of the outlier's `ejected_until_ms`, for picks without a lock.
@@ -46,10 +46,26 @@ pub(super) struct Live {
     /// 1 while the outlier has anything to forget: successes of a clean endpoint take no lock.
     suspect: AtomicU32,
     outlier: Mutex<Outlier>,
+    /// The last busy answer: how many of ours were there, and when. `u64::MAX` is never.
+    busy: (AtomicU32, AtomicU64),
     /// Its name in hashes.
     key: OnceLock<u64>,
     /// When a pick first saw it, in milliseconds; what came before nobody needs to know.
     first_seen_ms: OnceLock<u64>,
+}
+
+impl Default for Live {
+    fn default() -> Self {
+        Self {
+            inflight: AtomicU32::default(),
+            ejected_until_ms: AtomicU64::default(),
+            suspect: AtomicU32::default(),
+            outlier: Mutex::default(),
+            busy: (AtomicU32::default(), AtomicU64::new(u64::MAX)),
+            key: OnceLock::new(),
+            first_seen_ms: OnceLock::new(),
+        }
+    }
 }
 
 impl Endpoint {
@@ -95,6 +111,18 @@ impl Endpoint {
     /// Whether failures keep it out of picks at `now_ms`.
     pub fn is_ejected(&self, now_ms: u64) -> bool {
         now_ms < self.live.ejected_until_ms.load(Relaxed)
+    }
+
+    /// It answered a request of ours, still counted, with "busy".
+    pub fn refused(&self, now_ms: u64) {
+        self.live.busy.0.store(self.inflight().saturating_sub(1), Relaxed);
+        self.live.busy.1.store(now_ms, Relaxed);
+    }
+
+    /// Its last busy answer. The two numbers may be of two answers that came at one time, which does no harm.
+    pub fn busy(&self) -> Option<Busy> {
+        let at_ms = self.live.busy.1.load(Relaxed);
+        (at_ms != u64::MAX).then(|| Busy { held: self.live.busy.0.load(Relaxed), at_ms })
     }
 
     /// Counts a request in; the count ends with the ticket.

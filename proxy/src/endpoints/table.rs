@@ -16,7 +16,9 @@ use penstock_config::proxy::UpstreamConfig;
 use penstock_proto::{Version, v1};
 
 use super::endpoint::Endpoint;
-use crate::{routing::policy::Memory, upstream::retry::RetryBudget, xds::state::XdsState};
+use crate::{
+    admission::queue::WaitQueue, routing::policy::Memory, upstream::retry::RetryBudget, xds::state::XdsState,
+};
 
 /// The endpoints that serve one model.
 #[derive(Debug)]
@@ -25,6 +27,8 @@ pub struct Pool {
     pub endpoints: Vec<Arc<Endpoint>>,
     /// Shared by all requests to the pool, across snapshots.
     pub budget: Arc<RetryBudget>,
+    /// Requests that wait for a place, across snapshots.
+    pub queue: Arc<WaitQueue>,
     /// What its routing policy remembers, across snapshots.
     pub memory: Arc<Memory>,
     /// What it was made from: the same again needs no work.
@@ -125,8 +129,9 @@ impl EndpointTable {
             || Arc::new(RetryBudget::new(self.upstream.retry_percent, self.upstream.retry_floor_per_s)),
             |pool| Arc::clone(&pool.budget),
         );
+        let queue = old.map(|pool| Arc::clone(&pool.queue)).unwrap_or_default();
         let memory = old.map(|pool| Arc::clone(&pool.memory)).unwrap_or_default();
-        Arc::new(Pool { endpoints, budget, memory, source: Arc::clone(table) })
+        Arc::new(Pool { endpoints, budget, queue, memory, source: Arc::clone(table) })
     }
 
     fn next_endpoint(&self, old: Option<&Arc<Endpoint>>, wire: &v1::Endpoint) -> Option<Arc<Endpoint>> {

@@ -1,16 +1,24 @@
 //! Engines asked in turn until one has answered, and the answer handed on.
+//!
+//! A place at an engine is looked for, and waited for where all are at their limit; it is held to the end of the answer.
 
 use std::{sync::Arc, time::Duration};
 
+use penstock_config::proxy::Patience;
 use pingora_core::protocols::http::ServerSession;
+use tokio::time::{Instant, sleep_until};
 
 use super::{Done, Gateway};
 use crate::{
+    admission::queue::{Freed, Full, Number, Waiting},
     downstream::{self, respond},
-    endpoints::Ticket,
+    endpoints::{Endpoint, Ticket},
     error::{GatewayError, UpstreamFailure},
     record::Record,
-    routing::{self, policy::Asked},
+    routing::{
+        self, Unpicked,
+        policy::{Asked, Rules},
+    },
     streaming::relay::{self, RelayContext},
     upstream::{
         answers,
@@ -19,6 +27,56 @@ use crate::{
         retry::{self, Next},
     },
 };
+
+/// One request's search for an engine that answers.
+struct Search<'a> {
+    model: &'a str,
+    asked: &'a Asked<'a>,
+    rules: Rules,
+    /// Endpoints that failed it.
+    tried: Vec<Arc<str>>,
+    /// Attempts that came to nothing, the free resend not counted.
+    tries: usize,
+    resent: bool,
+    last: Option<Failed>,
+    /// Its number in the queue, once it had to wait.
+    number: Option<Number>,
+    /// When it first had to, and how long it will.
+    waiting_since: Option<(u64, Instant)>,
+}
+
+impl<'a> Search<'a> {
+    fn new(model: &'a str, asked: &'a Asked<'a>, rules: Rules) -> Self {
+        Self {
+            model,
+            asked,
+            rules,
+            tried: Vec::new(),
+            tries: 0,
+            resent: false,
+            last: None,
+            number: None,
+            waiting_since: None,
+        }
+    }
+}
+
+/// A place at an endpoint. On drop it is given back, and then whoever waits hears of it: the order of the fields.
+pub(super) struct Place {
+    ticket: Ticket,
+    _freed: Freed,
+}
+
+impl Place {
+    pub(super) fn endpoint(&self) -> &Arc<Endpoint> {
+        self.ticket.endpoint()
+    }
+}
+
+/// When to come back, from how long the first in the queue has waited: those who leave now would have waited as long.
+fn retry_after_s(oldest_ms: u64) -> u32 {
+    u32::try_from(oldest_ms.div_ceil(1_000)).unwrap_or(u32::MAX).clamp(1, 30)
+}
 
 impl Gateway {
     /// Asks engines in turn until one has answered, then hands the answer on.
@@ -31,60 +89,129 @@ impl Gateway {
         request: &EngineRequest,
     ) -> Result<Done, GatewayError> {
         self.pool(model)?.budget.earn();
-        let rules = self.pick_rules.of(model);
-        let mut tried: Vec<Arc<str>> = Vec::new();
-        let mut last: Option<Failed> = None;
-        let mut resent = false;
+        let patience = self.config.upstream.patience(model);
+        let mut search = Search::new(model, asked, self.pick_rules.of(model));
         loop {
-            let pool = self.pool(model)?;
-            let chance = |n| fastrand::usize(0..n);
-            let with = (&self.pick_rules, &rules);
-            let picked = routing::pick(&pool, &tried, asked, self.now_ms(), with, chance);
-            let Some((ticket, how)) = picked else {
-                return self.give_up(session, record, model, last).await;
+            let Some(place) = self.place(session, &mut search).await? else {
+                return self.give_up(session, record, model, search.last).await;
             };
-            self.metrics.picks.with_label_values(&[rules.policy.name(), how.label()]).inc();
+            let first_byte = Duration::from_millis(patience.first_byte_ms);
             let answered = tokio::select! {
                 biased;
-                answered = self.engines.ask(ticket.endpoint(), request, |origin| self.metrics.connected(origin)) => answered,
+                answered = self.engines.ask(place.endpoint(), request, first_byte, |origin| self.metrics.connected(origin)) => answered,
                 () = downstream::gone(session) => return Err(GatewayError::ClientGone),
                 () = self.lifecycle.cut().cancelled() => return Err(GatewayError::Draining),
             };
             let failed = match answered {
-                Ok(answer) => return self.hand_on(session, record, answer, ticket).await,
+                Ok(answer) => return self.hand_on(session, record, answer, place, patience).await,
                 Err(failed) => failed,
             };
-            self.note_failure(&ticket, &failed);
-            let tries = tried.len() + 1;
+            self.note_failure(place.endpoint(), &failed);
+            search.tries += 1;
+            let pool = self.pool(model)?;
+            let budget = || pool.budget.take(self.now_ms());
             let attempts = self.config.upstream.attempts;
-            match retry::after_failure(failed.failure, tries, attempts, resent, || {
-                pool.budget.take(self.now_ms())
-            }) {
-                Next::Retry => tried.push(Arc::clone(&ticket.endpoint().id)),
-                Next::Resend => resent = true,
+            match retry::after_failure(failed.failure, search.tries, attempts, search.resent, budget) {
+                // A full engine may have room later; the others it was sick for are not asked again.
+                Next::Retry if failed.failure == UpstreamFailure::Busy => {}
+                Next::Retry => search.tried.push(Arc::clone(&place.endpoint().id)),
+                Next::Resend => {
+                    search.resent = true;
+                    search.tries -= 1;
+                }
                 Next::GiveUp => return self.give_up(session, record, model, Some(failed)).await,
             }
             self.metrics.retries.with_label_values(&[failed.failure.label()]).inc();
-            last = Some(failed);
+            search.last = Some(failed);
         }
     }
 
-    /// Writes an answer to the client. The ticket is held to its end.
+    /// A place at an endpoint, waited for in order of arrival while each is at its limit; `None` when there is none to
+    /// wait for.
+    async fn place(
+        &self,
+        session: &mut ServerSession,
+        search: &mut Search<'_>,
+    ) -> Result<Option<Place>, GatewayError> {
+        let queue = Arc::clone(&self.pool(search.model)?.queue);
+        if queue.is_empty() {
+            match self.pick(search)? {
+                Err(Unpicked::Saturated) => {}
+                picked => return Ok(picked.ok()),
+            }
+        }
+        let now_ms = self.now_ms();
+        let (since_ms, deadline) = *search.waiting_since.get_or_insert_with(|| {
+            (now_ms, Instant::now() + Duration::from_millis(self.config.queue.deadline_ms))
+        });
+        let saturated =
+            || GatewayError::Saturated { retry_after_s: retry_after_s(queue.oldest_ms(self.now_ms())) };
+        let outcome = |outcome: &str| self.metrics.queue_outcomes.with_label_values(&[outcome]).inc();
+        let waiting =
+            queue.enter(search.number, since_ms, self.config.queue.max_waiting).map_err(|Full| {
+                outcome("full");
+                saturated()
+            })?;
+        search.number = Some(waiting.number());
+        let found = tokio::select! {
+            biased;
+            found = self.found(search, &waiting) => found.inspect(|_| outcome("placed")),
+            () = downstream::gone(session) => {
+                outcome("client_gone");
+                Err(GatewayError::ClientGone)
+            }
+            () = self.lifecycle.cut().cancelled() => {
+                outcome("draining");
+                Err(GatewayError::Draining)
+            }
+            () = sleep_until(deadline) => {
+                outcome("deadline");
+                Err(saturated())
+            }
+        };
+        self.metrics.queue_wait.observe(Duration::from_millis(self.now_ms() - now_ms).as_secs_f64());
+        found
+    }
+
+    /// Looks for a place whenever it may be there, as the first in the queue.
+    async fn found(&self, search: &Search<'_>, waiting: &Waiting) -> Result<Option<Place>, GatewayError> {
+        loop {
+            waiting.worth_looking().await;
+            match self.pick(search)? {
+                Err(Unpicked::Saturated) => {}
+                picked => return Ok(picked.ok()),
+            }
+        }
+    }
+
+    fn pick(&self, search: &Search<'_>) -> Result<Result<Place, Unpicked>, GatewayError> {
+        let pool = self.pool(search.model)?;
+        let chance = |n| fastrand::usize(0..n);
+        let with = (&self.pick_rules, &search.rules);
+        let picked = routing::pick(&pool, &search.tried, search.asked, self.now_ms(), with, chance);
+        Ok(picked.map(|(ticket, how)| {
+            self.metrics.picks.with_label_values(&[search.rules.policy.name(), how.label()]).inc();
+            Place { ticket, _freed: Freed(Arc::clone(&pool.queue)) }
+        }))
+    }
+
+    /// Writes an answer to the client. The place is held to its end.
     async fn hand_on(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
         answer: Answer,
-        ticket: Ticket,
+        place: Place,
+        patience: Patience,
     ) -> Result<Done, GatewayError> {
         record.begun();
         match answer {
             Answer::Whole(whole) => {
-                ticket.endpoint().succeeded();
+                place.endpoint().succeeded();
                 self.write_whole(session, record, *whole).await
             }
-            Answer::Open(open) => self.stream(session, record, *open, ticket).await,
-            Answer::Upgraded(upgraded) => self.upgrade(session, record, *upgraded, ticket).await,
+            Answer::Open(open) => self.stream(session, record, *open, place, patience).await,
+            Answer::Upgraded(upgraded) => self.upgrade(session, record, *upgraded, place).await,
         }
     }
 
@@ -93,11 +220,12 @@ impl Gateway {
         session: &mut ServerSession,
         record: &mut Record<'_>,
         open: Open,
-        ticket: Ticket,
+        place: Place,
+        patience: Patience,
     ) -> Result<Done, GatewayError> {
         record.status(open.head.status.as_u16());
         let context = RelayContext {
-            idle: Duration::from_millis(self.config.upstream.idle_ms),
+            idle: Duration::from_millis(patience.idle_ms),
             cut: self.lifecycle.cut(),
             shape: record.shape(),
             metrics: &self.metrics,
@@ -108,18 +236,18 @@ impl Gateway {
             self.metrics.inband_errors.inc();
         }
         match (&relayed.outcome, &relayed.facts.error) {
-            (Ok(()), None) => ticket.endpoint().succeeded(),
+            (Ok(()), None) => place.endpoint().succeeded(),
             (Ok(()), Some(message)) => {
                 let failed = Failed::inside(UpstreamFailure::MidStream, message);
-                self.note_failure(&ticket, &failed);
+                self.note_failure(place.endpoint(), &failed);
             }
             (Err(GatewayError::Upstream(failure)), _) => {
-                self.note_failure(&ticket, &Failed::inside(*failure, "while streaming"));
+                self.note_failure(place.endpoint(), &Failed::inside(*failure, "while streaming"));
             }
             (Err(_), _) => {}
         }
         if let Some(connection) = relayed.connection {
-            self.engines.release(connection, ticket.endpoint()).await;
+            self.engines.release(connection, place.endpoint()).await;
         }
         relayed.outcome.map(|()| Done::Answered)
     }
@@ -153,8 +281,7 @@ impl Gateway {
         }
     }
 
-    pub(super) fn note_failure(&self, ticket: &Ticket, failed: &Failed) {
-        let endpoint = ticket.endpoint();
+    pub(super) fn note_failure(&self, endpoint: &Endpoint, failed: &Failed) {
         self.metrics.attempt_failures.with_label_values(&[failed.failure.label()]).inc();
         tracing::debug!(
             endpoint = &*endpoint.id,
@@ -162,6 +289,9 @@ impl Gateway {
             detail = failed.detail,
             "attempt failed"
         );
+        if failed.failure == UpstreamFailure::Busy {
+            endpoint.refused(self.now_ms());
+        }
         if failed.failure.counts_against_endpoint() && endpoint.failed(self.now_ms(), &self.outlier_rules) {
             self.metrics.ejections.inc();
             tracing::warn!(

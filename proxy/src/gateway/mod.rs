@@ -33,7 +33,6 @@ use crate::{
 };
 
 /// What has become of a request when [`Gateway::handle`] is done with it.
-#[derive(Debug)]
 enum Done {
     /// It has been answered.
     Answered,
@@ -83,6 +82,7 @@ impl Gateway {
             scan_limits: ScanLimits { max_depth: config.limits.json_depth, ..ScanLimits::default() },
             pick_rules: PickRules::new(
                 &config.routing,
+                &config.queue,
                 config.outlier.max_ejected_percent,
                 &mut fastrand::Rng::new(),
             ),

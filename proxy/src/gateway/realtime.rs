@@ -13,12 +13,12 @@ use pingora_core::protocols::http::ServerSession;
 
 use super::{
     Done, Gateway,
+    attempts::Place,
     take::{Target, sender},
 };
 use crate::{
     admission::auth::Caller,
     downstream::respond,
-    endpoints::Ticket,
     error::{GatewayError, UpstreamFailure},
     openai::{Api, query, route::REALTIME_PATH},
     record::Record,
@@ -31,10 +31,9 @@ use crate::{
 };
 
 /// A tunnel whose client has got the 101.
-#[derive(Debug)]
 pub(super) struct Tunnel {
     engine: End,
-    ticket: Ticket,
+    place: Place,
 }
 
 impl Gateway {
@@ -74,7 +73,7 @@ impl Gateway {
         session: &mut ServerSession,
         record: &mut Record<'_>,
         upgraded: Upgraded,
-        ticket: Ticket,
+        place: Place,
     ) -> Result<Done, GatewayError> {
         let Upgraded { mut head, engine } = upgraded;
         record.status(head.status.as_u16());
@@ -83,12 +82,12 @@ impl Gateway {
             Err(e) => Err(e),
         };
         written.map_err(|_| GatewayError::ClientGone)?;
-        Ok(Done::Upgraded(Box::new(Tunnel { engine, ticket })))
+        Ok(Done::Upgraded(Box::new(Tunnel { engine, place })))
     }
 
     /// Runs a tunnel to its end. The client's connection ends with it.
     pub(super) async fn tunnel(&self, session: ServerSession, record: &mut Record<'_>, tunnel: Tunnel) {
-        let Tunnel { engine, ticket } = tunnel;
+        let Tunnel { engine, place } = tunnel;
         // Only HTTP/1.1 comes here: its handshake was checked.
         let ServerSession::H1(mut session) = session else { return };
         // A client that could not wait for the 101 has sent frames already.
@@ -104,11 +103,11 @@ impl Gateway {
             metrics: &self.metrics,
         };
         match tunnel::run(client, engine, &context).await {
-            Ok(()) => ticket.endpoint().succeeded(),
+            Ok(()) => place.endpoint().succeeded(),
             Err(error) => {
                 // Silence may be the client's; an engine that hangs up without a word has failed.
                 if let GatewayError::Upstream(failure @ UpstreamFailure::MidStream) = &error {
-                    self.note_failure(&ticket, &Failed::inside(*failure, "in a WebSocket"));
+                    self.note_failure(place.endpoint(), &Failed::inside(*failure, "in a WebSocket"));
                 }
                 record.failed(&error);
             }

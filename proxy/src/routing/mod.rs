@@ -7,7 +7,8 @@
 //!
 //! Filters, in order: not draining, not tried by this request before, not ejected. At most a share of the pool may be out
 //! for failures: beyond it, and when none is left at all (*panic*), ejections are not looked at, since trying a sick
-//! engine beats refusing a client. No policy ever sees an endpoint that a filter took out.
+//! engine beats refusing a client. Last: not at its limit ([`saturation`]); when that takes out all that were left, the
+//! request waits. No policy ever sees an endpoint that a filter took out.
 //!
 //! Absent: engines' own reports. No wire brings them to the proxy yet; its estimate is what it has under way itself, which
 //! is what [`load::estimate`] says without a report.
@@ -19,14 +20,17 @@ pub mod prefix;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use penstock_config::proxy::RoutingConfig;
+use penstock_config::proxy::{QueueConfig, RoutingConfig};
 
 use self::{
     affinity::{HashKey, LoadBound},
     policy::{Asked, How, Policy, Rules, View},
     prefix::{Blocks, Chain},
 };
-use crate::endpoints::{Endpoint, Pool, Ticket};
+use crate::{
+    admission::saturation::{self, Limits},
+    endpoints::{Endpoint, Pool, Ticket},
+};
 
 /// What a pick may look at besides the pool and the request.
 #[derive(Debug, Clone)]
@@ -41,6 +45,8 @@ pub struct PickRules {
     pub key: HashKey,
     /// How prompts are cut for prefix affinity.
     pub blocks: Blocks,
+    /// When an engine is at its limit.
+    pub limits: Limits,
     /// How to choose, where a model has no rules of its own.
     pub rules: Rules,
     /// By the name that clients use.
@@ -49,7 +55,12 @@ pub struct PickRules {
 
 impl PickRules {
     /// What the settings say. `rng` makes a key where they have none.
-    pub fn new(config: &RoutingConfig, max_ejected_percent: u32, rng: &mut fastrand::Rng) -> Self {
+    pub fn new(
+        config: &RoutingConfig,
+        queue: &QueueConfig,
+        max_ejected_percent: u32,
+        rng: &mut fastrand::Rng,
+    ) -> Self {
         let key = match config.hash_key.as_str() {
             "" => HashKey::random(rng),
             secret => HashKey::from_secret(secret),
@@ -60,6 +71,12 @@ impl PickRules {
             zone: config.zone.clone(),
             key,
             blocks: Blocks { bytes: config.prefix_block_bytes, most: config.prefix_blocks },
+            limits: Limits {
+                waiting: queue.engine_waiting,
+                kv_permille: queue.kv_percent * 10,
+                busy_step_ms: queue.busy_step_ms,
+                inflight: queue.engine_inflight,
+            },
             rules: Rules {
                 policy: config.policy,
                 bound: LoadBound { percent: config.load_bound_percent, floor: config.load_bound_floor },
@@ -84,8 +101,19 @@ impl PickRules {
     }
 }
 
-/// Reserves a place at the endpoint that `rules` choose of those the filters leave, or `None` when the pool has none that
-/// this request has not tried. `chance` gives a number in `0..n`.
+/// Why nobody was picked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unpicked {
+    /// The pool has no endpoint that this request may try.
+    Nobody,
+    /// It has, and each is at its limit.
+    Saturated,
+}
+
+/// Reserves a place at the endpoint that `rules` choose of those the filters leave. `chance` gives a number in `0..n`.
+///
+/// # Errors
+/// [`Unpicked`] when the filters leave none.
 pub fn pick(
     pool: &Pool,
     tried: &[Arc<str>],
@@ -93,16 +121,29 @@ pub fn pick(
     now_ms: u64,
     (with, rules): (&PickRules, &Rules),
     mut chance: impl FnMut(usize) -> usize,
-) -> Option<(Ticket, How)> {
+) -> Result<(Ticket, How), Unpicked> {
     let eligible = |endpoint: &Endpoint| !endpoint.draining && !tried.contains(&endpoint.id);
     let mut left: Vec<&Arc<Endpoint>> = pool.endpoints.iter().filter(|e| eligible(e)).collect();
     let admitted = |endpoint: &&Arc<Endpoint>| !endpoint.is_ejected(now_ms);
     if !too_many_ejected(&pool.endpoints, now_ms, with.max_ejected_percent) && left.iter().any(admitted) {
         left.retain(admitted);
     }
-    let views: Vec<View> = left.iter().map(|endpoint| view(endpoint, now_ms, with)).collect();
-    let (index, how) = policy::choose(rules, &views, asked, &pool.memory, &mut chance)?;
-    Some((left.get(index)?.reserve(), how))
+    if left.is_empty() {
+        return Err(Unpicked::Nobody);
+    }
+    let (left, views): (Vec<_>, Vec<View>) = left
+        .into_iter()
+        .map(|endpoint| (endpoint, view(endpoint, now_ms, with)))
+        .filter(|(endpoint, view)| !is_full(endpoint, view, now_ms, &with.limits))
+        .unzip();
+    let (index, how) =
+        policy::choose(rules, &views, asked, &pool.memory, &mut chance).ok_or(Unpicked::Saturated)?;
+    let chosen = left.get(index).ok_or(Unpicked::Saturated)?;
+    Ok((chosen.reserve(), how))
+}
+
+fn is_full(endpoint: &Endpoint, view: &View, now_ms: u64, limits: &Limits) -> bool {
+    saturation::is_full((endpoint.inflight(), view.load), None, endpoint.busy(), now_ms, limits)
 }
 
 fn view(endpoint: &Endpoint, now_ms: u64, with: &PickRules) -> View {
@@ -138,7 +179,7 @@ mod tests {
 
     fn with(policy: Policy) -> PickRules {
         let config = RoutingConfig { policy, hash_key: "k".into(), ..RoutingConfig::default() };
-        PickRules::new(&config, 67, &mut fastrand::Rng::with_seed(1))
+        PickRules::new(&config, &QueueConfig::default(), 67, &mut fastrand::Rng::with_seed(1))
     }
 
     fn pick_from(
@@ -148,13 +189,16 @@ mod tests {
         chance: impl FnMut(usize) -> usize,
     ) -> Option<Ticket> {
         let with = with(Policy::LeastLoaded);
-        Some(pick(pool, tried, &Asked::default(), now_ms, (&with, &with.rules), chance)?.0)
+        pick(pool, tried, &Asked::default(), now_ms, (&with, &with.rules), chance)
+            .ok()
+            .map(|(ticket, _)| ticket)
     }
 
     fn pool(n: usize) -> Pool {
         Pool {
             endpoints: (0..n).map(|i| endpoint(&format!("e{i}"))).collect(),
             budget: Arc::new(RetryBudget::new(10, 10)),
+            queue: Arc::default(),
             memory: Arc::default(),
             source: Arc::default(),
         }
@@ -193,6 +237,22 @@ mod tests {
     fn nothing_is_left_once_all_are_tried() {
         let pool = pool(2);
         assert!(pick_from(&pool, &["e0".into(), "e1".into()], 0, |_| 0).is_none());
+    }
+
+    #[test]
+    fn a_pool_is_saturated_once_each_endpoint_has_refused_and_until_one_has_room() {
+        let pool = pool(2);
+        let with = with(Policy::LeastLoaded);
+        let pick = |now| pick(&pool, &[], &Asked::default(), now, (&with, &with.rules), |_| 0);
+        let held: Vec<_> = pool.endpoints.iter().map(Endpoint::reserve).collect();
+        pool.endpoints.iter().for_each(|endpoint| {
+            let refused = endpoint.reserve();
+            endpoint.refused(1_000);
+            drop(refused);
+        });
+        assert_eq!(pick(1_000).err(), Some(Unpicked::Saturated));
+        drop(held);
+        assert!(pick(1_000).is_ok());
     }
 
     #[test]
@@ -245,7 +305,7 @@ mod tests {
                 let with = with(policy);
                 for _ in 0..times {
                     let ticket = pick(&pool, &tried, &asked, 10, (&with, &with.rules), |n| rng.usize(0..n));
-                    let Some((ticket, _)) = ticket else {
+                    let Ok((ticket, _)) = ticket else {
                         prop_assert!(states.iter().all(|s| matches!(s, 1 | 2)));
                         continue;
                     };

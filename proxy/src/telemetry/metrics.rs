@@ -7,7 +7,8 @@
 use std::time::Duration;
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 
 use crate::{
@@ -25,6 +26,9 @@ const TTFT_BUCKETS: &[f64] =
 /// Seconds. From an embedding to an hour's reasoning.
 const DURATION_BUCKETS: &[f64] =
     &[0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
+
+/// How waiting in the queue ends: a place, the deadline, no room in the queue, the client's leaving, the gateway's stop.
+pub const QUEUE_OUTCOMES: [&str; 5] = ["placed", "deadline", "full", "client_gone", "draining"];
 
 /// The label of requests that never came to a deployed model.
 pub const NO_MODEL: &str = "";
@@ -55,6 +59,11 @@ pub struct Metrics {
     pub retries: IntCounterVec,
     /// Endpoints chosen, by policy and by how: balanced, affine, spilled.
     pub picks: IntCounterVec,
+    /// Requests that had to wait for a place, by how that ended: see [`QUEUE_OUTCOMES`].
+    pub queue_outcomes: IntCounterVec,
+    /// How long they waited.
+    pub queue_wait: Histogram,
+    queue_depth: IntGaugeVec,
     /// Endpoints taken out of picks for failures.
     pub ejections: IntCounter,
     /// Upstream connections by origin: new, reused.
@@ -142,6 +151,21 @@ impl Metrics {
                 "Endpoints chosen; affine: for its session or prefix, spilled: that one was too busy.",
                 &["policy", "how"],
             )?,
+            queue_outcomes: make.counters(
+                "penstock_proxy_queue_outcomes_total",
+                "Requests for which every engine was at its limit, by how their wait ended.",
+                &["outcome"],
+            )?,
+            queue_wait: make.histogram(
+                "penstock_proxy_queue_wait_seconds",
+                "Time in the queue, however it ended.",
+                TTFT_BUCKETS,
+            )?,
+            queue_depth: make.gauges(
+                "penstock_proxy_queue_depth",
+                "Requests that wait for a place, by pool.",
+                &["pool"],
+            )?,
             ejections: make
                 .counter("penstock_proxy_ejections_total", "Endpoints taken out of picks for failures.")?,
             upstream_connections: make.counters(
@@ -188,6 +212,9 @@ impl Metrics {
                 metrics.picks.with_label_values(&[policy.name(), how.label()]).inc_by(0);
             }
         }
+        for outcome in QUEUE_OUTCOMES {
+            metrics.queue_outcomes.with_label_values(&[outcome]).inc_by(0);
+        }
         for kind in ["prompt", "completion"] {
             metrics.tokens.with_label_values(&[kind]).inc_by(0);
         }
@@ -205,6 +232,10 @@ impl Metrics {
         self.snapshot_term.set(clamp(snapshot.version.term));
         self.endpoints.set(clamp(all().count() as u64));
         self.endpoints_ejected.set(clamp(all().filter(|e| e.is_ejected(now_ms)).count() as u64));
+        self.queue_depth.reset(); // pools come and go
+        for (name, pool) in &snapshot.pools {
+            self.queue_depth.with_label_values(&[name.as_str()]).set(clamp(pool.queue.len() as u64));
+        }
         self.models.set(clamp(snapshot.routes.len() as u64));
         self.xds_connected.set(i64::from(xds.connected));
         self.xds_age_seconds.set(xds.last_response_age.map_or(-1, |age| clamp(age.as_secs())));
@@ -269,6 +300,10 @@ impl Maker<'_> {
 
     fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
         self.registered(IntCounterVec::new(Opts::new(name, help), labels)?)
+    }
+
+    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, prometheus::Error> {
+        self.registered(IntGaugeVec::new(Opts::new(name, help), labels)?)
     }
 
     fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {

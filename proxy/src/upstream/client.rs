@@ -109,7 +109,6 @@ impl Failed {
 /// The connections to all engines, and the limits on their use.
 pub struct EngineClient {
     connector: Connector,
-    first_byte: Duration,
     keepalive: Duration,
     unary_buffer: usize,
 }
@@ -135,7 +134,7 @@ impl Origin {
 
 impl std::fmt::Debug for EngineClient {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("EngineClient").field("first_byte", &self.first_byte).finish_non_exhaustive()
+        f.debug_struct("EngineClient").field("keepalive", &self.keepalive).finish_non_exhaustive()
     }
 }
 
@@ -145,13 +144,12 @@ impl EngineClient {
         let connector = Connector::new(Some(ConnectorOptions::new(config.keepalive_connections)));
         Self {
             connector,
-            first_byte: Duration::from_millis(config.first_byte_ms),
             keepalive: Duration::from_millis(config.keepalive_ms),
             unary_buffer: config.unary_buffer_bytes,
         }
     }
 
-    /// Sends `request` to `endpoint` and waits for the answer's beginning. `on_connected` hears where the connection came
+    /// Sends `request` to `endpoint` and waits for the answer's beginning, for up to `first_byte`. `on_connected` hears where the connection came
     /// from.
     ///
     /// # Errors
@@ -160,20 +158,18 @@ impl EngineClient {
         &self,
         endpoint: &Endpoint,
         request: &EngineRequest,
+        first_byte: Duration,
         on_connected: impl FnOnce(Origin),
     ) -> Result<Answer, Failed> {
         let (mut connection, origin) = self.connect(endpoint).await?;
         on_connected(origin);
-        let deadline = Instant::now() + self.first_byte;
+        let deadline = Instant::now() + first_byte;
         let begun = async {
             let head = exchange(&mut connection, endpoint, request).await.map_err(|e| lost(&e, origin))?;
             self.beginning(connection, head, endpoint, request).await
         };
         timeout_at(deadline, begun).await.unwrap_or_else(|_| {
-            Err(Failed::new(
-                UpstreamFailure::FirstByteTimeout,
-                format!("nothing within {:?}", self.first_byte),
-            ))
+            Err(Failed::new(UpstreamFailure::FirstByteTimeout, format!("nothing within {first_byte:?}")))
         })
     }
 
