@@ -148,6 +148,9 @@ fn error_head(error: &GatewayError, request_id: &str) -> Result<ResponseHeader> 
     if let Some(seconds) = error.retry_after_s() {
         head.insert_header(header::RETRY_AFTER, seconds)?;
     }
+    if let GatewayError::UnsupportedEncoding { .. } = error {
+        head.insert_header(header::ACCEPT_ENCODING, "identity")?;
+    }
     if let GatewayError::MethodNotAllowed { allow } = error {
         head.insert_header(header::ALLOW, *allow)?;
     }
