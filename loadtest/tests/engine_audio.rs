@@ -16,10 +16,13 @@ use tokio_tungstenite::{
 const SOUND: &[u8] = b"RIFF\r\n--not the boundary\r\n\x00\xff";
 
 fn form(fields: &[(&str, &str)]) -> Vec<u8> {
-    let mut body = b"--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\n".to_vec();
+    let mut body =
+        b"--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\n".to_vec();
     body.extend(SOUND);
     for (name, value) in fields {
-        body.extend(format!("\r\n--B\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}").bytes());
+        body.extend(
+            format!("\r\n--B\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}").bytes(),
+        );
     }
     body.extend(b"\r\n--B--\r\n");
     body
@@ -41,7 +44,8 @@ fn a_transcription_depends_on_the_bytes_of_the_file() {
         let reply = transcribe(&sim, path, &[("model", "sim-model")]);
         assert_eq!((reply.status, &reply.json()["text"]), (200, &json!(heard(SOUND))), "{}", reply.text());
     }
-    let text = transcribe(&sim, "/v1/audio/transcriptions", &[("response_format", "text"), ("model", "sim-model")]);
+    let text =
+        transcribe(&sim, "/v1/audio/transcriptions", &[("response_format", "text"), ("model", "sim-model")]);
     assert_eq!(text.text(), heard(SOUND));
     let stream = transcribe(&sim, "/v1/audio/transcriptions", &[("model", "sim-model"), ("stream", "true")]);
     assert_eq!(stream.content(), heard(SOUND));
@@ -72,7 +76,9 @@ fn speech_pooling_and_classes() {
 
 async fn connect(sim: &Sim) -> Result<WebSocketStream<TcpStream>, Error> {
     let stream = TcpStream::connect(sim.address).await.unwrap();
-    client_async(format!("ws://{}/v1/realtime?model=sim-model", sim.address), stream).await.map(|(socket, _)| socket)
+    client_async(format!("ws://{}/v1/realtime?model=sim-model", sim.address), stream)
+        .await
+        .map(|(socket, _)| socket)
 }
 
 async fn event(socket: &mut WebSocketStream<TcpStream>) -> Value {

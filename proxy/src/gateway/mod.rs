@@ -14,14 +14,14 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::Method;
-use penstock_config::proxy::ProxyConfig;
+use penstock_config::proxy::{LimitsConfig, ProxyConfig};
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
 use tokio::time::Instant;
 
 pub use self::host::Host;
 use crate::{
     admission::auth::KeyRing,
-    downstream::{body::BodyBudget, respond},
+    downstream::{body::BodyBudget, peer::Peer, respond},
     drain::Lifecycle,
     endpoints::{EndpointTable, Pool, Snapshot},
     error::GatewayError,
@@ -75,7 +75,8 @@ impl Gateway {
             ));
         }
         let mut options = HttpServerOptions::default();
-        options.h2c = config.public.h2c;
+        // Listeners find out by themselves who speaks HTTP/2; pingora, asked to, waits for 24 bytes without a deadline.
+        options.h2c = false;
         options.h2_idle_timeout = Some(Duration::from_secs(config.public.keepalive_s.max(1)));
         Ok(Self {
             options,
@@ -107,6 +108,11 @@ impl Gateway {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// How much a client may send, and how slowly.
+    pub fn limits(&self) -> &LimitsConfig {
+        &self.config.limits
+    }
+
     /// Whether callers need no key.
     pub fn is_open(&self) -> bool {
         self.keys.is_open()
@@ -117,6 +123,7 @@ impl Gateway {
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
+        peer: &Peer,
     ) -> Result<Done, GatewayError> {
         self.check_head(session)?;
         let head = session.req_header();
@@ -133,14 +140,14 @@ impl Gateway {
             let said = respond::options(session, allow, record.request_id()).await;
             return said.map(|()| Done::Answered).map_err(|_| GatewayError::ClientGone);
         }
-        let caller = self.keys.caller(&head.headers)?;
+        let from = take::Source { peer, caller: self.keys.caller(&head.headers)? };
         let asked_for = take::Target { path, query: &target[path.len()..] };
         match route {
             Route::Inference { api, path } => {
                 let asked_for = take::Target { path, ..asked_for };
-                self.inference(session, record, api, asked_for, caller).await
+                self.inference(session, record, api, asked_for, from).await
             }
-            Route::Realtime => self.realtime(session, record, asked_for, caller).await,
+            Route::Realtime => self.realtime(session, record, asked_for, from).await,
             Route::Models => self.say(session, record, "application/json", self.models()).await,
             Route::Model { id } => {
                 let model = self.model(&id)?;

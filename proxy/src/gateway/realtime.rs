@@ -14,10 +14,9 @@ use pingora_core::protocols::http::ServerSession;
 use super::{
     Done, Gateway,
     attempts::Place,
-    take::{Target, sender},
+    take::{Source, Target, sender},
 };
 use crate::{
-    admission::auth::Caller,
     downstream::respond,
     error::{GatewayError, UpstreamFailure},
     openai::{Api, query, route::REALTIME_PATH},
@@ -43,7 +42,7 @@ impl Gateway {
         session: &mut ServerSession,
         record: &mut Record<'_>,
         target: Target<'_>,
-        caller: Caller<'_>,
+        from: Source<'_>,
     ) -> Result<Done, GatewayError> {
         check_handshake(session)?;
         let query = target.query.strip_prefix('?').unwrap_or_default();
@@ -54,7 +53,7 @@ impl Gateway {
         if served_model != facts.model {
             asked_query.replace_range(facts.model_range, &query::encode(&served_model));
         }
-        let sender = sender(session, caller);
+        let sender = sender(session, from);
         let request = EngineRequest {
             api: Api::Realtime,
             stream: false,

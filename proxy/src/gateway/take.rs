@@ -9,7 +9,7 @@ use pingora_core::protocols::http::ServerSession;
 use super::{Done, Gateway};
 use crate::{
     admission::auth::Caller,
-    downstream::body,
+    downstream::{body, peer::Peer},
     error::GatewayError,
     openai::{
         Api, Media, multipart,
@@ -52,12 +52,12 @@ impl Gateway {
         record: &mut Record<'_>,
         api: Api,
         target: Target<'_>,
-        caller: Caller<'_>,
+        from: Source<'_>,
     ) -> Result<Done, GatewayError> {
         let boundary = check_media(&session.req_header().headers, api.media())?;
         let held = body::read(session, &self.config.limits, &self.bodies).await?;
         record.body(held.bytes.len());
-        let sender = sender(session, caller);
+        let sender = sender(session, from);
         let mut chain = self.pick_rules.chain();
         let remove: &[String] = if sender.trusted { &[] } else { &self.config.trust.remove_fields };
         let facts = self.facts(&held.bytes, boundary.as_deref(), &mut chain, remove);
@@ -129,17 +129,26 @@ impl Gateway {
     }
 }
 
-/// Who sent the request on this connection.
-pub(super) fn sender<'a>(session: &'a ServerSession, caller: Caller<'_>) -> Sender<'a> {
+/// Whose request it is: the connection's, and the key's.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Source<'a> {
+    /// The other end of the connection.
+    pub(super) peer: &'a Peer,
+    /// Whose key it is.
+    pub(super) caller: Caller<'a>,
+}
+
+/// What an engine hears of whoever sent the request.
+pub(super) fn sender<'a>(session: &'a ServerSession, from: Source<'_>) -> Sender<'a> {
     let head = session.req_header();
     let host = head.headers.get(header::HOST).map(http::HeaderValue::as_bytes);
     let authority = || head.uri.authority().map(|authority| authority.as_str().as_bytes());
     Sender {
-        address: session.client_addr().and_then(|address| address.as_inet()).map(std::net::SocketAddr::ip),
-        tls: session.digest().is_some_and(|digest| digest.ssl_digest.is_some()),
+        address: from.peer.address.ip(),
+        tls: from.peer.tls,
         host: host.or_else(authority).unwrap_or_default(),
-        behind_proxy: false,
-        trusted: caller.trusted,
+        behind_proxy: from.peer.trusted,
+        trusted: from.peer.trusted || from.caller.trusted,
     }
 }
 

@@ -170,7 +170,8 @@ pub(super) fn error_in_event(event: &[u8], shape: ErrorShape) -> Option<Said> {
     }
     let value: Value = serde_json::from_slice(&data.join(&b'\n')).ok()?;
     // Typed events of the Responses API have errors of their own shape: `{"type":"error","message":...}`.
-    let typed = value.get("type").is_some() && value.get("error").is_none_or(|error| !error.is_object());
+    let typed = value.get("type").and_then(Value::as_str) == Some("error")
+        && value.get("error").is_none_or(|error| !error.is_object());
     let is_error = value.get("error").is_some_and(|error| error.is_object() || error.is_string())
         || value.get("object").and_then(Value::as_str) == Some("error");
     if !is_error || typed || value.get("choices").is_some() {

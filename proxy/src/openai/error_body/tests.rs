@@ -182,7 +182,7 @@ fn only_error_events_of_the_wrong_shape_are_replaced() {
     let typed = "event: error\ndata: {\"type\":\"error\",\"message\":\"m\",\"code\":\"x\"}\n\n";
     assert_eq!(events(typed, OPENAI), None, "the Responses API has its own");
     for wrong in [
-        "data: {\"object\":\"error\",\"message\":\"m\",\"code\":400}",
+        "data: {\"object\":\"error\",\"message\":\"m\",\"type\":\"X\",\"code\":400}",
         "data:{\"error\":\"m\"}",
         "data: {\"error\":{\"message\":\"{\\\"error\\\":\\\"m\\\"}\"}}",
     ] {
