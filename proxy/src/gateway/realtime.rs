@@ -102,11 +102,11 @@ impl Gateway {
             metrics: &self.metrics,
         };
         match tunnel::run(client, engine, &context).await {
-            Ok(()) => place.endpoint().succeeded(),
+            Ok(()) => self.note_end(place.ticket()),
             Err(error) => {
                 // Silence may be the client's; an engine that hangs up without a word has failed.
                 if let GatewayError::Upstream(failure @ UpstreamFailure::MidStream) = &error {
-                    self.note_failure(place.endpoint(), &Failed::inside(*failure, "in a WebSocket"));
+                    self.note_failure(place.ticket(), &Failed::inside(*failure, "in a WebSocket"));
                 }
                 record.failed(&error);
             }
