@@ -16,8 +16,9 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    endpoints::Endpoint,
+    endpoints::{Endpoint, Route},
     gateway::Gateway,
+    health,
     telemetry::metrics,
     upgrade::{VERSION, command::Process},
     xds::status::XdsStatus,
@@ -81,6 +82,7 @@ async fn readyz(State(state): State<PrivateState>) -> Response {
             "last_nack": xds.last_nack,
         },
         "models": snapshot.routes.len(),
+        "endpoints": health::count(&snapshot, state.gateway.now_ms()),
         "inflight": state.gateway.lifecycle.inflight(),
         "uptime_s": state.gateway.now_ms() / 1_000,
     });
@@ -96,6 +98,7 @@ async fn show_metrics(State(state): State<PrivateState>) -> String {
         draining: gateway.lifecycle.is_draining(),
         body_bytes_held: gateway.bodies.held_bytes(),
         now_ms: gateway.now_ms(),
+        max_ejected_percent: gateway.config().health.max_ejected_percent,
     })
 }
 
@@ -119,13 +122,22 @@ async fn debug_endpoints(State(state): State<PrivateState>) -> Json<Value> {
             "zone": endpoint.zone,
             "draining": endpoint.draining,
             "ejected": endpoint.is_ejected(now_ms),
+            "health": health::describe(endpoint, now_ms),
             "inflight": endpoint.inflight(),
+            "adapters": endpoint.adapters,
+            "reported": endpoint.reported(now_ms).map(|report| json!({
+                "running": report.running,
+                "waiting": report.waiting,
+                "kv_used_permille": report.kv_used_permille,
+                "age_ms": report.age_ms,
+            })),
         })
     };
-    let models: serde_json::Map<String, Value> = snapshot
-        .routes
-        .iter()
-        .map(|(name, route)| (name.clone(), route.pool.endpoints.iter().map(show).collect()))
-        .collect();
+    let endpoints = |route: &Route| -> Value {
+        let pools = route.targets.iter().filter_map(|target| snapshot.pools.get(&*target.pool));
+        pools.flat_map(|pool| &pool.endpoints).map(show).collect()
+    };
+    let models: serde_json::Map<String, Value> =
+        snapshot.routes.iter().map(|(name, route)| (name.clone(), endpoints(route))).collect();
     Json(json!({"version": snapshot.version.to_string(), "models": models}))
 }

@@ -16,7 +16,9 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    endpoints::reported,
     gateway::Gateway,
+    health,
     listener::{self, Listener, reload},
     private::{self, PrivateState},
     upgrade::{
@@ -174,11 +176,12 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     let tasks = TaskTracker::new();
     let xds = Arc::new(XdsStatus::default());
     discover(&config, &gateway, &xds, &tasks, &stop)?;
+    tasks.spawn(health::watch::run(Arc::clone(&gateway), stop.clone()));
     tasks.spawn(reload::run(open.watched, Arc::clone(&gateway), hangup, stop.clone()));
     if let Some(predecessor) = &predecessor {
         tracing::info!(pid = predecessor.pid, "taking over");
         // Until then it is the predecessor who answers, on the private port too: nobody is to see a gateway that is not ready.
-        while predecessor.has_tables && !gateway.table.load().loaded {
+        while predecessor.has_tables && predecessor.lives() && !gateway.table.load().loaded {
             tokio::time::sleep(TABLES).await;
         }
     }
@@ -197,9 +200,12 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
         penstock_config::announce(&path, &announcement)
             .map_err(|e| format!("--announce {}: {e}", path.display()))?;
     }
-    match predecessor.take() {
-        Some(predecessor) => predecessor.tell_ready()?,
+    match predecessor.take().map(Predecessor::tell_ready) {
         None => notify(&[NotifyState::Ready]),
+        Some(Ok(())) => {}
+        Some(Err(e)) => {
+            tracing::warn!(error = %e, "the process before this one is gone; its sockets are ours")
+        }
     }
     tracing::info!(public = announcement.public, private = announcement.private, "penstock-proxy is up");
 
@@ -408,14 +414,29 @@ fn discover(
         tracing::warn!("discovery.controlplanes is empty: serving from discovery.snapshot_file alone");
         return Ok(());
     }
+    tasks.spawn(sample(Arc::clone(gateway), stop.clone()));
     let settings = XdsSettings {
         endpoints: discovery.controlplanes.clone(),
         node_id: node_id(&discovery.node_id),
         ..XdsSettings::default()
     };
     let client = XdsClient::new(settings).map_err(|e| e.to_string())?;
+    let told = Arc::clone(gateway);
+    let client = client.with_loads(Box::new(move |name, load| {
+        let known = told.table.report(name, load, told.now_ms());
+        told.metrics.load_reported(known);
+    }));
     tasks.spawn(client.run(states, Arc::clone(status), stop.clone()));
     Ok(())
+}
+
+/// Keeps in mind what is under way, for reports that tell of a moment that has passed.
+async fn sample(gateway: Arc<Gateway>, stop: CancellationToken) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(reported::SAMPLE_MS));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        gateway.table.sample(gateway.now_ms());
+    }
 }
 
 fn node_id(configured: &str) -> String {

@@ -32,7 +32,8 @@ fn addresses(table: u8, port: u16) -> Vec<SocketAddr> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_endpoints_that_came_and_went_leave_nothing() {
     let answer = json_answer("200 OK", r#"{"choices":[{"finish_reason":"stop"}]}"#);
-    let engine = Engine::start_at("0.0.0.0:0", move |_| vec![Step::Send(answer.clone().into_bytes())]).await;
+    let engine =
+        Engine::replying_at("0.0.0.0:0", move |_, _| vec![Step::Send(answer.clone().into_bytes())]).await;
     let mut config = ProxyConfig::default();
     config.routing.policy = "round_robin".into();
     config.upstream.keepalive_ms = 300;

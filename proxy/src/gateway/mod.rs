@@ -15,6 +15,7 @@ use penstock_config::proxy::{LimitsConfig, ProxyConfig};
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
 use tokio::time::Instant;
 
+use self::attempts::Outcome;
 pub use self::host::Host;
 use crate::{
     admission::auth::KeyRing,
@@ -24,14 +25,20 @@ use crate::{
         respond,
     },
     drain::Lifecycle,
-    endpoints::{EndpointTable, Pool, Snapshot},
+    endpoints::{EndpointTable, Pool, Snapshot, table::Target},
     error::GatewayError,
+    health,
     openai::{
         self, Route,
         request::{RequestFacts, ScanLimits},
     },
     record::Record,
-    routing::{PickRules, policy::Asked, prefix::Chain},
+    routing::{
+        PickRules,
+        policy::Asked,
+        prefix::Chain,
+        resolve::{self, Step},
+    },
     telemetry::metrics::Metrics,
     upstream::{
         client::EngineClient,
@@ -46,7 +53,7 @@ pub struct Gateway {
     options: HttpServerOptions,
     scan_limits: ScanLimits,
     pick_rules: PickRules,
-    outlier_rules: crate::endpoints::outlier::Rules,
+    health_rules: health::Rules,
     keys: KeyRing,
     /// Memory for request bodies.
     pub bodies: BodyBudget,
@@ -77,14 +84,10 @@ impl Gateway {
             pick_rules: PickRules::new(
                 &config.routing,
                 &config.queue,
-                config.outlier.max_ejected_percent,
+                config.health.max_ejected_percent,
                 &mut fastrand::Rng::new(),
             ),
-            outlier_rules: crate::endpoints::outlier::Rules {
-                consecutive_failures: config.outlier.consecutive_failures,
-                base_ejection_ms: config.outlier.base_ejection_ms,
-                max_ejection_ms: config.outlier.max_ejection_ms,
-            },
+            health_rules: health::rules(&config.health),
             keys: KeyRing::new(&config.auth.keys)?,
             bodies: BodyBudget::new(config.limits.buffered_bytes),
             engines: EngineClient::new(&config.upstream),
@@ -104,6 +107,16 @@ impl Gateway {
     /// How much a client may send, and how slowly.
     pub fn limits(&self) -> &LimitsConfig {
         &self.config.limits
+    }
+
+    /// By what endpoints are judged.
+    pub fn health_rules(&self) -> &health::Rules {
+        &self.health_rules
+    }
+
+    /// The settings it was made with.
+    pub fn config(&self) -> &ProxyConfig {
+        &self.config
     }
 
     /// Whether callers need no key.
@@ -148,24 +161,48 @@ impl Gateway {
         let mut chain = self.pick_rules.chain();
         let facts = openai::request::scan_with(&held.bytes, &self.scan_limits, chain.as_mut())
             .map_err(GatewayError::Body)?;
-        let served_model = self.served_model(&facts.model)?;
-        record.model(&facts.model);
         let query = &target[path.len()..];
-        let request = EngineRequest {
+        let mut request = EngineRequest {
             api,
             stream: facts.stream,
             request_id: record.request_id().to_owned(),
             target: [engine_path, query].concat(),
             headers: forwarded_headers(&session.req_header().headers, record.request_id()),
-            body: body_for_engine(&held.bytes, &facts, &served_model),
+            body: Bytes::new(),
         };
         let user = facts.user_range.clone().and_then(|range| held.bytes.get(range));
         let (header, cookie) = (&*self.config.routing.session_header, &*self.config.routing.session_cookie);
         let headers = &session.req_header().headers;
         let affinity = self.pick_rules.key.session(headers, header, cookie, user);
         let prefix = chain.map(Chain::hashes).unwrap_or_default();
-        let asked = Asked { session: affinity, prefix: &prefix };
-        self.attempts(session, record, &facts.model, &asked, &request).await
+        let asked = Asked { session: affinity, prefix: &prefix, adapter: None };
+        let places = self.places(&facts.model, affinity)?;
+        record.model(&facts.model);
+        // Whoever has room now goes first; only when nobody has is it worth to wait, and then for who should have answered.
+        let alone = places.len() == 1;
+        let (mut last, mut full) = (None, None);
+        for Step { target, fallback } in places {
+            self.metrics.routed(&facts.model, &target.pool, fallback);
+            request.body = body_for_engine(&held.bytes, &facts, &target.served_model);
+            let asked = Asked { adapter: target.adapter.as_deref(), ..asked };
+            let place = (&*facts.model, &*target);
+            match self.attempts(session, record, place, &asked, &request, alone).await? {
+                Outcome::Answered => return Ok(()),
+                Outcome::Unanswered(failed) => last = failed.or(last),
+                Outcome::Saturated => full = full.or(Some(target)),
+            }
+        }
+        if let Some(target) = full {
+            request.body = body_for_engine(&held.bytes, &facts, &target.served_model);
+            let asked = Asked { adapter: target.adapter.as_deref(), ..asked };
+            let place = (&*facts.model, &*target);
+            match self.attempts(session, record, place, &asked, &request, true).await? {
+                Outcome::Answered => return Ok(()),
+                Outcome::Unanswered(failed) => last = failed.or(last),
+                Outcome::Saturated => {}
+            }
+        }
+        self.give_up(session, record, &facts.model, last).await
     }
 
     fn check_head(&self, session: &ServerSession) -> Result<(), GatewayError> {
@@ -181,22 +218,17 @@ impl Gateway {
         if snapshot.loaded { Ok(snapshot) } else { Err(GatewayError::NotReady) }
     }
 
-    fn pool(&self, model: &str) -> Result<Arc<Pool>, GatewayError> {
+    /// Who may answer a request for `model`, in the order in which they are asked.
+    fn places(&self, model: &str, session: Option<u64>) -> Result<Vec<Step>, GatewayError> {
         let snapshot = self.snapshot()?;
-        let route = snapshot
-            .routes
-            .get(model)
-            .ok_or_else(|| GatewayError::UnknownModel { model: model.to_owned() })?;
-        Ok(Arc::clone(&route.pool))
+        let draw = session.unwrap_or_else(|| fastrand::u64(..));
+        resolve::resolve(&snapshot.routes, model, self.pick_rules.key, draw)
+            .ok_or_else(|| GatewayError::UnknownModel { model: model.to_owned() })
     }
 
-    fn served_model(&self, model: &str) -> Result<String, GatewayError> {
-        let snapshot = self.snapshot()?;
-        let route = snapshot
-            .routes
-            .get(model)
-            .ok_or_else(|| GatewayError::UnknownModel { model: model.to_owned() })?;
-        Ok(route.served_model.clone())
+    /// As it is now; `None` once it is gone.
+    fn pool(&self, target: &Target) -> Result<Option<Arc<Pool>>, GatewayError> {
+        Ok(self.snapshot()?.pools.get(&*target.pool).map(Arc::clone))
     }
 
     async fn say(

@@ -2,7 +2,12 @@
 
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub)] // test code, shared by several test binaries
 
+pub mod daemon;
+pub mod tls;
+pub mod watched;
+
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{
         Arc, Mutex,
@@ -32,21 +37,35 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Proxy {
     pub address: SocketAddr,
     pub gateway: Arc<Gateway>,
+    /// Where its listeners listen, by name.
+    pub listeners: BTreeMap<String, SocketAddr>,
+    /// The certificates of those with TLS.
+    pub watched: Vec<listener::reload::Watched>,
 }
 
 impl Proxy {
     pub fn start(config: ProxyConfig, engines: &[SocketAddr]) -> Self {
+        Self::start_on(config, &state(engines))
+    }
+
+    /// A gateway that knows this state.
+    pub fn start_on(config: ProxyConfig, state: &XdsState) -> Self {
         let gateway = Arc::new(Gateway::new(config.clone()).expect("valid settings"));
-        gateway.table.apply(&state(engines));
-        let socket = listener::bind("public.listen", "127.0.0.1:0").expect("a free port");
-        let (public, _) = Listener::open("public", config.public.listener(), &socket).expect("a listener");
-        let address = public.address;
+        gateway.table.apply(state);
         let runtime = listener::runtime(&config.public);
-        runtime.get_handle().spawn(listener::serve(Arc::clone(&gateway), public, socket));
+        let (mut listeners, mut watched) = (BTreeMap::new(), Vec::new());
+        for (name, settings) in config.client_listeners() {
+            let socket = listener::bind(&name, "127.0.0.1:0").expect("a free port");
+            let (open, certificates) = Listener::open(&name, settings, &socket).expect("a listener");
+            listeners.insert(name, open.address);
+            watched.extend(certificates);
+            runtime.get_handle().spawn(listener::serve(Arc::clone(&gateway), open, socket));
+        }
         // Pingora keeps the handles of such runtimes by thread id, and ids are used again: one that ended would be taken for
         // the next one's. A process has one for life; these live as long as the test binary.
         std::mem::forget(runtime);
-        Self { address, gateway }
+        let address = listeners["public"];
+        Self { address, gateway, listeners, watched }
     }
 
     /// Routes the model "m" to these engines from now on.
@@ -78,36 +97,64 @@ impl Proxy {
     }
 }
 
-fn state(engines: &[SocketAddr]) -> XdsState {
-    let endpoints = engines
+/// Tables in which "m" is served by endpoints "e0", "e1" and so on.
+pub fn state(engines: &[SocketAddr]) -> XdsState {
+    fleet(vec![table("m", engines)], vec![route("m", &[("m", 1)], &[])])
+}
+
+/// The engines of a pool, as `e0`, `e1`, and so on.
+pub fn table(pool: &str, engines: &[SocketAddr]) -> v1::EndpointTable {
+    let endpoint = |(i, address): (usize, &SocketAddr)| v1::Endpoint {
+        id: format!("e{i}"),
+        address: address.to_string(),
+        generation: 1,
+        state: v1::EndpointState::Ready.into(),
+        ..Default::default()
+    };
+    v1::EndpointTable { pool: pool.into(), endpoints: engines.iter().enumerate().map(endpoint).collect() }
+}
+
+/// A route to deployments, by their names and weights.
+pub fn route(model: &str, targets: &[(&str, u32)], fallbacks: &[&str]) -> v1::ModelRoute {
+    let target = |(pool, weight): &(&str, u32)| v1::RouteTarget {
+        pool: (*pool).into(),
+        served_model: (*pool).into(),
+        weight: *weight,
+        adapter: String::new(),
+    };
+    v1::ModelRoute {
+        model: model.into(),
+        targets: targets.iter().map(target).collect(),
+        fallbacks: fallbacks.iter().map(|name| (*name).into()).collect(),
+        created_unix_s: 7,
+        ..Default::default()
+    }
+}
+
+/// What a control plane that has these would tell.
+pub fn fleet(tables: Vec<v1::EndpointTable>, routes: Vec<v1::ModelRoute>) -> XdsState {
+    let resource = |type_url: &str, name: String, value: Vec<u8>| xds::Resource {
+        name,
+        version: "1".into(),
+        resource: Some(xds::Any { type_url: type_url.into(), value }),
+        ..Default::default()
+    };
+    let tables = tables
         .iter()
-        .enumerate()
-        .map(|(i, address)| v1::Endpoint {
-            id: format!("e{i}"),
-            address: address.to_string(),
-            generation: 1,
-            state: v1::EndpointState::Ready.into(),
-            ..Default::default()
-        })
-        .collect();
-    let table = v1::EndpointTable { pool: "m".into(), endpoints };
-    let route =
-        v1::ModelRoute { model: "m".into(), pool: "m".into(), served_model: "m".into(), created_unix_s: 7 };
-    let response = |type_url: &str, value: Vec<u8>| xds::DeltaDiscoveryResponse {
+        .map(|table| resource(xds::ENDPOINT_TABLE_TYPE, table.pool.clone(), table.encode_to_vec()));
+    let routes = routes
+        .iter()
+        .map(|route| resource(xds::MODEL_ROUTE_TYPE, route.model.clone(), route.encode_to_vec()));
+    let response = |type_url: &str, resources: Vec<xds::Resource>| xds::DeltaDiscoveryResponse {
         type_url: type_url.into(),
         system_version_info: "1.1".into(),
         nonce: "1".into(),
-        resources: vec![xds::Resource {
-            name: "m".into(),
-            version: "1".into(),
-            resource: Some(xds::Any { type_url: type_url.into(), value }),
-            ..Default::default()
-        }],
+        resources,
         ..Default::default()
     };
     XdsState::default()
-        .apply(&response(xds::ENDPOINT_TABLE_TYPE, table.encode_to_vec()))
-        .and_then(|state| state.apply(&response(xds::MODEL_ROUTE_TYPE, route.encode_to_vec())))
+        .apply(&response(xds::ENDPOINT_TABLE_TYPE, tables.collect()))
+        .and_then(|state| state.apply(&response(xds::MODEL_ROUTE_TYPE, routes.collect())))
         .expect("a good state")
 }
 
@@ -145,13 +192,18 @@ pub struct Engine {
 impl Engine {
     /// `script` gives the steps for the n-th request.
     pub async fn start(script: impl Fn(usize) -> Vec<Step> + Send + Sync + 'static) -> Self {
-        Self::start_at("127.0.0.1:0", script).await
+        Self::replying(move |number, _| script(number)).await
+    }
+
+    /// The same with a look at the request.
+    pub async fn replying(script: impl Fn(usize, &Seen) -> Vec<Step> + Send + Sync + 'static) -> Self {
+        Self::replying_at("127.0.0.1:0", script).await
     }
 
     /// The same at an address.
-    pub async fn start_at(
+    pub async fn replying_at(
         address: &str,
-        script: impl Fn(usize) -> Vec<Step> + Send + Sync + 'static,
+        script: impl Fn(usize, &Seen) -> Vec<Step> + Send + Sync + 'static,
     ) -> Self {
         let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -175,6 +227,11 @@ impl Engine {
         Self::start(move |_| vec![Step::Send(answer.clone().into_bytes())]).await
     }
 
+    /// Requests that were no probes.
+    pub fn served(&self) -> usize {
+        self.seen.lock().unwrap().iter().filter(|seen| seen.head.starts_with("post")).count()
+    }
+
     pub fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()
     }
@@ -189,15 +246,15 @@ async fn converse(
     mut stream: TcpStream,
     seen: Arc<Mutex<Vec<Seen>>>,
     closed_at: Arc<Mutex<Vec<Instant>>>,
-    script: Arc<impl Fn(usize) -> Vec<Step>>,
+    script: Arc<impl Fn(usize, &Seen) -> Vec<Step>>,
 ) {
     while let Some(request) = read_request(&mut stream).await {
         let number = {
             let mut seen = seen.lock().unwrap();
-            seen.push(request);
+            seen.push(request.clone());
             seen.len() - 1
         };
-        for step in script(number) {
+        for step in script(number, &request) {
             match step {
                 Step::Send(bytes) => {
                     if stream.write_all(&bytes).await.is_err() {
@@ -303,6 +360,11 @@ impl Client {
 
 pub fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|w| w == needle)
+}
+
+/// Ejections for a reason.
+pub fn ejections(proxy: &Proxy, reason: &str) -> u64 {
+    proxy.gateway.metrics.ejections.with_label_values(&[reason]).get()
 }
 
 /// Waits for a condition, not for luck.
