@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use penstock_config::proxy::ProxyConfig;
+use penstock_config::proxy::{Policy, ProxyConfig};
 use penstock_proxy::endpoints::Endpoint;
 use support::{CHAT, Client, Engine, Proxy, Step, chat, eventually, json_answer, post_with};
 
@@ -35,7 +35,7 @@ async fn a_thousand_endpoints_that_came_and_went_leave_nothing() {
     let engine =
         Engine::replying_at("0.0.0.0:0", move |_, _| vec![Step::Send(answer.clone().into_bytes())]).await;
     let mut config = ProxyConfig::default();
-    config.routing.policy = "round_robin".into();
+    config.routing.policy = Policy::RoundRobin;
     config.upstream.keepalive_ms = 300;
     let proxy = Proxy::start(config, &addresses(0, engine.address.port()));
     let mut client = Client::connect(proxy.address).await;

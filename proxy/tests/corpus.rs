@@ -26,8 +26,8 @@ fn replay(target: &str, check: impl Fn(&[u8])) {
         let input = std::fs::read(&name).unwrap();
         eprintln!("{}", name.display());
         check(&input);
-        // What a transfer cuts off is an input, too.
-        for end in 0..input.len() {
+        // What a transfer cuts off is an input, too: every beginning, of long ones some two hundred.
+        for end in (0..input.len()).step_by(1 + input.len() / 200) {
             check(&input[..end]);
         }
     }

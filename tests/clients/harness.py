@@ -57,6 +57,11 @@ class Gateway:
             raise NeedsSimulator
         return self.engines
 
+    def controlplane(self) -> str:
+        """host:port of its control plane."""
+        self.simulators()
+        return json.loads(os.environ["PENSTOCK_UP"])["controlplane"]
+
     def truth(self, path: str, body: dict) -> dict | None:
         """What an engine answers to `body` when it is asked directly: simulated tokens follow from the request alone."""
         return ask(self.engines[0], "POST", path, {"model": self.model, **body}) if self.engines else None
@@ -93,6 +98,14 @@ class Gateway:
         while busy := self.state("in_flight") + self.state("running") + self.state("waiting"):
             assert time.monotonic() < deadline, f"{busy} requests still run {SETTLE_S} s after their client left"
             time.sleep(0.01)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for what a control plane has been told to be so."""
+    deadline = time.monotonic() + SETTLE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {SETTLE_S} s"
+        time.sleep(0.02)
 
 
 def expect_raise(kind: type[BaseException], call: Callable[[], object]) -> BaseException:

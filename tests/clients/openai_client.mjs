@@ -145,6 +145,18 @@ const checks = {
         assert.notDeepEqual(data[0].embedding, data[1].embedding);
         return `2 vectors of ${data[0].embedding.length}`;
     },
+    async "audio, transcription"() {
+        if (engines.length === 0) throw new NeedsSimulator();
+        const sound = Buffer.alloc(1_000_000, "sound");
+        const heard = async (by) => {
+            const file = await OpenAI.toFile(sound, "sound.wav", { type: "audio/wav" });
+            return (await by.audio.transcriptions.create({ model, file })).text;
+        };
+        const text = await heard(client);
+        assert.ok(text, "nothing was heard");
+        assert.equal(text, await heard(client.withOptions({ baseURL: `http://${engines[0]}/v1` })));
+        return `${sound.length} bytes`;
+    },
     async "bad requests"() {
         const unknown = await raises(OpenAI.NotFoundError, () => chat("x", { model: "no-such-model" }));
         assert.equal(unknown.code, "model_not_found");

@@ -9,7 +9,7 @@ import time
 
 import openai
 
-from harness import TIMEOUT_S, Gateway, expect_raise, main
+from harness import TIMEOUT_S, Gateway, ask, expect_raise, main, until
 
 User = list[dict[str, str]]
 
@@ -157,6 +157,53 @@ def check_responses_stream(client: openai.OpenAI, gateway: Gateway) -> str:
     return f"{len(kinds)} events"
 
 
+def check_alias(client: openai.OpenAI, gateway: Gateway) -> str:
+    """A route made while the client runs: listed, answered under its own name, gone when it is deleted."""
+    path = "/api/v2/routes/assistant"
+    ask(gateway.controlplane(), "PUT", path, {"targets": [{"model": gateway.model, "weight": 100}], "fallbacks": []})
+    try:
+        until(lambda: "assistant" in [entry.id for entry in client.models.list()])
+        answer = client.chat.completions.create(model="assistant", messages=user("Alias."), max_tokens=8)
+        gateway.same_text(answer.choices[0].message.content, "Alias.", 8)
+    finally:
+        ask(gateway.controlplane(), "DELETE", path)
+    until(lambda: "assistant" not in [entry.id for entry in client.models.list()])
+    return "assistant"
+
+
+def check_transcription(client: openai.OpenAI, gateway: Gateway) -> str:
+    """What the engine hears in a file depends on each of its bytes."""
+    sound = bytes(range(256)) * 4000
+
+    def heard(by: openai.OpenAI, **more: object) -> object:
+        return by.audio.transcriptions.create(model=gateway.model, file=("sound.wav", sound, "audio/wav"), **more)
+
+    [engine, *_] = gateway.simulators()
+    truth = heard(client.with_options(base_url=f"http://{engine}/v1")).text
+    assert truth, "the engine heard nothing"
+    assert heard(client).text == truth
+    assert heard(client, response_format="text").strip() == truth
+    translated = client.audio.translations.create(model=gateway.model, file=("sound.wav", sound, "audio/wav"))
+    assert translated.text == truth, translated
+    error = expect_raise(
+        openai.NotFoundError,
+        lambda: client.audio.transcriptions.create(model="no-such-model", file=("sound.wav", b"x", "audio/wav")),
+    )
+    assert error.code == "model_not_found", error
+    return f"{len(sound)} bytes heard as {truth[:20]!r}"
+
+
+def check_speech(client: openai.OpenAI, gateway: Gateway) -> str:
+    [engine, *_] = gateway.simulators()
+
+    def said(by: openai.OpenAI) -> bytes:
+        return by.audio.speech.create(model=gateway.model, voice="alloy", input="Say it.").content
+
+    sound = said(client)
+    assert sound.startswith(b"RIFF") and sound == said(client.with_options(base_url=f"http://{engine}/v1")), sound[:50]
+    return f"{len(sound)} bytes"
+
+
 def check_bad_requests(client: openai.OpenAI, gateway: Gateway) -> str:
     chat = client.chat.completions
     unknown = expect_raise(
@@ -283,6 +330,9 @@ CHECKS = {
     "rerank": check_rerank,
     "responses": check_responses,
     "responses, streaming": check_responses_stream,
+    "alias": check_alias,
+    "audio, transcription": check_transcription,
+    "audio, speech": check_speech,
     "bad requests": check_bad_requests,
     "keys": check_keys,
     "engine's errors": check_engine_errors,
