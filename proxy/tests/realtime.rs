@@ -75,14 +75,12 @@ async fn echo(stream: TcpStream, heads: &Mutex<Vec<String>>) {
     };
     let Ok(mut socket) = accept_hdr_async(stream, remember).await else { return };
     while let Some(Ok(message)) = socket.next().await {
-        match message {
-            Message::Text(text) if text.as_str() == "die" => return,
-            message if message.is_text() || message.is_binary() => {
-                if socket.send(message).await.is_err() {
-                    return;
-                }
-            }
-            _ => {}
+        if matches!(&message, Message::Text(text) if text.as_str() == "die") {
+            return;
+        }
+        let said = message.is_text() || message.is_binary();
+        if said && socket.send(message).await.is_err() {
+            return;
         }
     }
 }
