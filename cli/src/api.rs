@@ -22,6 +22,11 @@ pub(crate) enum ApiError {
          Is it running? `penstock up` starts one; --controlplane URL names another."
     )]
     Unreachable { url: String, origin: String, reason: String },
+    /// A proxy's private port did not answer.
+    #[error(
+        "cannot reach the proxy at {url} (from {origin}): {reason}\nIs it running? --proxy URL names its private port."
+    )]
+    ProxyUnreachable { url: String, origin: String, reason: String },
     /// 404.
     #[error("{0}")]
     NotFound(String),

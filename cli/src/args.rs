@@ -10,8 +10,8 @@ const EXIT_CODES: &str = "Exit codes:
   0  done
   1  failed: the server said no, a port is taken, not ready in time
   2  wrong usage or settings
-  3  the control plane cannot be reached
-  4  the control plane knows no such thing";
+  3  the control plane, or a proxy, cannot be reached
+  4  it knows no such thing";
 
 /// Penstock: a gateway for fleets of vLLM engines.
 #[derive(Debug, Parser)]
@@ -54,6 +54,8 @@ pub(crate) enum Command {
     Proxies(Remote),
     /// Versions of this program and of the control plane
     Version(Remote),
+    /// Why a request went where it went: what each pick saw, what failed, what followed
+    Explain(ExplainArgs),
     /// Compare routing policies on a simulated fleet; talks to nobody
     Simulate(SimulateArgs),
     /// Print a completion script: penstock completions bash > /etc/bash_completion.d/penstock
@@ -274,6 +276,23 @@ pub(crate) struct EndpointsArgs {
     pub(crate) model: Option<String>,
     #[command(flatten)]
     pub(crate) remote: Remote,
+}
+
+/// `penstock explain`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ExplainArgs {
+    /// Its name: the answer's x-request-id header, or request_id in the access log
+    pub(crate) request_id: String,
+    /// Private port of a proxy that may have served it, repeatable [default: that of the `penstock up` on --data-dir,
+    /// else http://127.0.0.1:18081]
+    #[arg(long, value_name = "URL", value_hint = ValueHint::Url)]
+    pub(crate) proxy: Vec<String>,
+    /// Data directory of the `penstock up` to ask [default: ~/.local/share/penstock]
+    #[arg(long, value_name = "DIR", env = "PENSTOCK_DATA_DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Print the proxy's JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 fn name_and_value(text: &str) -> Result<(String, String), String> {

@@ -1,8 +1,10 @@
-//! The operator's commands: each is one call of the REST API, printed. [`simulate`] alone calls nobody.
+//! The operator's commands: each is one call of the REST API, printed. [`explain`] asks proxies instead, [`simulate`] nobody.
 
 mod deployments;
+mod explain;
 mod routes;
 pub(crate) mod simulate;
+mod story;
 mod views;
 mod wait;
 
@@ -40,6 +42,7 @@ async fn run(command: Command) -> Result<(), ApiError> {
         Command::Delete(args) => deployments::delete(&args).await,
         Command::Drain(args) => deployments::drain(&args, true).await,
         Command::Undrain(args) => deployments::drain(&args, false).await,
+        Command::Explain(args) => explain::run(&args).await,
         Command::Simulate(args) => simulate::run(&args),
         Command::Completions { shell } => completions(shell),
         Command::Up(_)

@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::{SocketAddr, ToSocketAddrs},
     sync::{Arc, Mutex, PoisonError},
+    time::Instant,
 };
 
 use arc_swap::ArcSwap;
@@ -77,6 +78,8 @@ pub struct Snapshot {
     pub version: Version,
     /// Whether any state was ever applied; false only before the first.
     pub loaded: bool,
+    /// When it was put in use; `None` before the first.
+    pub applied: Option<Instant>,
     /// By client-visible name.
     pub routes: BTreeMap<String, Arc<Route>>,
     /// By pool name.
@@ -150,7 +153,7 @@ impl EndpointTable {
             .iter()
             .map(|(name, route)| (name.clone(), next_route(old.routes.get(name), name, &route.value)))
             .collect();
-        Snapshot { version: state.version(), loaded: true, routes, pools }
+        Snapshot { version: state.version(), loaded: true, applied: Some(Instant::now()), routes, pools }
     }
 
     fn next_pool(&self, old: Option<&Arc<Pool>>, table: &Arc<v1::EndpointTable>) -> Arc<Pool> {

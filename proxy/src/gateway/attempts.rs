@@ -9,20 +9,22 @@ use penstock_config::proxy::Patience;
 use pingora_core::protocols::http::ServerSession;
 use tokio::time::{Instant, sleep_until};
 
-use super::Gateway;
+use super::{Done, Gateway};
 use crate::{
     admission::queue::{Freed, Full, Number, Waiting},
     downstream::{self, respond},
-    endpoints::{Endpoint, Ticket, table::Target},
+    endpoints::{Endpoint, Pool, Ticket, table::Target},
     error::{GatewayError, UpstreamFailure},
     health,
     record::Record,
     routing::{
         self, Unpicked,
-        policy::{Asked, Rules},
+        considered::Considered,
+        policy::{Asked, How, Rules},
     },
     streaming::relay::{self, RelayContext},
     upstream::{
+        answers,
         client::{Answer, Failed, Open, Whole},
         request::EngineRequest,
         retry::{self, Next},
@@ -35,7 +37,7 @@ const MODEL: &str = "x-penstock-model";
 /// What came of asking a target's engines.
 pub(super) enum Outcome {
     /// The client has its answer, or the beginning of one.
-    Answered,
+    Answered(Done),
     /// It has seen nothing; the last failure, if any engine was asked.
     Unanswered(Option<Failed>),
     /// It has seen nothing, and each engine is at its limit.
@@ -57,10 +59,14 @@ struct Search<'a> {
     number: Option<Number>,
     /// When it first had to, and how long it will.
     waiting_since: Option<(u64, Instant)>,
+    /// Time it spent there and was not told of yet.
+    queued: Duration,
+    /// Whether somebody wants to read what picks look at.
+    considers: bool,
 }
 
 impl<'a> Search<'a> {
-    fn new(target: &'a Target, asked: &'a Asked<'a>, rules: Rules) -> Self {
+    fn new(target: &'a Target, asked: &'a Asked<'a>, rules: Rules, considers: bool) -> Self {
         Self {
             target,
             asked,
@@ -71,6 +77,8 @@ impl<'a> Search<'a> {
             last: None,
             number: None,
             waiting_since: None,
+            queued: Duration::ZERO,
+            considers,
         }
     }
 }
@@ -79,9 +87,17 @@ impl<'a> Search<'a> {
 pub(super) struct Place {
     ticket: Ticket,
     _freed: Freed,
+    /// Where it was found, how, and what else was looked at.
+    pool: Arc<Pool>,
+    how: How,
+    seen: Option<Box<Considered>>,
 }
 
 impl Place {
+    pub(super) fn ticket(&self) -> &Ticket {
+        &self.ticket
+    }
+
     fn endpoint(&self) -> &Arc<Endpoint> {
         self.ticket.endpoint()
     }
@@ -107,25 +123,38 @@ impl Gateway {
         let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(None)) };
         pool.budget.earn();
         let patience = self.config.upstream.patience(model);
-        let mut search = Search::new(target, asked, self.pick_rules.of(model));
+        let mut search = Search::new(target, asked, self.pick_rules.of(model), record.considers());
         loop {
-            let place = match self.place(session, &mut search, waits).await? {
+            let placed = self.place(session, &mut search, waits).await;
+            record.queued(std::mem::take(&mut search.queued));
+            // Under overload thousands come by here; what a sample of them saw will do.
+            if !matches!(placed, Ok(Ok(_)))
+                && (placed.is_ok() || record.considers())
+                && let Some(pool) = self.pool(target)?
+            {
+                record.unplaced(&pool, &search.tried, search.rules.policy, self.now_ms());
+            }
+            let mut place = match placed? {
                 Ok(place) => place,
                 Err(Unpicked::Nobody) => return Ok(Outcome::Unanswered(search.last)),
                 Err(Unpicked::Saturated) => return Ok(Outcome::Saturated),
             };
+            let how = (search.rules.policy, place.how);
+            record.picked(&place.pool, place.ticket.endpoint(), how, place.seen.take());
             let first_byte = Duration::from_millis(patience.first_byte_ms);
             let answered = tokio::select! {
                 biased;
-                answered = self.engines.ask(place.endpoint(), request, first_byte, |origin| self.metrics.connected(origin)) => answered,
+                answered = self.engines.ask(place.endpoint(), request, first_byte, |origin| record.connected(origin)) => answered,
                 () = downstream::gone(session) => return Err(GatewayError::ClientGone),
                 () = self.lifecycle.cut().cancelled() => return Err(GatewayError::Draining),
             };
             let failed = match answered {
                 Ok(mut answer) => {
                     name_model(&mut answer, model, target);
-                    self.hand_on(session, record, answer, place, patience).await?;
-                    return Ok(Outcome::Answered);
+                    return self
+                        .hand_on(session, record, answer, place, patience)
+                        .await
+                        .map(Outcome::Answered);
                 }
                 Err(failed) => failed,
             };
@@ -134,7 +163,9 @@ impl Gateway {
             let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(Some(failed))) };
             let budget = || pool.budget.take(self.now_ms());
             let attempts = self.config.upstream.attempts;
-            match retry::after_failure(failed.failure, search.tries, attempts, search.resent, budget) {
+            let next = retry::after_failure(failed.failure, search.tries, attempts, search.resent, budget);
+            record.attempt_failed(&failed, next);
+            match next {
                 // A full engine may have room later; the others it was sick for are not asked again.
                 Next::Retry if failed.failure == UpstreamFailure::Busy => {}
                 Next::Retry => search.tried.push(Arc::clone(&place.endpoint().id)),
@@ -196,7 +227,9 @@ impl Gateway {
                 Err(saturated())
             }
         };
-        self.metrics.queue_wait.observe(Duration::from_millis(self.now_ms() - now_ms).as_secs_f64());
+        let waited = Duration::from_millis(self.now_ms() - now_ms);
+        self.metrics.queue_wait.observe(waited.as_secs_f64());
+        search.queued += waited;
         found
     }
 
@@ -219,10 +252,13 @@ impl Gateway {
         let Some(pool) = self.pool(search.target)? else { return Ok(Err(Unpicked::Nobody)) };
         let chance = |n| fastrand::usize(0..n);
         let with = (&self.pick_rules, &search.rules);
-        let picked = routing::pick(&pool, &search.tried, search.asked, self.now_ms(), with, chance);
+        let mut seen: Option<Box<Considered>> = search.considers.then(Box::default);
+        let (tried, now_ms) = (&search.tried, self.now_ms());
+        let picked =
+            routing::pick_seen(&pool, tried, search.asked, now_ms, with, chance, seen.as_deref_mut());
         Ok(picked.map(|(ticket, how)| {
             self.metrics.picks.with_label_values(&[search.rules.policy.name(), how.label()]).inc();
-            Place { ticket, _freed: Freed(Arc::clone(&pool.queue)) }
+            Place { ticket, _freed: Freed(Arc::clone(&pool.queue)), pool, how, seen }
         }))
     }
 
@@ -234,7 +270,7 @@ impl Gateway {
         answer: Answer,
         place: Place,
         patience: Patience,
-    ) -> Result<(), GatewayError> {
+    ) -> Result<Done, GatewayError> {
         record.begun();
         match answer {
             Answer::Whole(whole) => {
@@ -244,6 +280,10 @@ impl Gateway {
                 self.write_whole(session, record, *whole).await
             }
             Answer::Open(open) => self.stream(session, record, *open, place, patience).await,
+            Answer::Upgraded(upgraded) => {
+                self.note_beginning(&place.ticket, StatusCode::OK, false);
+                self.upgrade(session, record, *upgraded, place).await
+            }
         }
     }
 
@@ -254,7 +294,7 @@ impl Gateway {
         open: Open,
         place: Place,
         patience: Patience,
-    ) -> Result<(), GatewayError> {
+    ) -> Result<Done, GatewayError> {
         record.status(open.head.status.as_u16());
         self.note_beginning(&place.ticket, open.head.status, open.events.is_some());
         let pulse = place.ticket.pulse(self.started);
@@ -266,10 +306,7 @@ impl Gateway {
             metrics: &self.metrics,
         };
         let relayed = relay::relay(session, open, &context).await;
-        record.usage(&relayed.facts.usage);
-        if relayed.facts.error.is_some() {
-            self.metrics.inband_errors.inc();
-        }
+        record.relayed(&relayed);
         match (&relayed.outcome, &relayed.facts.error) {
             (Ok(()), None) => self.note_end(&place.ticket),
             (Ok(()), Some(message)) => {
@@ -284,19 +321,21 @@ impl Gateway {
         if let Some(connection) = relayed.connection {
             self.engines.release(connection, place.endpoint()).await;
         }
-        relayed.outcome
+        relayed.outcome.map(|()| Done::Answered)
     }
 
     async fn write_whole(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
-        whole: Whole,
-    ) -> Result<(), GatewayError> {
+        mut whole: Whole,
+    ) -> Result<Done, GatewayError> {
+        answers::normalise(&mut whole, record.shape());
         record.status(whole.head.status.as_u16());
-        record.tail(&whole.body);
+        record.whole(&whole.body);
         self.metrics.bytes_out.inc_by(whole.body.len() as u64);
-        respond::whole_with_head(session, whole.head, whole.body).await.map_err(|_| GatewayError::ClientGone)
+        let written = respond::whole_with_head(session, whole.head, whole.body).await;
+        written.map(|()| Done::Answered).map_err(|_| GatewayError::ClientGone)
     }
 
     /// No attempt is left: the engine's own error answer if there is one, else ours.
@@ -306,7 +345,7 @@ impl Gateway {
         record: &mut Record<'_>,
         model: &str,
         last: Option<Failed>,
-    ) -> Result<(), GatewayError> {
+    ) -> Result<Done, GatewayError> {
         match last {
             Some(Failed { answer: Some(whole), .. }) => self.write_whole(session, record, *whole).await,
             Some(failed) => Err(GatewayError::Upstream(failed.failure)),
@@ -314,7 +353,7 @@ impl Gateway {
         }
     }
 
-    fn note_failure(&self, ticket: &Ticket, failed: &Failed) {
+    pub(super) fn note_failure(&self, ticket: &Ticket, failed: &Failed) {
         let endpoint = ticket.endpoint();
         self.metrics.attempt_failures.with_label_values(&[failed.failure.label()]).inc();
         tracing::debug!(
@@ -339,7 +378,7 @@ impl Gateway {
         status.is_success()
     }
 
-    fn note_end(&self, ticket: &Ticket) {
+    pub(super) fn note_end(&self, ticket: &Ticket) {
         let change = ticket.finished(self.now_ms(), &self.health_rules);
         health::report(&self.metrics, ticket.endpoint(), change, "");
     }
@@ -351,6 +390,7 @@ fn name_model(answer: &mut Answer, model: &str, target: &Target) {
         let head = match answer {
             Answer::Whole(whole) => &mut whole.head,
             Answer::Open(open) => &mut open.head,
+            Answer::Upgraded(upgraded) => &mut upgraded.head,
         };
         // A name that no header can hold is not worth the answer.
         head.insert_header(MODEL, &*target.pool).ok();

@@ -13,7 +13,7 @@ use pingora_core::{
 };
 use pingora_error::ErrorType;
 
-use super::Gateway;
+use super::{Done, Gateway};
 use crate::{
     downstream::{peer::Peer, respond},
     drain,
@@ -103,7 +103,8 @@ impl Gateway {
             None => Some(GatewayError::HeadTimeout),
         };
         if let Some(error) = refused {
-            let mut record = Record::new(&self.metrics);
+            let mut record = Record::new(&self.telemetry);
+            record.client(host.peer.address.ip());
             record.failed(&error);
             if error != GatewayError::ClientGone {
                 let id = record.request_id();
@@ -112,7 +113,9 @@ impl Gateway {
             }
             return None;
         }
-        let mut record = Record::new(&self.metrics);
+        let mut record = Record::new(&self.telemetry);
+        record.client(host.peer.address.ip());
+        record.head(session.req_header());
         let _counted = self.lifecycle.request();
         session.set_write_timeout(Some(Duration::from_millis(limits.write_stall_ms)));
         session.set_total_drain_timeout(Some(Duration::from_millis(limits.body_idle_ms)));
@@ -121,7 +124,12 @@ impl Gateway {
             let keepalive = self.config.public.keepalive_s;
             session.set_keepalive((keepalive > 0 && !*shutdown.borrow()).then_some(keepalive));
         }
-        if let Err(error) = self.handle(&mut session, &mut record, &host.peer).await {
+        let handled = self.handle(&mut session, &mut record, &host.peer).await;
+        if let Ok(Done::Upgraded(tunnel)) = handled {
+            self.tunnel(session, &mut record, *tunnel).await;
+            return None;
+        }
+        if let Err(error) = handled {
             record.failed(&error);
             let shape = record.shape();
             respond::error(&mut session, &error, shape, record.request_id(), limits).await.ok()?;

@@ -21,6 +21,7 @@ use penstock_proto::{v1, xds};
 use penstock_proxy::{
     gateway::Gateway,
     listener::{self, Listener},
+    telemetry::access_log,
     xds::state::XdsState,
 };
 use prost::Message;
@@ -50,7 +51,13 @@ impl Proxy {
 
     /// A gateway that knows this state.
     pub fn start_on(config: ProxyConfig, state: &XdsState) -> Self {
-        let gateway = Arc::new(Gateway::new(config.clone()).expect("valid settings"));
+        let mut gateway = Gateway::new(config.clone()).expect("valid settings");
+        if config.telemetry.access_log != "stdout" {
+            let log =
+                access_log::open(&config.telemetry, &gateway.metrics).expect("a log that can be opened");
+            gateway.log_to(log);
+        }
+        let gateway = Arc::new(gateway);
         gateway.table.apply(state);
         let runtime = listener::runtime(&config.public);
         let (mut listeners, mut watched) = (BTreeMap::new(), Vec::new());
