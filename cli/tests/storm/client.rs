@@ -207,7 +207,7 @@ impl Client {
         let slot = &self.shared.h2[slot];
         let present = slot.lock().unwrap().clone().filter(|sender| !sender.is_closed());
         if let Some(sender) = present
-            && hash % 50 != 0
+            && !hash.is_multiple_of(50)
         {
             return Ok(sender);
         }
