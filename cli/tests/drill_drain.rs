@@ -48,7 +48,7 @@ async fn a_drained_endpoint_ends_what_it_has_and_stays_drained_until_it_is_undra
 }
 
 /// Requests for tokens that an engine was ever given, probes not counted.
-async fn completions(address: &str) -> u64 {
+async fn completions(address: &str) -> f64 {
     let text = support::client()
         .get(format!("http://{address}/metrics"))
         .send()
@@ -59,5 +59,5 @@ async fn completions(address: &str) -> u64 {
         .unwrap();
     let of = |line: &str| line.starts_with("http_requests_total") && line.contains("/v1/chat/completions");
     let count = |line: &str| line.rsplit(' ').next().and_then(|n| n.parse::<f64>().ok()).unwrap_or_default();
-    text.lines().filter(|line| of(line)).map(count).sum::<f64>() as u64
+    text.lines().filter(|line| of(line)).map(count).sum::<f64>()
 }

@@ -77,6 +77,7 @@ impl Plan {
             args: self.engine_args.clone(),
             env: self.engine_env.clone(),
             gpus_per_replica: Some(1),
+            lora: Vec::new(), // adapters come with --engine-arg, or by `penstock deploy`
         }
     }
 

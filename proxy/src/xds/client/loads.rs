@@ -75,11 +75,11 @@ mod tests {
         Resource { name: name.into(), resource: Some(any), ..Default::default() }
     }
 
-    fn heard(
-        response: &DeltaDiscoveryResponse,
-        state: &XdsState,
-    ) -> (Vec<(String, u32)>, Result<(), Vec<String>>) {
-        let heard = Arc::<Mutex<Vec<(String, u32)>>>::default();
+    /// An endpoint and the requests that run there.
+    type Heard = (String, u32);
+
+    fn heard(response: &DeltaDiscoveryResponse, state: &XdsState) -> (Vec<Heard>, Result<(), Vec<String>>) {
+        let heard = Arc::<Mutex<Vec<Heard>>>::default();
         let noted = Arc::clone(&heard);
         let sink: LoadSink =
             Box::new(move |name, load| noted.lock().unwrap().push((name.to_owned(), load.running)));
