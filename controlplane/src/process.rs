@@ -194,6 +194,7 @@ async fn with_store(
         leadership,
         views: keeper.subscribe(),
         roster: Roster::default(),
+        demands: Default::default(),
         hub: Hub::default(),
         reports: watch::Sender::default(),
         metrics,

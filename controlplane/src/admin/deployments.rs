@@ -2,13 +2,16 @@
 
 use std::{
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use axum::{
     Json,
     body::Bytes,
-    extract::{State, rejection::BytesRejection},
+    extract::{
+        Path, State,
+        rejection::{BytesRejection, PathRejection},
+    },
     http::{HeaderMap, StatusCode, Uri},
 };
 use serde_json::{Value, json};
@@ -17,6 +20,8 @@ use super::{body, error::ApiError, show};
 use crate::{
     core::Core,
     model::{Deployment, validate},
+    plan::scale,
+    reconcile::Reports,
     store::{Compare, Entry, Revision, Txn, TxnOutcome, keys},
 };
 
@@ -44,8 +49,7 @@ pub(super) async fn list(State(core): State<Arc<Core>>) -> Json<Value> {
     let shown: Vec<Value> = deployed
         .map(|(name, model, stored)| {
             let endpoints = show::endpoints(&view, name, model, &nodes);
-            let waiting = reports.waiting.get(name).cloned().unwrap_or_default();
-            shown(&stored.value, stored.mod_revision, show::status(&endpoints, waiting))
+            shown(&stored.value, stored.mod_revision, status(&stored.value, &endpoints, &reports))
         })
         .collect();
     Json(json!({ "deployments": shown }))
@@ -93,6 +97,7 @@ pub(super) async fn put(
             replicas: asked.replicas,
             spec: asked.spec.clone(),
             created_unix_s: before.map_or(i64::try_from(now).unwrap_or(0), |d| d.created_unix_s),
+            policy: asked.policy.clone(),
         })
     };
     let (created, deployment, revision) = write(&core, &name, change).await?;
@@ -107,9 +112,13 @@ pub(super) async fn patch(
     bytes: Result<Bytes, BytesRejection>,
 ) -> Answer {
     let name = model_in(&uri)?;
-    let replicas = validate::scale_body(&body(&headers, bytes)?, core.config.limits.max_replicas)?;
+    let asked = validate::patch_body(&body(&headers, bytes)?, core.config.limits.max_replicas)?;
     let change = |before: Option<Deployment>| {
-        before.map(|before| Deployment { replicas, ..before }).ok_or_else(|| unknown(&name))
+        let mut deployment = before.ok_or_else(|| unknown(&name))?;
+        deployment.replicas = asked.replicas.unwrap_or(deployment.replicas);
+        let rollout = &mut deployment.policy.rollout;
+        rollout.paused = asked.paused.unwrap_or(rollout.paused);
+        Ok(deployment)
     };
     let (_, deployment, revision) = write(&core, &name, change).await?;
     Ok((StatusCode::OK, Json(with_status(&core, &deployment, revision))))
@@ -130,6 +139,28 @@ pub(super) async fn delete(State(core): State<Arc<Core>>, uri: Uri) -> Answer {
         }
     }
     Err(ApiError::conflict())
+}
+
+/// Somebody waits for a model that sleeps: it gets a replica again. Says how many it shall have now.
+pub(super) async fn wake(
+    State(core): State<Arc<Core>>,
+    model: Result<Path<String>, PathRejection>,
+    headers: HeaderMap,
+    bytes: Result<Bytes, BytesRejection>,
+) -> Answer {
+    let Ok(Path(name)) = model else { return Err(ApiError::not_found("the model's name is not UTF-8")) };
+    validate::model_name(&name)?;
+    let queued = match bytes.as_ref().is_ok_and(Bytes::is_empty) {
+        true => 1,
+        false => validate::wake_body(&body(&headers, bytes)?)?,
+    };
+    let view = core.view();
+    let model = view.models.get(&name);
+    let stored = model.and_then(|m| m.deployment.as_ref()).ok_or_else(|| unknown(&name))?;
+    core.demands.ask(&name, queued, Instant::now());
+    let scaled_to = model.and_then(|m| m.placement.as_ref()).and_then(|p| p.value.scaled_to);
+    let wanted = scale::present(&stored.value, scaled_to);
+    Ok((StatusCode::ACCEPTED, Json(json!({ "model": name, "queued": queued, "wanted": wanted }))))
 }
 
 /// Replaces the deployment by what `change` makes of it; one that stays the same is not written.
@@ -178,8 +209,21 @@ fn with_status(core: &Core, deployment: &Deployment, revision: Revision) -> Valu
     let name = &deployment.model;
     let endpoints =
         view.models.get(name).map(|model| show::endpoints(&view, name, model, &nodes)).unwrap_or_default();
-    let waiting = core.reports.borrow().waiting.get(name).cloned().unwrap_or_default();
-    shown(deployment, revision, show::status(&endpoints, waiting))
+    let reports = core.reports.borrow().clone();
+    shown(deployment, revision, status(deployment, &endpoints, &reports))
+}
+
+fn status(deployment: &Deployment, endpoints: &[show::EndpointShown], reports: &Reports) -> show::Status {
+    let name = &deployment.model;
+    let waiting = reports.waiting.get(name).cloned().unwrap_or_default();
+    show::Status {
+        wanted: match deployment.policy.autoscaling {
+            Some(_) => reports.wanted.get(name).copied().unwrap_or(deployment.replicas),
+            None => deployment.replicas,
+        },
+        stalled: reports.stalled.contains(name),
+        ..show::status(endpoints, waiting)
+    }
 }
 
 fn shown(deployment: &Deployment, revision: Revision, status: show::Status) -> Value {
@@ -191,6 +235,11 @@ fn shown(deployment: &Deployment, revision: Revision, status: show::Status) -> V
         "args": deployment.spec.args,
         "env": deployment.spec.env,
         "gpus_per_replica": deployment.spec.gpus_per_replica,
+        "resources": deployment.spec.resources,
+        "placement": deployment.policy.placement,
+        "rollout": deployment.policy.rollout,
+        "disruption": deployment.policy.disruption,
+        "autoscaling": deployment.policy.autoscaling,
         "created_unix_s": deployment.created_unix_s,
         "revision": revision,
         "status": status,

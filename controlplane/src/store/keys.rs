@@ -15,6 +15,8 @@ pub const ENDPOINTS: &str = "/endpoints/";
 pub const NODES: &str = "/nodes/";
 /// Prefix of drains.
 pub const DRAINS: &str = "/drains/";
+/// Prefix of what operators say of nodes.
+pub const NODE_POLICIES: &str = "/node-policies/";
 /// Holds the term that may write, in decimal.
 pub const LEADER: &str = "/meta/leader";
 /// Holds the last generation given out, in decimal.
@@ -42,6 +44,11 @@ pub fn endpoint(model: &str, replica_id: &str) -> String {
 /// A node that is present.
 pub fn node(node_id: &str) -> String {
     format!("{NODES}{}", encode(node_id))
+}
+
+/// What an operator says of a node, present or not.
+pub fn node_policy(node_id: &str) -> String {
+    format!("{NODE_POLICIES}{}", encode(node_id))
 }
 
 /// An operator's drain.
