@@ -3,7 +3,7 @@
 //! `/livez` says that the process runs and nothing else. `/readyz` is 200 while there are routes and no drain; with the
 //! control plane away it stays 200 and says `degraded`, since requests are served.
 
-use std::sync::Arc;
+use std::{net::TcpListener, sync::Arc};
 
 use axum::{
     Json, Router,
@@ -13,8 +13,15 @@ use axum::{
     routing::get,
 };
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
-use crate::{endpoints::Endpoint, gateway::Gateway, telemetry::metrics, xds::status::XdsStatus};
+use crate::{
+    endpoints::Endpoint,
+    gateway::Gateway,
+    telemetry::metrics,
+    upgrade::{VERSION, command::Process},
+    xds::status::XdsStatus,
+};
 
 /// What the handlers look at.
 #[derive(Debug, Clone)]
@@ -33,7 +40,22 @@ pub fn router(state: PrivateState) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(show_metrics))
         .route("/debug/endpoints", get(debug_endpoints))
+        .route("/debug/process", get(debug_process))
         .with_state(state)
+}
+
+/// Serves them on `socket` until `stop`.
+pub async fn serve(socket: TcpListener, state: PrivateState, stop: CancellationToken) {
+    let listener = socket.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(socket));
+    let served = match listener {
+        Ok(listener) => {
+            axum::serve(listener, router(state)).with_graceful_shutdown(stop.cancelled_owned()).await
+        }
+        Err(e) => Err(e),
+    };
+    if let Err(e) = served {
+        tracing::error!(error = %e, "the private port is lost");
+    }
 }
 
 async fn readyz(State(state): State<PrivateState>) -> Response {
@@ -74,6 +96,15 @@ async fn show_metrics(State(state): State<PrivateState>) -> String {
         draining: gateway.lifecycle.is_draining(),
         body_bytes_held: gateway.bodies.held_bytes(),
         now_ms: gateway.now_ms(),
+    })
+}
+
+async fn debug_process(State(state): State<PrivateState>) -> Json<Process> {
+    Json(Process {
+        pid: std::process::id(),
+        version: VERSION.into(),
+        uptime_s: state.gateway.now_ms() / 1_000,
+        upgrades: state.gateway.lifecycle.upgrades.view(),
     })
 }
 

@@ -10,15 +10,17 @@ mod queue;
 mod routing;
 mod upstream;
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 pub use self::{
     auth::{AuthConfig, parse_key},
     discovery::DiscoveryConfig,
-    drain::DrainConfig,
+    drain::{DrainConfig, UpgradeConfig},
     health::OutlierConfig,
     limits::LimitsConfig,
-    listeners::{PrivateConfig, PublicConfig},
+    listeners::{ListenerConfig, PUBLIC, PrivateConfig, PublicConfig},
     queue::QueueConfig,
     routing::{Policy, RoutingConfig},
     upstream::{Patience, UpstreamConfig},
@@ -33,6 +35,8 @@ pub struct ProxyConfig {
     pub log: LogConfig,
     /// Where clients connect, and with how many threads they are served.
     pub public: PublicConfig,
+    /// Further sockets for clients, by name: TLS, PROXY protocol.
+    pub listeners: BTreeMap<String, ListenerConfig>,
     /// Probes, metrics and debugging.
     pub private: PrivateConfig,
     /// Where endpoint tables come from.
@@ -51,15 +55,28 @@ pub struct ProxyConfig {
     pub outlier: OutlierConfig,
     /// How it stops.
     pub drain: DrainConfig,
+    /// How it gives way to a new binary.
+    pub upgrade: UpgradeConfig,
 }
 
 impl ProxyConfig {
+    /// Every socket for clients, by name, `[public]` first where there is one.
+    pub fn client_listeners(&self) -> Vec<(String, ListenerConfig)> {
+        let public = (!self.public.listen.is_empty()).then(|| (PUBLIC.to_owned(), self.public.listener()));
+        let further = self.listeners.iter().map(|(name, listener)| (name.clone(), listener.clone()));
+        public.into_iter().chain(further).collect()
+    }
+
     /// Rules that types cannot say. The error names the key and what is accepted.
     pub fn validate(&self) -> Result<(), String> {
         for key in &self.auth.keys {
             parse_key(key)?;
         }
         let positive = [
+            ("limits.head_ms", self.limits.head_ms),
+            ("limits.handshake_ms", self.limits.handshake_ms),
+            ("limits.http2_streams", u64::from(self.limits.http2_streams)),
+            ("upgrade.ready_ms", self.upgrade.ready_ms),
             ("limits.body_bytes", self.limits.body_bytes as u64),
             ("limits.header_bytes", self.limits.header_bytes as u64),
             ("limits.body_idle_ms", self.limits.body_idle_ms),
@@ -89,6 +106,7 @@ impl ProxyConfig {
         self.upstream.validate()?;
         self.queue.validate()?;
         self.routing.validate()?;
+        listeners::validate(&self.public, &self.listeners)?;
         if self.discovery.controlplanes.is_empty() && self.discovery.snapshot_file.is_empty() {
             return Err("discovery.controlplanes is empty, and so is discovery.snapshot_file: \
                         name at least one, or there is nothing to route to"

@@ -11,7 +11,7 @@ mod models;
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use penstock_config::proxy::ProxyConfig;
+use penstock_config::proxy::{LimitsConfig, ProxyConfig};
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
 use tokio::time::Instant;
 
@@ -20,6 +20,7 @@ use crate::{
     admission::auth::KeyRing,
     downstream::{
         body::{self, BodyBudget},
+        peer::Peer,
         respond,
     },
     drain::Lifecycle,
@@ -67,7 +68,8 @@ impl Gateway {
     pub fn new(config: ProxyConfig) -> Result<Self, String> {
         config.validate()?;
         let mut options = HttpServerOptions::default();
-        options.h2c = config.public.h2c;
+        // Listeners find out by themselves who speaks HTTP/2; pingora, asked to, waits for 24 bytes without a deadline.
+        options.h2c = false;
         options.h2_idle_timeout = Some(Duration::from_secs(config.public.keepalive_s.max(1)));
         Ok(Self {
             options,
@@ -99,13 +101,24 @@ impl Gateway {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// How much a client may send, and how slowly.
+    pub fn limits(&self) -> &LimitsConfig {
+        &self.config.limits
+    }
+
     /// Whether callers need no key.
     pub fn is_open(&self) -> bool {
         self.keys.is_open()
     }
 
     /// From a parsed head to the end of the answer.
-    async fn handle(&self, session: &mut ServerSession, record: &mut Record<'_>) -> Result<(), GatewayError> {
+    async fn handle(
+        &self,
+        session: &mut ServerSession,
+        record: &mut Record<'_>,
+        peer: &Peer,
+    ) -> Result<(), GatewayError> {
+        tracing::trace!(client = %peer.address, tls = peer.tls, "request");
         self.check_head(session)?;
         let head = session.req_header();
         let target =

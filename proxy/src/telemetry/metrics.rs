@@ -14,6 +14,7 @@ use prometheus::{
 use crate::{
     endpoints::Snapshot,
     error::UpstreamFailure,
+    listener::Refusal,
     routing::policy::{How, Policy},
     upstream::client::Origin,
     xds::status::XdsStatusView,
@@ -72,6 +73,10 @@ pub struct Metrics {
     pub client_disconnects: IntCounter,
     /// Error frames engines sent inside a 200.
     pub inband_errors: IntCounter,
+    /// Clients' connections and certificates.
+    pub listeners: ListenerMetrics,
+    /// Binary upgrades by how they ended: done, failed.
+    pub upgrades: IntCounterVec,
     snapshot_revision: IntGauge,
     snapshot_term: IntGauge,
     endpoints: IntGauge,
@@ -177,6 +182,12 @@ impl Metrics {
                 "penstock_proxy_inband_errors_total",
                 "Error frames that engines sent inside a 200.",
             )?,
+            listeners: ListenerMetrics::new(&make)?,
+            upgrades: make.counters(
+                "penstock_proxy_upgrades_total",
+                "Successors started, by whether they took over.",
+                &["result"],
+            )?,
             body_bytes_held: make
                 .gauge("penstock_proxy_request_bytes_held", "Request bytes held in memory.")?,
             snapshot_revision: make
@@ -211,6 +222,9 @@ impl Metrics {
         }
         for kind in ["prompt", "completion"] {
             metrics.tokens.with_label_values(&[kind]).inc_by(0);
+        }
+        for result in ["done", "failed"] {
+            metrics.upgrades.with_label_values(&[result]).inc_by(0);
         }
         for origin in ["new", "reused"] {
             metrics.upstream_connections.with_label_values(&[origin]).inc_by(0);
@@ -254,6 +268,88 @@ impl Metrics {
         let mut digits = [0u8; 5];
         self.requests.with_label_values(&[api, model, status_text(status, &mut digits), blame]).inc();
         self.duration.observe(took.as_secs_f64());
+    }
+}
+
+/// What is counted for each listener, by its name in the settings.
+#[derive(Debug)]
+pub struct ListenerMetrics {
+    accepted: IntCounterVec,
+    open: IntGaugeVec,
+    refused: IntCounterVec,
+    certificate_expiry: IntGaugeVec,
+    certificate_reloads: IntCounterVec,
+}
+
+impl ListenerMetrics {
+    fn new(make: &Maker<'_>) -> Result<Self, prometheus::Error> {
+        Ok(Self {
+            accepted: make.counters(
+                "penstock_proxy_connections_total",
+                "Clients' connections accepted, those refused for the limit not counted.",
+                &["listener"],
+            )?,
+            open: make.gauges("penstock_proxy_connections_open", "Clients' connections.", &["listener"])?,
+            refused: make.counters(
+                "penstock_proxy_connections_refused_total",
+                "Clients' connections closed before they brought a request.",
+                &["listener", "reason"],
+            )?,
+            certificate_expiry: make.gauges(
+                "penstock_proxy_certificate_expiry_timestamp_seconds",
+                "When the first certificate of the listener's chain expires.",
+                &["listener"],
+            )?,
+            certificate_reloads: make.counters(
+                "penstock_proxy_certificate_reloads_total",
+                "Changed certificate files, by whether they are in use now or were refused.",
+                &["listener", "result"],
+            )?,
+        })
+    }
+
+    /// Makes the series of a listener, at zero.
+    pub fn exists(&self, listener: &str) {
+        self.accepted.with_label_values(&[listener]).inc_by(0);
+        self.open.with_label_values(&[listener]).add(0);
+        for refusal in Refusal::ALL {
+            self.refused.with_label_values(&[listener, refusal.label()]).inc_by(0);
+        }
+    }
+
+    /// Counts a connection in, until what it gives back is dropped.
+    pub fn opened(&self, listener: &str) -> impl Drop + use<> {
+        self.accepted.with_label_values(&[listener]).inc();
+        let gauge = self.open.with_label_values(&[listener]);
+        gauge.inc();
+        Open(gauge)
+    }
+
+    /// Counts a connection that was closed before it brought a request.
+    pub fn refused(&self, listener: &str, why: Refusal) {
+        self.refused.with_label_values(&[listener, why.label()]).inc();
+    }
+
+    /// Tells of the certificates in use.
+    pub fn certificate(&self, listener: &str, expires_unix_s: i64) {
+        self.certificate_expiry.with_label_values(&[listener]).set(expires_unix_s);
+        for result in ["loaded", "refused"] {
+            self.certificate_reloads.with_label_values(&[listener, result]).inc_by(0);
+        }
+    }
+
+    /// Counts changed files of certificates.
+    pub fn reloaded(&self, listener: &str, good: bool) {
+        let result = if good { "loaded" } else { "refused" };
+        self.certificate_reloads.with_label_values(&[listener, result]).inc();
+    }
+}
+
+struct Open(IntGauge);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }
 

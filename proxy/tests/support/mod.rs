@@ -13,7 +13,11 @@ use std::{
 
 use penstock_config::proxy::ProxyConfig;
 use penstock_proto::{v1, xds};
-use penstock_proxy::{gateway::Gateway, listener, xds::state::XdsState};
+use penstock_proxy::{
+    gateway::Gateway,
+    listener::{self, Listener},
+    xds::state::XdsState,
+};
 use prost::Message;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -35,15 +39,10 @@ impl Proxy {
         let gateway = Arc::new(Gateway::new(config.clone()).expect("valid settings"));
         gateway.table.apply(&state(engines));
         let socket = listener::bind("public.listen", "127.0.0.1:0").expect("a free port");
-        let address = socket.local_addr().expect("bound");
-        socket.set_nonblocking(true).expect("a socket");
+        let (public, _) = Listener::open("public", config.public.listener(), &socket).expect("a listener");
+        let address = public.address;
         let runtime = listener::runtime(&config.public);
-        runtime.get_handle().spawn(listener::serve(
-            Arc::clone(&gateway),
-            socket,
-            address,
-            gateway.lifecycle.watch(),
-        ));
+        runtime.get_handle().spawn(listener::serve(Arc::clone(&gateway), public, socket));
         // Pingora keeps the handles of such runtimes by thread id, and ids are used again: one that ended would be taken for
         // the next one's. A process has one for life; these live as long as the test binary.
         std::mem::forget(runtime);
