@@ -16,9 +16,7 @@ use crate::{
     core::Core,
     fleet::liveness::Liveness,
     model::{NodeObserved, Phase},
-    plan::{
-        Action, Demand, Desired, Load, NodeSeen, Observed, Plan, Rules, memory::Memory, plan, scale,
-    },
+    plan::{Action, Demand, Desired, Load, NodeSeen, Observed, Plan, Rules, memory::Memory, plan, scale},
     store::{Compare, StoreError, Txn, TxnOutcome, keys},
     view::{ModelView, View},
 };
@@ -63,8 +61,7 @@ pub async fn run(core: Arc<Core>) {
         });
         core.metrics.reconciles.with_label_values(&[label]).inc();
         // A plan that hit its caps was all for this tick: else the caps would bound nothing.
-        let pause =
-            if is_capped { tick } else { Duration::from_millis(core.config.reconcile.coalesce_ms) };
+        let pause = if is_capped { tick } else { Duration::from_millis(core.config.reconcile.coalesce_ms) };
         tokio::time::sleep(pause).await;
         tokio::select! {
             changed = views.changed() => if changed.is_err() { return },

@@ -19,9 +19,7 @@ use tokio::sync::watch;
 use crate::{
     leadership::number,
     metrics::Metrics,
-    model::{
-        Assignment, Deployment, Node, NodePolicy, Phase, Placement, RegisteredEndpoint, desired::Drain,
-    },
+    model::{Assignment, Deployment, Node, NodePolicy, Phase, Placement, RegisteredEndpoint, desired::Drain},
     store::{Entry, Event, LeaseId, Revision, Store, StoreError, keys},
 };
 

@@ -1,6 +1,8 @@
 //! The operator's commands: each is one call of the REST API, printed. [`simulate`] alone calls nobody.
 
 mod deployments;
+mod nodes;
+mod revisions;
 pub(crate) mod simulate;
 mod views;
 mod wait;
@@ -35,6 +37,12 @@ async fn run(command: Command) -> Result<(), ApiError> {
         Command::Deploy(args) => deployments::deploy(&args).await,
         Command::Scale(args) => deployments::scale(&args).await,
         Command::Delete(args) => deployments::delete(&args).await,
+        Command::History(args) => revisions::history(&args).await,
+        Command::Diff(args) => revisions::diff(&args).await,
+        Command::Rollback(args) => revisions::rollback(&args).await,
+        Command::Cordon(args) => nodes::speak(&args, "cordon").await,
+        Command::Maintenance(args) => nodes::speak(&args, "maintenance").await,
+        Command::Uncordon(args) => nodes::speak(&args, "uncordon").await,
         Command::Drain(args) => deployments::drain(&args, true).await,
         Command::Undrain(args) => deployments::drain(&args, false).await,
         Command::Simulate(args) => simulate::run(&args),

@@ -16,7 +16,7 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use super::{body, error::ApiError, show};
+use super::{body, error::ApiError, revisions, show};
 use crate::{
     core::Core,
     model::{Deployment, validate},
@@ -29,7 +29,7 @@ const PREFIX: &str = "/api/v2/deployments/";
 /// Tries before a write that is overtaken again and again is given back to the caller.
 const ATTEMPTS: usize = 16;
 
-type Answer = Result<(StatusCode, Json<Value>), ApiError>;
+pub(super) type Answer = Result<(StatusCode, Json<Value>), ApiError>;
 
 /// The model in the path; its slashes may be raw or encoded.
 fn model_in(uri: &Uri) -> Result<String, ApiError> {
@@ -83,7 +83,6 @@ pub(super) async fn put(
     let name = model_in(&uri)?;
     let asked = body(&headers, bytes)?;
     let asked = validate::deployment_body(&name, &asked, core.config.limits.max_replicas)?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let change = |before: Option<Deployment>| {
         if before.is_none() {
             let deployed = core.view().models.values().filter(|m| m.deployment.is_some()).count();
@@ -96,11 +95,11 @@ pub(super) async fn put(
             model: name.clone(),
             replicas: asked.replicas,
             spec: asked.spec.clone(),
-            created_unix_s: before.map_or(i64::try_from(now).unwrap_or(0), |d| d.created_unix_s),
+            created_unix_s: before.map_or_else(unix_now, |d| d.created_unix_s),
             policy: asked.policy.clone(),
         })
     };
-    let (created, deployment, revision) = write(&core, &name, change).await?;
+    let (created, deployment, revision) = write(&core, &name, None, change).await?;
     let status = if created { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, Json(with_status(&core, &deployment, revision))))
 }
@@ -120,8 +119,18 @@ pub(super) async fn patch(
         rollout.paused = asked.paused.unwrap_or(rollout.paused);
         Ok(deployment)
     };
-    let (_, deployment, revision) = write(&core, &name, change).await?;
-    Ok((StatusCode::OK, Json(with_status(&core, &deployment, revision))))
+    self::change(&core, &name, None, change).await
+}
+
+/// Changes a deployment and answers with what it is then. `rolled_back_to`: the revision that the change comes from.
+pub(super) async fn change(
+    core: &Core,
+    name: &str,
+    rolled_back_to: Option<u64>,
+    change: impl Fn(Option<Deployment>) -> Result<Deployment, ApiError>,
+) -> Answer {
+    let (_, deployment, revision) = write(core, name, rolled_back_to, change).await?;
+    Ok((StatusCode::OK, Json(with_status(core, &deployment, revision))))
 }
 
 pub(super) async fn delete(State(core): State<Arc<Core>>, uri: Uri) -> Answer {
@@ -131,7 +140,10 @@ pub(super) async fn delete(State(core): State<Arc<Core>>, uri: Uri) -> Answer {
         let entry = core.store.get(&key).await?.ok_or_else(|| unknown(&name))?;
         let deployment = parse(&entry)?;
         let last = with_status(&core, &deployment, entry.mod_revision);
-        let txn = Txn::new().when(Compare::ModRevision(key.clone(), entry.mod_revision)).delete(key.clone());
+        let txn = Txn::new()
+            .when(Compare::ModRevision(key.clone(), entry.mod_revision))
+            .delete(key.clone())
+            .delete(keys::revisions(&name));
         if let TxnOutcome::Committed { revision } = core.commit(txn).await? {
             tracing::info!(model = name, revision, "a deployment was deleted");
             core.seen(revision).await;
@@ -167,6 +179,7 @@ pub(super) async fn wake(
 async fn write(
     core: &Core,
     name: &str,
+    rolled_back_to: Option<u64>,
     change: impl Fn(Option<Deployment>) -> Result<Deployment, ApiError>,
 ) -> Result<(bool, Deployment, Revision), ApiError> {
     let key = keys::deployment(name);
@@ -179,7 +192,17 @@ async fn write(
             return Ok((false, deployment, at));
         }
         let value = serde_json::to_vec(&deployment).map_err(internal)?;
-        let txn = Txn::new().when(Compare::ModRevision(key.clone(), at)).put(key.clone(), value);
+        let mut txn = Txn::new().when(Compare::ModRevision(key.clone(), at)).put(key.clone(), value);
+        let (history, history_at) = revisions::read(core, name).await?;
+        // Of one that was there before there were revisions, the former state is the first.
+        let history = match before.as_ref().filter(|_| history.revisions.is_empty()) {
+            Some(before) => history.with(before, None, before.created_unix_s).unwrap_or(history),
+            None => history,
+        };
+        if let Some(history) = history.with(&deployment, rolled_back_to, unix_now()) {
+            let (key, value) = (keys::revisions(name), serde_json::to_vec(&history).map_err(internal)?);
+            txn = txn.when(Compare::ModRevision(key.clone(), history_at)).put(key, value);
+        }
         if let TxnOutcome::Committed { revision } = core.commit(txn).await? {
             tracing::info!(
                 model = name,
@@ -192,6 +215,11 @@ async fn write(
         }
     }
     Err(ApiError::conflict())
+}
+
+fn unix_now() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    i64::try_from(now).unwrap_or(0)
 }
 
 fn parse(entry: &Entry) -> Result<Deployment, ApiError> {

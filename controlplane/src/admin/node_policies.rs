@@ -32,9 +32,8 @@ pub(super) async fn cordon(
     bytes: Result<Bytes, BytesRejection>,
 ) -> Answer {
     let reason = reason(&headers, bytes)?;
-    let change = |before: &NodePolicy| {
-        Ok(NodePolicy { cordoned: true, reason: reason.clone(), ..before.clone() })
-    };
+    let change =
+        |before: &NodePolicy| Ok(NodePolicy { cordoned: true, reason: reason.clone(), ..before.clone() });
     write(&core, id, true, change).await
 }
 
@@ -46,9 +45,8 @@ pub(super) async fn maintenance(
     bytes: Result<Bytes, BytesRejection>,
 ) -> Answer {
     let reason = reason(&headers, bytes)?;
-    let change = |before: &NodePolicy| {
-        Ok(NodePolicy { maintenance: true, reason: reason.clone(), ..before.clone() })
-    };
+    let change =
+        |before: &NodePolicy| Ok(NodePolicy { maintenance: true, reason: reason.clone(), ..before.clone() });
     write(&core, id, true, change).await
 }
 
@@ -112,7 +110,14 @@ async fn write(
         };
         if let TxnOutcome::Committed { revision } = core.commit(txn).await? {
             let NodePolicy { cordoned, maintenance, reason, .. } = &after;
-            tracing::info!(node_id = id, cordoned, maintenance, reason, revision, "an operator spoke of a node");
+            tracing::info!(
+                node_id = id,
+                cordoned,
+                maintenance,
+                reason,
+                revision,
+                "an operator spoke of a node"
+            );
             core.seen(revision).await;
             return Ok(Json(nodes::one(core, &id).unwrap_or_else(|_| json!({ "node_id": id }))));
         }

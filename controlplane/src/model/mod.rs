@@ -1,9 +1,11 @@
-//! The vocabulary: what is wanted ([`desired`]), how it is wanted ([`policy`]), what is seen ([`observed`]), what is accepted ([`validate`]).
+//! The vocabulary: what is wanted ([`desired`]) and how ([`policy`]), what was wanted ([`revisions`]), what is seen
+//! ([`observed`]), what is accepted ([`validate`]).
 //! Plain types and pure functions; no I/O, no clock.
 
 pub mod desired;
 pub mod observed;
 pub mod policy;
+pub mod revisions;
 pub mod validate;
 
 pub use desired::{Assignment, Deployment, EngineSpec, Gpu, Node, Phase, Placement, RegisteredEndpoint};

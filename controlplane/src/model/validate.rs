@@ -12,7 +12,7 @@ use super::{desired::EngineSpec, policy::Policy};
 
 mod policy;
 
-pub use policy::{node_body, reason_body, wake_body};
+pub use policy::{node_body, reason_body, rollback_body, wake_body};
 
 /// A field that was refused.
 #[derive(Debug, Clone, PartialEq, Eq)]

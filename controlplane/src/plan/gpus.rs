@@ -138,10 +138,14 @@ pub(super) fn pick(slots: &[Slot<'_>], request: Request) -> Option<Vec<usize>> {
             *numas.entry(numa).or_default() += 1;
         }
     }
-    let tightest_link =
-        links.iter().filter(|(_, count)| **count >= request.gpus).min_by_key(|(name, count)| (**count, *name));
-    let tightest_numa =
-        numas.iter().filter(|(_, count)| **count >= request.gpus).min_by_key(|(name, count)| (**count, *name));
+    let tightest_link = links
+        .iter()
+        .filter(|(_, count)| **count >= request.gpus)
+        .min_by_key(|(name, count)| (**count, *name));
+    let tightest_numa = numas
+        .iter()
+        .filter(|(_, count)| **count >= request.gpus)
+        .min_by_key(|(name, count)| (**count, *name));
     let in_group = |slot: &Slot<'_>| match (tightest_link, tightest_numa) {
         (Some((link, _)), _) => slot.link_group == *link,
         (None, Some((numa, _))) => slot.numa_node == Some(*numa),
@@ -163,12 +167,7 @@ pub(super) fn pick(slots: &[Slot<'_>], request: Request) -> Option<Vec<usize>> {
 }
 
 /// Whether `request` would find room if the replica that asked for `former` on `uuids` were not there.
-pub(super) fn room_without(
-    slots: &[Slot<'_>],
-    request: Request,
-    former: Request,
-    uuids: &[String],
-) -> bool {
+pub(super) fn room_without(slots: &[Slot<'_>], request: Request, former: Request, uuids: &[String]) -> bool {
     let mut slots = slots.to_vec();
     for slot in slots.iter_mut().filter(|slot| uuids.iter().any(|uuid| uuid == slot.uuid)) {
         slot.held = slot.held.without(former);

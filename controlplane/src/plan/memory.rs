@@ -59,8 +59,7 @@ impl Memory {
         // Paused is as wanted, whatever runs.
         let settled = deployment.policy.rollout.paused
             || (progress.ready == wanted && placement.map_or(0, |p| p.assignments.len()) == wanted);
-        let fresh =
-            Model { window: Window::default(), present, progress: (progress.clone(), now) };
+        let fresh = Model { window: Window::default(), present, progress: (progress.clone(), now) };
         let model = self.models.entry(deployment.model.clone()).or_insert(fresh);
         if model.progress.0 != progress {
             model.progress = (progress, now);
@@ -90,11 +89,7 @@ impl Memory {
         } else {
             model.window = Window::default();
         }
-        ModelSeen {
-            window: model.window,
-            demand,
-            unmoved_since: (!settled).then_some(model.progress.1),
-        }
+        ModelSeen { window: model.window, demand, unmoved_since: (!settled).then_some(model.progress.1) }
     }
 
     /// Forgets models that are not deployed any more.

@@ -265,13 +265,8 @@ pub fn plan(desired: &Desired<'_>, observed: &Observed<'_>, rules: &Rules, now: 
 /// Every model that is wanted or still has a placement.
 fn working<'a>(desired: &Desired<'a>) -> BTreeMap<&'a str, Working<'a>> {
     let mut slugs: BTreeSet<String> = desired.placements.values().map(|p| p.slug.clone()).collect();
-    let model = |deployment, placement| Working {
-        deployment,
-        placement,
-        changed: false,
-        wanted: 0,
-        scaling: None,
-    };
+    let model =
+        |deployment, placement| Working { deployment, placement, changed: false, wanted: 0, scaling: None };
     let mut models = BTreeMap::new();
     for (name, placement) in &desired.placements {
         let deployment = desired.deployments.get(name).copied();

@@ -20,7 +20,8 @@ pub(super) fn sentences(outcome: &Outcome<'_>, context: Context<'_>, name: &str)
         out.push(format!("is stalled: nothing got nearer to what is wanted for {unmoved_s} s"));
     }
     out.extend(outcome.scaling.map(|waits| {
-        let replicas = if outcome.wanted == 1 { "1 replica".into() } else { format!("{} replicas", outcome.wanted) };
+        let replicas =
+            if outcome.wanted == 1 { "1 replica".into() } else { format!("{} replicas", outcome.wanted) };
         match outcome.wanted {
             0 => waits.to_owned(),
             _ => format!("has {replicas}; {waits}"),
@@ -108,7 +109,8 @@ fn about_replica(
             let reason =
                 if engine.reason.is_empty() { String::new() } else { format!(": {}", engine.reason) };
             if member.standing == Standing::Failing {
-                let why = outcome.shortage.map_or_else(String::new, |s| format!("; another {}", s.sentence()));
+                let why =
+                    outcome.shortage.map_or_else(String::new, |s| format!("; another {}", s.sentence()));
                 return Some(format!("{id} fails over and over on {node}{reason}{why}"));
             }
             match engine.state {

@@ -180,7 +180,8 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
             }
             if let Err(shortage) = self.place(deployment, actions, last_generation) {
                 // Those on lost nodes, and those that fail, keep their names: they wait for better or for room.
-                let named = self.standing_as(Standing::Lost).len() + self.standing_as(Standing::Failing).len();
+                let named =
+                    self.standing_as(Standing::Lost).len() + self.standing_as(Standing::Failing).len();
                 let nameless = (missing - placed).saturating_sub(named);
                 self.unplaced = u64::try_from(nameless).unwrap_or(u64::MAX);
                 self.shortage = Some(shortage);

@@ -15,6 +15,8 @@ pub const ENDPOINTS: &str = "/endpoints/";
 pub const NODES: &str = "/nodes/";
 /// Prefix of drains.
 pub const DRAINS: &str = "/drains/";
+/// Prefix of what deployments were.
+pub const REVISIONS: &str = "/revisions/";
 /// Prefix of what operators say of nodes.
 pub const NODE_POLICIES: &str = "/node-policies/";
 /// Holds the term that may write, in decimal.
@@ -44,6 +46,11 @@ pub fn endpoint(model: &str, replica_id: &str) -> String {
 /// A node that is present.
 pub fn node(node_id: &str) -> String {
     format!("{NODES}{}", encode(node_id))
+}
+
+/// What a deployment was.
+pub fn revisions(model: &str) -> String {
+    format!("{REVISIONS}{}", encode(model))
 }
 
 /// What an operator says of a node, present or not.

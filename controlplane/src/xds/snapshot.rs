@@ -216,7 +216,13 @@ pub(crate) mod tests {
             gpus_per_replica: 1,
             resources: Default::default(),
         };
-        let deployment = Deployment { model: name.into(), replicas: 1, spec, created_unix_s: 7, policy: Default::default() };
+        let deployment = Deployment {
+            model: name.into(),
+            replicas: 1,
+            spec,
+            created_unix_s: 7,
+            policy: Default::default(),
+        };
         let endpoint = |id: &&str| RegisteredEndpoint {
             model: name.into(),
             replica_id: (*id).into(),

@@ -121,7 +121,8 @@ pub(super) fn with_tensor_parallel(args: &mut Vec<String>, size: u32) -> Result<
         Some(value) if value == size.to_string() => {}
         Some(value) => {
             let value: String = value.chars().take(32).collect();
-            let message = format!("args say a tensor-parallel size of {value:?}, resources.tensor_parallel {size}");
+            let message =
+                format!("args say a tensor-parallel size of {value:?}, resources.tensor_parallel {size}");
             return Err(FieldError::new("resources.tensor_parallel", message));
         }
     }
@@ -170,7 +171,8 @@ fn autoscaling(value: &Value, max_replicas: u32) -> Result<Autoscaling, FieldErr
         return Err(FieldError::new("target_waiting", message));
     }
     if (auto.min == 0) != (auto.idle_to_zero_s > 0) {
-        let message = "min 0 and idle_to_zero_s go together: after how many idle seconds the last replica ends";
+        let message =
+            "min 0 and idle_to_zero_s go together: after how many idle seconds the last replica ends";
         return Err(FieldError::new("idle_to_zero_s", message));
     }
     Ok(auto)
@@ -213,6 +215,11 @@ pub fn reason_body(body: &Value) -> Result<String, FieldError> {
 /// Checks the body of a wake: how many requests wait for the model.
 pub fn wake_body(body: &Value) -> Result<u32, FieldError> {
     Ok(whole(object(body, &["queued"])?, "queued", 0, 1_000_000)?.unwrap_or(1))
+}
+
+/// Checks the body of a rollback: to which revision; None: the one before the last change.
+pub fn rollback_body(body: &Value) -> Result<Option<u64>, FieldError> {
+    Ok(whole(object(body, &["to"])?, "to", 1, u64::from(u32::MAX))?.map(u64::from))
 }
 
 fn toleration(value: &Value) -> Result<Toleration, FieldError> {
@@ -274,7 +281,8 @@ fn list<T>(
 fn labels(fields: &Fields, field: &str) -> Result<BTreeMap<String, String>, FieldError> {
     let Some(value) = fields.get(field) else { return Ok(BTreeMap::new()) };
     let Some(pairs) = value.as_object().filter(|pairs| pairs.len() <= MAX_ENTRIES) else {
-        let wanted = format!("{field} must be an object of at most {MAX_ENTRIES} strings, not {}", kind(value));
+        let wanted =
+            format!("{field} must be an object of at most {MAX_ENTRIES} strings, not {}", kind(value));
         return Err(FieldError::new(field, wanted));
     };
     let mut out = BTreeMap::new();
@@ -312,7 +320,10 @@ mod tests {
             "autoscaling": {"min": 0, "max": 9, "target_ttft_ms": 800, "idle_to_zero_s": 900},
         });
         let body = deployment_body("m", &body, 10).expect("valid");
-        assert_eq!((body.spec.gpus_per_replica, body.spec.args.as_slice()), (2, &["--tensor-parallel-size=2".to_owned()][..]));
+        assert_eq!(
+            (body.spec.gpus_per_replica, body.spec.args.as_slice()),
+            (2, &["--tensor-parallel-size=2".to_owned()][..])
+        );
         assert_eq!(body.spec.resources.gpu_memory_bytes, 40 << 30);
         assert_eq!(body.policy.placement.tolerations[0].effect, Some(TaintEffect::NoExecute));
         assert!(body.policy.rollout.paused);
@@ -336,12 +347,32 @@ mod tests {
             (json!({"autoscaling": {"max": 11}}), "autoscaling.max", "not 11"),
             (json!({"autoscaling": {"max": 2, "min": 3}}), "autoscaling.min", "from 0 to 2"),
             (json!({"autoscaling": {"max": 2, "min": 0}}), "autoscaling.idle_to_zero_s", "go together"),
-            (json!({"autoscaling": {"max": 2, "target_waiting": 0}}), "autoscaling.target_waiting", "more than 0"),
-            (json!({"autoscaling": {"max": 2, "down_percent": 100}}), "autoscaling.down_percent", "from 1 to 90"),
+            (
+                json!({"autoscaling": {"max": 2, "target_waiting": 0}}),
+                "autoscaling.target_waiting",
+                "more than 0",
+            ),
+            (
+                json!({"autoscaling": {"max": 2, "down_percent": 100}}),
+                "autoscaling.down_percent",
+                "from 1 to 90",
+            ),
             (json!({"placement": {"spread": {"max_skew": 0}}}), "placement.spread.max_skew", "from 1"),
-            (json!({"placement": {"node_selector": {"a b": "c"}}}), "placement.node_selector.a b", "a key has"),
-            (json!({"placement": {"node_selector": {"a": 1}}}), "placement.node_selector.a", "must be a string"),
-            (json!({"placement": {"tolerations": [{"effect": "no"}]}}), "placement.tolerations[0].effect", "no_execute"),
+            (
+                json!({"placement": {"node_selector": {"a b": "c"}}}),
+                "placement.node_selector.a b",
+                "a key has",
+            ),
+            (
+                json!({"placement": {"node_selector": {"a": 1}}}),
+                "placement.node_selector.a",
+                "must be a string",
+            ),
+            (
+                json!({"placement": {"tolerations": [{"effect": "no"}]}}),
+                "placement.tolerations[0].effect",
+                "no_execute",
+            ),
             (json!({"resources": {"gpus": 0}}), "resources.gpus", "from 1 to 64"),
             (json!({"resources": {"gpus": 3, "tensor_parallel": 2}}), "resources.gpus", "multiple"),
             (json!({"resources": {"share_gpu": true}}), "resources.share_gpu", "gpu_memory_bytes"),

@@ -104,8 +104,7 @@ fn happen(world: &mut World, happening: &Happening) {
         }
         Happening::Taint { node, effect } => {
             if let Some(node) = world.nodes.get_mut(&format!("n{node}")) {
-                node.policy.taints =
-                    vec![Taint { key: "t".into(), value: String::new(), effect: *effect }];
+                node.policy.taints = vec![Taint { key: "t".into(), value: String::new(), effect: *effect }];
             }
         }
         Happening::Policy { model, surge, unavailable, min_available, paused } => {

@@ -80,7 +80,8 @@ impl World {
         for (name, deployment) in &self.deployments {
             let placement = self.placements.get(name);
             let registered = &self.registered;
-            let is_ready = |id: &str, generation| registered.get(id).map(|e| e.generation) == Some(generation);
+            let is_ready =
+                |id: &str, generation| registered.get(id).map(|e| e.generation) == Some(generation);
             let ready = placement.iter().flat_map(|p| &p.assignments).filter(|a| a.phase == Phase::Active);
             let ready = ready.filter(|a| is_ready(&a.replica_id, a.generation)).count();
             let ready = u32::try_from(ready).unwrap();
