@@ -77,12 +77,6 @@ impl UpstreamFailure {
         Self::MidStream,
         Self::Garbage,
     ];
-
-    /// Whether the endpoint's health should hear of it. A full engine is healthy; a connection that the engine closed
-    /// while idle says nothing.
-    pub fn counts_against_endpoint(self) -> bool {
-        !matches!(self, Self::Busy | Self::StaleConnection)
-    }
 }
 
 /// Why a request was not answered as asked.
@@ -371,11 +365,5 @@ mod tests {
         assert!(event.starts_with("data: {\"error\""));
         assert!(event.ends_with("\n\n"));
         assert!(!event.contains("[DONE]"));
-    }
-
-    #[test]
-    fn a_busy_engine_is_not_a_sick_one() {
-        assert!(!UpstreamFailure::Busy.counts_against_endpoint());
-        assert!(UpstreamFailure::Connect.counts_against_endpoint());
     }
 }

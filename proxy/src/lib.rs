@@ -10,7 +10,7 @@
 //! 5. [`endpoints`]: one immutable snapshot says where the model can go.
 //! 6. [`routing`] picks an endpoint by its policy and reserves a place: the ticket, held to the end of the answer.
 //! 7. [`upstream::client`] connects, sends, and waits for the answer's beginning. A failure here is invisible to the
-//!    client: [`endpoints::outlier`] hears of it, [`upstream::retry`] decides, and 6 comes again.
+//!    client: [`health`] hears of it, [`upstream::retry`] decides, and 6 comes again.
 //! 8. [`streaming::relay`] hands the answer on, event by event, watching for a client that leaves.
 //! 9. [`record`] counts the request when it is dropped, however it ended; every guard gives back what it held.
 //!
@@ -32,6 +32,7 @@ pub mod drain;
 pub mod endpoints;
 pub mod error;
 pub mod gateway;
+pub mod health;
 pub mod listener;
 pub mod openai;
 pub mod private;

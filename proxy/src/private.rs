@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     endpoints::Endpoint,
     gateway::Gateway,
+    health,
     telemetry::metrics,
     upgrade::{VERSION, command::Process},
     xds::status::XdsStatus,
@@ -81,6 +82,7 @@ async fn readyz(State(state): State<PrivateState>) -> Response {
             "last_nack": xds.last_nack,
         },
         "models": snapshot.routes.len(),
+        "endpoints": health::count(&snapshot, state.gateway.now_ms()),
         "inflight": state.gateway.lifecycle.inflight(),
         "uptime_s": state.gateway.now_ms() / 1_000,
     });
@@ -96,6 +98,7 @@ async fn show_metrics(State(state): State<PrivateState>) -> String {
         draining: gateway.lifecycle.is_draining(),
         body_bytes_held: gateway.bodies.held_bytes(),
         now_ms: gateway.now_ms(),
+        max_ejected_percent: gateway.config().health.max_ejected_percent,
     })
 }
 
@@ -119,6 +122,7 @@ async fn debug_endpoints(State(state): State<PrivateState>) -> Json<Value> {
             "zone": endpoint.zone,
             "draining": endpoint.draining,
             "ejected": endpoint.is_ejected(now_ms),
+            "health": health::describe(endpoint, now_ms),
             "inflight": endpoint.inflight(),
         })
     };

@@ -17,6 +17,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     gateway::Gateway,
+    health,
     listener::{self, Listener, reload},
     private::{self, PrivateState},
     upgrade::{
@@ -174,11 +175,12 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     let tasks = TaskTracker::new();
     let xds = Arc::new(XdsStatus::default());
     discover(&config, &gateway, &xds, &tasks, &stop)?;
+    tasks.spawn(health::watch::run(Arc::clone(&gateway), stop.clone()));
     tasks.spawn(reload::run(open.watched, Arc::clone(&gateway), hangup, stop.clone()));
     if let Some(predecessor) = &predecessor {
         tracing::info!(pid = predecessor.pid, "taking over");
         // Until then it is the predecessor who answers, on the private port too: nobody is to see a gateway that is not ready.
-        while predecessor.has_tables && !gateway.table.load().loaded {
+        while predecessor.has_tables && predecessor.lives() && !gateway.table.load().loaded {
             tokio::time::sleep(TABLES).await;
         }
     }
@@ -197,9 +199,12 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
         penstock_config::announce(&path, &announcement)
             .map_err(|e| format!("--announce {}: {e}", path.display()))?;
     }
-    match predecessor.take() {
-        Some(predecessor) => predecessor.tell_ready()?,
+    match predecessor.take().map(Predecessor::tell_ready) {
         None => notify(&[NotifyState::Ready]),
+        Some(Ok(())) => {}
+        Some(Err(e)) => {
+            tracing::warn!(error = %e, "the process before this one is gone; its sockets are ours")
+        }
     }
     tracing::info!(public = announcement.public, private = announcement.private, "penstock-proxy is up");
 

@@ -18,7 +18,7 @@ pub use self::{
     auth::{AuthConfig, parse_key},
     discovery::DiscoveryConfig,
     drain::{DrainConfig, UpgradeConfig},
-    health::OutlierConfig,
+    health::HealthConfig,
     limits::LimitsConfig,
     listeners::{ListenerConfig, PUBLIC, PrivateConfig, PublicConfig},
     queue::QueueConfig,
@@ -51,8 +51,8 @@ pub struct ProxyConfig {
     pub queue: QueueConfig,
     /// Which endpoint takes a request.
     pub routing: RoutingConfig,
-    /// When an endpoint is left out of picks.
-    pub outlier: OutlierConfig,
+    /// When an endpoint is left out of picks, and how that is found out.
+    pub health: HealthConfig,
     /// How it stops.
     pub drain: DrainConfig,
     /// How it gives way to a new binary.
@@ -85,8 +85,6 @@ impl ProxyConfig {
             ("limits.json_depth", self.limits.json_depth as u64),
             ("upstream.connect_ms", self.upstream.connect_ms),
             ("upstream.attempts", self.upstream.attempts as u64),
-            ("outlier.consecutive_failures", u64::from(self.outlier.consecutive_failures)),
-            ("outlier.base_ejection_ms", self.outlier.base_ejection_ms),
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(format!("{key} is 0; it must be at least 1"));
@@ -97,12 +95,7 @@ impl ProxyConfig {
                 self.limits.buffered_bytes, self.limits.body_bytes
             ));
         }
-        if self.outlier.max_ejected_percent > 100 {
-            return Err(format!(
-                "outlier.max_ejected_percent is {}; it must be 0 to 100",
-                self.outlier.max_ejected_percent
-            ));
-        }
+        self.health.validate()?;
         self.upstream.validate()?;
         self.queue.validate()?;
         self.routing.validate()?;

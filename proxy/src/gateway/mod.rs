@@ -26,6 +26,7 @@ use crate::{
     drain::Lifecycle,
     endpoints::{EndpointTable, Pool, Snapshot},
     error::GatewayError,
+    health,
     openai::{
         self, Route,
         request::{RequestFacts, ScanLimits},
@@ -46,7 +47,7 @@ pub struct Gateway {
     options: HttpServerOptions,
     scan_limits: ScanLimits,
     pick_rules: PickRules,
-    outlier_rules: crate::endpoints::outlier::Rules,
+    health_rules: health::Rules,
     keys: KeyRing,
     /// Memory for request bodies.
     pub bodies: BodyBudget,
@@ -77,14 +78,10 @@ impl Gateway {
             pick_rules: PickRules::new(
                 &config.routing,
                 &config.queue,
-                config.outlier.max_ejected_percent,
+                config.health.max_ejected_percent,
                 &mut fastrand::Rng::new(),
             ),
-            outlier_rules: crate::endpoints::outlier::Rules {
-                consecutive_failures: config.outlier.consecutive_failures,
-                base_ejection_ms: config.outlier.base_ejection_ms,
-                max_ejection_ms: config.outlier.max_ejection_ms,
-            },
+            health_rules: health::rules(&config.health),
             keys: KeyRing::new(&config.auth.keys)?,
             bodies: BodyBudget::new(config.limits.buffered_bytes),
             engines: EngineClient::new(&config.upstream),
@@ -104,6 +101,16 @@ impl Gateway {
     /// How much a client may send, and how slowly.
     pub fn limits(&self) -> &LimitsConfig {
         &self.config.limits
+    }
+
+    /// By what endpoints are judged.
+    pub fn health_rules(&self) -> &health::Rules {
+        &self.health_rules
+    }
+
+    /// The settings it was made with.
+    pub fn config(&self) -> &ProxyConfig {
+        &self.config
     }
 
     /// Whether callers need no key.

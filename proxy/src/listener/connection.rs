@@ -6,6 +6,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -17,6 +18,7 @@ use pingora_core::protocols::{
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter, ReadBuf},
     net::TcpStream,
+    time::timeout,
 };
 use tokio_rustls::server::TlsStream;
 
@@ -27,6 +29,9 @@ const WRITE_BUFFER_BYTES: usize = 1_460;
 
 /// Bytes read at most while looking for the protocol: a usual head.
 const FIRST_READ_BYTES: usize = 4_096;
+
+/// How long a client may take to let us say goodbye.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// What an HTTP/2 client begins with (RFC 9113, section 3.4).
 const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -233,8 +238,8 @@ impl AsyncWrite for Connection {
 #[async_trait]
 impl Shutdown for Connection {
     async fn shutdown(&mut self) {
-        // The client may have closed it already.
-        drop(AsyncWriteExt::shutdown(&mut self.stream).await);
+        // The client may have closed it already. Under TLS a farewell has to be written, and nobody may take it.
+        drop(timeout(FAREWELL, AsyncWriteExt::shutdown(&mut self.stream)).await);
     }
 }
 

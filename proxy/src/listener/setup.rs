@@ -157,3 +157,40 @@ fn handshake_failure(error: &std::io::Error) -> Refusal {
         None => Refusal::Abandoned, // the network's, or the client left
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use penstock_config::proxy::ListenerConfig;
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    const DEADLINES: Deadlines =
+        Deadlines { handshake: Duration::from_secs(10), head: Duration::from_secs(10) };
+
+    /// What becomes of a connection that brings `bytes`, and its own address.
+    async fn tried(config: ListenerConfig, bytes: &[u8]) -> (Result<Peer, Refusal>, SocketAddr) {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let (listener, _) = Listener::open("edge", config, &socket).expect("a listener");
+        let socket = tokio::net::TcpListener::from_std(socket).expect("a socket");
+        let mut client = TcpStream::connect(listener.address).await.expect("connected");
+        let (stream, from) = socket.accept().await.expect("accepted");
+        client.write_all(bytes).await.expect("written");
+        let ready = ready(stream, from, &listener, DEADLINES, std::future::pending()).await;
+        (ready.map(|ready| ready.peer), from)
+    }
+
+    #[tokio::test]
+    async fn the_peer_is_who_the_balancer_says_where_the_listener_believes_it() {
+        let header = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x07\x0a\0\0\x01\x30\x39\0\x50GET / HTTP/1.1\r\n\r\n";
+        let believes = ListenerConfig { proxy_protocol: true, trusted: true, ..ListenerConfig::default() };
+        let (peer, _) = tried(believes.clone(), header).await;
+        let peer = peer.expect("a connection");
+        assert_eq!(peer.address.to_string(), "192.0.2.7:12345");
+        assert_eq!((peer.trusted, peer.tls, &*peer.listener), (true, false, "edge"));
+        assert_eq!(tried(believes, &header[28..]).await.0.expect_err("no header"), Refusal::ProxyHeader);
+        let (peer, from) = tried(ListenerConfig::default(), b"GET / HTTP/1.1\r\n\r\n").await;
+        let peer = peer.expect("a connection");
+        assert_eq!((peer.address, peer.trusted), (from, false));
+    }
+}

@@ -176,6 +176,18 @@ mod tests {
     }
 
     #[test]
+    fn a_clients_certificate_says_who_it_is() {
+        let key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.distinguished_name.push(rcgen::DnType::CommonName, "alice");
+        params.distinguished_name.push(rcgen::DnType::OrganizationName, "partners");
+        let certificate = params.self_signed(&key).expect("signed");
+        assert_eq!(subject(certificate.der()).as_deref(), Some("CN=alice, O=partners"));
+        assert_eq!(subject(&CertificateDer::from(vec![1, 2, 3])), None);
+    }
+
+    #[test]
     fn what_is_wrong_names_the_file() {
         let ((certificate, key), (_, other)) = (pair("localhost", 2040), pair("other", 2040));
         let cases = [

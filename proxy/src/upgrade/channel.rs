@@ -82,23 +82,23 @@ mod tests {
 
     fn socket(name: &str) -> Socket {
         let socket = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        Socket { place: Place { name: name.into(), listen: "127.0.0.1:0".into() }, socket }
+        let address = socket.local_addr().expect("bound");
+        Socket { place: Place { name: name.into(), listen: "127.0.0.1:0".into(), address }, socket }
     }
 
     #[test]
     fn sockets_arrive_with_their_places_and_still_listen() {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
         let sent: Vec<_> = ["public", "private", "tls"].map(socket).into();
-        let addresses: Vec<_> = sent.iter().map(|s| s.socket.local_addr().expect("bound")).collect();
         let offer =
             Offer { pid: 7, has_tables: true, sockets: sent.iter().map(|s| s.place.clone()).collect() };
         send(&ours, &offer, &sent).expect("sent");
         drop(sent);
         let (received, sockets) = receive(&theirs).expect("received");
         assert_eq!(received, offer);
-        for (socket, address) in sockets.iter().zip(addresses) {
-            assert_eq!(socket.socket.local_addr().expect("bound"), address);
-            std::net::TcpStream::connect(address).expect("nobody is refused");
+        for Socket { place, socket } in &sockets {
+            assert_eq!(socket.local_addr().expect("bound"), place.address);
+            std::net::TcpStream::connect(place.address).expect("nobody is refused");
         }
     }
 

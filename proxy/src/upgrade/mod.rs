@@ -20,7 +20,7 @@ pub mod predecessor;
 pub mod successor;
 
 use std::{
-    net::TcpListener,
+    net::{SocketAddr, TcpListener},
     sync::{Mutex, PoisonError},
 };
 
@@ -37,8 +37,10 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub struct Place {
     /// The listener's name; "private" for the private port.
     pub name: String,
-    /// The address as the settings have it, port 0 included.
+    /// The address as the settings had it, port 0 included.
     pub listen: String,
+    /// The address that it has.
+    pub address: SocketAddr,
 }
 
 /// A socket and its place.
@@ -97,32 +99,39 @@ impl Status {
     }
 }
 
-/// Which of `offered` is wanted at `place`: the one of that name and address, else any of that address (a listener that was
-/// renamed), else none. Port 0 is a different port for each name.
-pub fn choose(offered: &[Place], place: &Place) -> Option<usize> {
-    let exact = offered.iter().position(|offer| offer == place);
-    let same =
-        || offered.iter().position(|offer| offer.listen == place.listen && !place.listen.ends_with(":0"));
-    exact.or_else(same)
+/// Which of `offered` belongs to the listener `name` at `listen`: the one of that name and setting, else any of that setting
+/// or with that address (a listener that was renamed, a port that was free and has a number now), else none. Port 0 is a
+/// different port for each name.
+pub fn choose(offered: &[Place], name: &str, listen: &str) -> Option<usize> {
+    let exact = |offer: &Place| offer.name == name && offer.listen == listen;
+    let same = |offer: &Place| offer.listen == listen && !listen.ends_with(":0");
+    let found = |rule: &dyn Fn(&Place) -> bool| offered.iter().position(rule);
+    found(&exact).or_else(|| found(&same)).or_else(|| found(&|offer| offer.address.to_string() == listen))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn place(name: &str, listen: &str) -> Place {
-        Place { name: name.into(), listen: listen.into() }
+    fn place(name: &str, listen: &str, port: u16) -> Place {
+        Place { name: name.into(), listen: listen.into(), address: ([127, 0, 0, 1], port).into() }
     }
 
     #[test]
     fn a_socket_goes_to_the_listener_of_its_name_and_address() {
-        let offered =
-            [place("public", "0:8081"), place("private", "0:1"), place("a", "0:0"), place("b", "0:0")];
-        assert_eq!(choose(&offered, &place("private", "0:1")), Some(1));
-        assert_eq!(choose(&offered, &place("b", "0:0")), Some(3));
-        assert_eq!(choose(&offered, &place("edge", "0:8081")), Some(0), "renamed");
-        assert_eq!(choose(&offered, &place("c", "0:0")), None, "any free port is not anyone's port");
-        assert_eq!(choose(&offered, &place("public", "0:8082")), None, "moved");
+        let offered = [
+            place("public", "localhost:8081", 8081),
+            place("private", "127.0.0.1:1", 1),
+            place("a", "127.0.0.1:0", 4001),
+            place("b", "127.0.0.1:0", 4002),
+        ];
+        assert_eq!(choose(&offered, "private", "127.0.0.1:1"), Some(1));
+        assert_eq!(choose(&offered, "b", "127.0.0.1:0"), Some(3));
+        assert_eq!(choose(&offered, "edge", "localhost:8081"), Some(0), "renamed");
+        assert_eq!(choose(&offered, "b", "127.0.0.1:4002"), Some(3), "its port is in the settings now");
+        assert_eq!(choose(&offered, "public", "127.0.0.1:8081"), Some(0), "spelt another way");
+        assert_eq!(choose(&offered, "c", "127.0.0.1:0"), None, "any free port is not anyone's port");
+        assert_eq!(choose(&offered, "public", "localhost:8082"), None, "moved");
     }
 
     #[test]

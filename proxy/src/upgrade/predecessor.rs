@@ -45,23 +45,26 @@ impl Predecessor {
         Ok(Some(Self { channel, sockets, pid: offer.pid, has_tables: offer.has_tables }))
     }
 
-    /// The socket for `place`, if it had one.
-    fn take(&mut self, place: &Place) -> Option<TcpListener> {
+    /// Whether it still runs: it is this process's parent.
+    pub fn lives(&self) -> bool {
+        u32::try_from(nix::unistd::getppid().as_raw()) == Ok(self.pid)
+    }
+
+    /// The socket of the listener `name` at `listen`, if it had one.
+    fn take(&mut self, name: &str, listen: &str) -> Option<TcpListener> {
         let offered: Vec<Place> = self.sockets.iter().map(|socket| socket.place.clone()).collect();
-        choose(&offered, place).map(|at| self.sockets.swap_remove(at).socket)
+        choose(&offered, name, listen).map(|at| self.sockets.swap_remove(at).socket)
     }
 
     /// Says that this process serves. What nobody took is closed.
     ///
     /// # Errors
-    /// The predecessor has given up, or is gone.
-    pub fn tell_ready(mut self) -> Result<(), String> {
+    /// The predecessor is gone. One that has given up ends this process itself.
+    pub fn tell_ready(mut self) -> std::io::Result<()> {
         let ready = Ready { pid: std::process::id(), version: VERSION.into() };
-        let mut line = serde_json::to_vec(&ready).map_err(|e| e.to_string())?;
+        let mut line = serde_json::to_vec(&ready)?;
         line.push(b'\n');
-        self.channel
-            .write_all(&line)
-            .map_err(|e| format!("the process that is to give way (pid {}) does not listen: {e}", self.pid))
+        self.channel.write_all(&line)
     }
 }
 
@@ -75,11 +78,11 @@ pub fn socket(
     setting: &str,
     listen: &str,
 ) -> Result<Socket, String> {
-    let place = Place { name: name.into(), listen: listen.into() };
-    let taken = predecessor.as_mut().and_then(|predecessor| predecessor.take(&place));
+    let taken = predecessor.as_mut().and_then(|predecessor| predecessor.take(name, listen));
     let socket = match taken {
         Some(socket) => socket,
         None => listener::bind(setting, listen)?,
     };
-    Ok(Socket { place, socket })
+    let address = socket.local_addr().map_err(|e| e.to_string())?;
+    Ok(Socket { place: Place { name: name.into(), listen: listen.into(), address }, socket })
 }

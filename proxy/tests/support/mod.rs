@@ -2,7 +2,12 @@
 
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub)] // test code, shared by several test binaries
 
+pub mod daemon;
+pub mod tls;
+pub mod watched;
+
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{
         Arc, Mutex,
@@ -32,21 +37,30 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Proxy {
     pub address: SocketAddr,
     pub gateway: Arc<Gateway>,
+    /// Where its listeners listen, by name.
+    pub listeners: BTreeMap<String, SocketAddr>,
+    /// The certificates of those with TLS.
+    pub watched: Vec<listener::reload::Watched>,
 }
 
 impl Proxy {
     pub fn start(config: ProxyConfig, engines: &[SocketAddr]) -> Self {
         let gateway = Arc::new(Gateway::new(config.clone()).expect("valid settings"));
         gateway.table.apply(&state(engines));
-        let socket = listener::bind("public.listen", "127.0.0.1:0").expect("a free port");
-        let (public, _) = Listener::open("public", config.public.listener(), &socket).expect("a listener");
-        let address = public.address;
         let runtime = listener::runtime(&config.public);
-        runtime.get_handle().spawn(listener::serve(Arc::clone(&gateway), public, socket));
+        let (mut listeners, mut watched) = (BTreeMap::new(), Vec::new());
+        for (name, settings) in config.client_listeners() {
+            let socket = listener::bind(&name, "127.0.0.1:0").expect("a free port");
+            let (open, certificates) = Listener::open(&name, settings, &socket).expect("a listener");
+            listeners.insert(name, open.address);
+            watched.extend(certificates);
+            runtime.get_handle().spawn(listener::serve(Arc::clone(&gateway), open, socket));
+        }
         // Pingora keeps the handles of such runtimes by thread id, and ids are used again: one that ended would be taken for
         // the next one's. A process has one for life; these live as long as the test binary.
         std::mem::forget(runtime);
-        Self { address, gateway }
+        let address = listeners["public"];
+        Self { address, gateway, listeners, watched }
     }
 
     /// Sends `request` on a connection of its own and reads until the gateway closes it.
@@ -73,7 +87,8 @@ impl Proxy {
     }
 }
 
-fn state(engines: &[SocketAddr]) -> XdsState {
+/// Tables in which "m" is served by endpoints "e0", "e1" and so on.
+pub fn state(engines: &[SocketAddr]) -> XdsState {
     let endpoints = engines
         .iter()
         .enumerate()
@@ -140,6 +155,11 @@ pub struct Engine {
 impl Engine {
     /// `script` gives the steps for the n-th request.
     pub async fn start(script: impl Fn(usize) -> Vec<Step> + Send + Sync + 'static) -> Self {
+        Self::replying(move |number, _| script(number)).await
+    }
+
+    /// The same with a look at the request.
+    pub async fn replying(script: impl Fn(usize, &Seen) -> Vec<Step> + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (seen, closed_at) = (Arc::<Mutex<Vec<Seen>>>::default(), Arc::<Mutex<Vec<Instant>>>::default());
@@ -162,6 +182,11 @@ impl Engine {
         Self::start(move |_| vec![Step::Send(answer.clone().into_bytes())]).await
     }
 
+    /// Requests that were no probes.
+    pub fn served(&self) -> usize {
+        self.seen.lock().unwrap().iter().filter(|seen| seen.head.starts_with("post")).count()
+    }
+
     pub fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()
     }
@@ -176,15 +201,15 @@ async fn converse(
     mut stream: TcpStream,
     seen: Arc<Mutex<Vec<Seen>>>,
     closed_at: Arc<Mutex<Vec<Instant>>>,
-    script: Arc<impl Fn(usize) -> Vec<Step>>,
+    script: Arc<impl Fn(usize, &Seen) -> Vec<Step>>,
 ) {
     while let Some(request) = read_request(&mut stream).await {
         let number = {
             let mut seen = seen.lock().unwrap();
-            seen.push(request);
+            seen.push(request.clone());
             seen.len() - 1
         };
-        for step in script(number) {
+        for step in script(number, &request) {
             match step {
                 Step::Send(bytes) => {
                     if stream.write_all(&bytes).await.is_err() {
@@ -290,6 +315,11 @@ impl Client {
 
 pub fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|w| w == needle)
+}
+
+/// Ejections for a reason.
+pub fn ejections(proxy: &Proxy, reason: &str) -> u64 {
+    proxy.gateway.metrics.ejections.with_label_values(&[reason]).get()
 }
 
 /// Waits for a condition, not for luck.
