@@ -59,6 +59,11 @@ load-k6: setup-test ## k6 against a running gateway: BASE_URL, MODEL, API_KEY
 load-oha: ## oha against a running gateway: BASE_URL, MODEL, API_KEY
 	@loadtest/oha/chat.sh
 
+.PHONY: bench-updates
+bench-updates: setup-build ## what table updates cost the streams of a proxy, see docs/benchmarks.md; flags in ARGS="..."
+	$(CARGO) build --locked --release -p penstock-proxy -p penstock-loadtest --bin penstock-proxy --bin penstock-bench-updates
+	@"$(TARGET)/release/penstock-bench-updates" --proxy "$(TARGET)/release/penstock-proxy" $(ARGS)
+
 .PHONY: dist
 dist: setup-build ## the binary that is shipped: slower to build, faster to run
 	$(CARGO) build --locked --profile dist -p penstock

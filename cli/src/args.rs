@@ -4,14 +4,14 @@ use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
-use crate::commands::simulate::SimulateArgs;
+use crate::{api::RouteTarget, commands::simulate::SimulateArgs};
 
 const EXIT_CODES: &str = "Exit codes:
   0  done
   1  failed: the server said no, a port is taken, not ready in time
   2  wrong usage or settings
-  3  the control plane cannot be reached
-  4  the control plane knows no such thing";
+  3  the control plane, or a proxy, cannot be reached
+  4  it knows no such thing";
 
 /// Penstock: a gateway for fleets of vLLM engines.
 #[derive(Debug, Parser)]
@@ -35,6 +35,13 @@ pub(crate) enum Command {
     Scale(ScaleArgs),
     /// Delete a deployment; its engines finish their requests and stop
     Delete(DeleteArgs),
+    /// Names that clients can ask for, and where each leads
+    Routes(Remote),
+    /// Make or delete a route: an alias, a split between deployments, fallbacks
+    Route {
+        #[command(subcommand)]
+        command: RouteCommand,
+    },
     /// Take an endpoint out of use until `undrain`: running requests finish, new ones go elsewhere
     Drain(EndpointArgs),
     /// Put a drained endpoint back into use
@@ -59,6 +66,8 @@ pub(crate) enum Command {
     Proxies(Remote),
     /// Versions of this program and of the control plane
     Version(Remote),
+    /// Why a request went where it went: what each pick saw, what failed, what followed
+    Explain(ExplainArgs),
     /// Compare routing policies on a simulated fleet; talks to nobody
     Simulate(SimulateArgs),
     /// Print a completion script: penstock completions bash > /etc/bash_completion.d/penstock
@@ -184,6 +193,9 @@ pub(crate) struct DeployArgs {
     /// GPUs of each engine
     #[arg(long, value_name = "N")]
     pub(crate) gpus_per_replica: Option<u32>,
+    /// LoRA adapter that each engine loads, repeatable; clients ask for it by NAME
+    #[arg(long = "lora", value_name = "NAME=PATH", value_parser = name_and_value)]
+    pub(crate) lora: Vec<(String, String)>,
     #[command(flatten)]
     pub(crate) wait: Wait,
     #[command(flatten)]
@@ -224,6 +236,39 @@ pub(crate) struct Wait {
     /// Longest wait, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "wait")]
     pub(crate) timeout_s: u64,
+}
+
+/// `penstock route`
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum RouteCommand {
+    /// Create or replace a route
+    Set(RouteSetArgs),
+    /// Delete a route; a deployment of that name is then served by itself again
+    Delete(RouteDeleteArgs),
+}
+
+/// `penstock route set`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RouteSetArgs {
+    /// Name that clients ask for
+    pub(crate) name: String,
+    /// Deployment, or adapter of one, that answers, and its share of the sum of weights (0 to 1000), repeatable
+    #[arg(long = "target", value_name = "MODEL[=WEIGHT]", value_parser = target, required = true)]
+    pub(crate) targets: Vec<RouteTarget>,
+    /// Other name to try when no target can answer, repeatable: in this order
+    #[arg(long = "fallback", value_name = "NAME")]
+    pub(crate) fallbacks: Vec<String>,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
+/// `penstock route delete`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RouteDeleteArgs {
+    /// Route's name
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
 }
 
 /// `penstock drain` and `undrain`
@@ -295,11 +340,42 @@ pub(crate) struct EndpointsArgs {
     pub(crate) remote: Remote,
 }
 
+/// `penstock explain`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ExplainArgs {
+    /// Its name: the answer's x-request-id header, or request_id in the access log
+    pub(crate) request_id: String,
+    /// Private port of a proxy that may have served it, repeatable [default: that of the `penstock up` on --data-dir,
+    /// else http://127.0.0.1:18081]
+    #[arg(long, value_name = "URL", value_hint = ValueHint::Url)]
+    pub(crate) proxy: Vec<String>,
+    /// Data directory of the `penstock up` to ask [default: ~/.local/share/penstock]
+    #[arg(long, value_name = "DIR", env = "PENSTOCK_DATA_DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Print the proxy's JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 fn name_and_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.into(), value.into())),
         _ => Err("expected NAME=VALUE".into()),
     }
+}
+
+fn target(text: &str) -> Result<RouteTarget, String> {
+    let (model, weight) = match text.split_once('=') {
+        None => (text, None),
+        Some((model, weight)) => {
+            let weight = weight.parse().ok().filter(|weight| *weight <= 1_000);
+            (model, Some(weight.ok_or("the weight must be a whole number from 0 to 1000")?))
+        }
+    };
+    if model.is_empty() {
+        return Err("expected MODEL=WEIGHT".into());
+    }
+    Ok(RouteTarget { model: model.into(), weight })
 }
 
 #[cfg(test)]
@@ -335,6 +411,10 @@ mod tests {
         assert!(error("penstock scale m").contains("--replicas"));
         assert!(error("penstock scale m --replicas 1 --timeout-s 5").contains("--wait"));
         assert!(error("penstock statsu").contains("status"));
+        assert!(error("penstock route set m").contains("--target"));
+        assert!(error("penstock route set m --target a=1001").contains("0 to 1000"));
+        assert!(error("penstock route set m --target =1").contains("expected MODEL=WEIGHT"));
+        assert!(error("penstock deploy m --lora sql").contains("expected NAME=VALUE"));
     }
 
     #[test]

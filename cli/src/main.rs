@@ -7,7 +7,7 @@
 //! 3. everything else: one call of the control plane's REST API, see [`commands`] and [`api`].
 //!
 //! Exit codes: 0 done; 1 failed (the server said no, a port is taken, not ready in time); 2 wrong usage or settings;
-//! 3 the control plane cannot be reached; 4 it knows no such thing.
+//! 3 the control plane, or a proxy, cannot be reached; 4 it knows no such thing.
 //!
 //! Deliberately absent: any access to the store or to the fleet's gRPC; what this binary can do, the REST API can do.
 

@@ -62,7 +62,7 @@ pub(crate) fn failed(error: &ApiError) -> ExitCode {
     say(&error.to_string());
     ExitCode::from(match error {
         ApiError::Usage(_) => USAGE,
-        ApiError::Unreachable { .. } => UNREACHABLE,
+        ApiError::Unreachable { .. } | ApiError::ProxyUnreachable { .. } => UNREACHABLE,
         ApiError::NotFound(_) => NOT_FOUND,
         ApiError::Refused { .. }
         | ApiError::Malformed { .. }

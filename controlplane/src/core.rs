@@ -17,7 +17,7 @@ use crate::{
     reconcile::Reports,
     store::{Revision, Store, StoreError, Txn, TxnOutcome},
     view::{View, reached},
-    xds::hub::Hub,
+    xds::{hub::Hub, loads::Loads},
 };
 
 /// See the module's text.
@@ -36,6 +36,8 @@ pub struct Core {
     pub demands: Demands,
     /// What proxies get.
     pub hub: Hub,
+    /// What engines last said of their load.
+    pub loads: Loads,
     /// What waits on what, from the last pass of reconcile.
     pub reports: watch::Sender<Arc<Reports>>,
     /// Every series.

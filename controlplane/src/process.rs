@@ -32,6 +32,7 @@ use crate::{
     view::ViewKeeper,
     xds::{
         hub::{self, Hub},
+        loads::Loads,
         server::AdsService,
     },
 };
@@ -196,6 +197,7 @@ async fn with_store(
         roster: Roster::default(),
         demands: Default::default(),
         hub: Hub::default(),
+        loads: Loads::default(),
         reports: watch::Sender::default(),
         metrics,
         stop: stop.clone(),

@@ -21,6 +21,9 @@ use crate::{
     view::{ModelView, View},
 };
 
+/// How long the last word of an engine's load is kept: past any use that a proxy has for it.
+const LOAD_KEPT: Duration = Duration::from_secs(60);
+
 /// What waits on what, by model, as of a revision.
 #[derive(Debug, Default)]
 pub struct Reports {
@@ -82,6 +85,7 @@ struct Since {
 /// One look, one plan. Returns its metric label, and whether it hit a cap.
 async fn pass(core: &Core, since: &mut Since, now: Instant) -> Result<(&'static str, bool), StoreError> {
     let view = core.view();
+    core.loads.prune(LOAD_KEPT, now);
     core.roster.prune(|node| view.nodes.contains_key(node) || view.by_node.contains_key(node));
     let nodes = core.roster.nodes();
     let named: BTreeSet<&str> = view.by_node.keys().map(String::as_str).collect();

@@ -4,8 +4,11 @@
 //!   metrics and failures, over tokens that are a pure function of what came before them.
 //! - [`load`]: a client of many concurrent streams that computes what each stream must say and compares.
 //!
-//! The two meet in [`engine::tokens`] and [`engine::generation`] only: what the engine will answer can be computed by
+//! - [`updates`]: a benchmark of one proxy whose tables change all the time while it carries streams.
+//!
+//! The first two meet in [`engine::tokens`] and [`engine::generation`] only: what the engine will answer can be computed by
 //! anyone who has the request, so a lost, doubled, reordered or foreign token is found by comparison, not by trust.
 
 pub mod engine;
 pub mod load;
+pub mod updates;

@@ -10,16 +10,19 @@ use penstock_config::proxy::{DrainConfig, PUBLIC, ProxyConfig};
 use sd_notify::NotifyState;
 use serde::Serialize;
 use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
+    signal::unix::{SignalKind, signal},
     sync::watch,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    endpoints::reported,
     gateway::Gateway,
     health,
     listener::{self, Listener, reload},
     private::{self, PrivateState},
+    signals::{Asked, Signals},
+    telemetry::access_log,
     upgrade::{
         Ready, Socket,
         command::{self, UpgradeArgs},
@@ -40,6 +43,8 @@ const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(200);
 /// After the drain, how long background tasks may take to end.
 const TASKS_END: Duration = Duration::from_secs(5);
 
+/// How long the last lines of the access log may take.
+const LOG_FLUSH: Duration = Duration::from_secs(2);
 /// Between two looks for tables, by a process that is to take over.
 const TABLES: Duration = Duration::from_millis(20);
 
@@ -163,7 +168,10 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     raise_file_limit();
     let mut predecessor = Predecessor::find()?;
     let sockets = sockets(&config, &mut predecessor)?;
-    let gateway = Arc::new(Gateway::new(config.clone())?);
+    let mut gateway = Gateway::new(config.clone())?;
+    let access_log = access_log::open(&config.telemetry, &gateway.metrics)?;
+    gateway.log_to(access_log.clone());
+    let gateway = Arc::new(gateway);
     let open = listeners(&config, &sockets, &gateway)?;
     let announcement = announcement(&open, &sockets)?;
     if gateway.is_open() {
@@ -176,6 +184,7 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     let xds = Arc::new(XdsStatus::default());
     discover(&config, &gateway, &xds, &tasks, &stop)?;
     tasks.spawn(health::watch::run(Arc::clone(&gateway), stop.clone()));
+    tasks.spawn(access_log.clone().reopen_on_hangup(stop.clone()));
     tasks.spawn(reload::run(open.watched, Arc::clone(&gateway), hangup, stop.clone()));
     if let Some(predecessor) = &predecessor {
         tracing::info!(pid = predecessor.pid, "taking over");
@@ -216,6 +225,10 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     }
     drop(tokio::time::timeout(TASKS_END, accepting.wait()).await);
     data.shutdown_timeout(Duration::from_millis(100));
+    let flushed = tokio::task::spawn_blocking(move || access_log.flush(LOG_FLUSH));
+    if !flushed.await.unwrap_or(false) {
+        tracing::warn!("the access log could not be written to its end in time");
+    }
     tracing::info!(cut, "penstock-proxy has stopped");
     Ok(())
 }
@@ -413,14 +426,29 @@ fn discover(
         tracing::warn!("discovery.controlplanes is empty: serving from discovery.snapshot_file alone");
         return Ok(());
     }
+    tasks.spawn(sample(Arc::clone(gateway), stop.clone()));
     let settings = XdsSettings {
         endpoints: discovery.controlplanes.clone(),
         node_id: node_id(&discovery.node_id),
         ..XdsSettings::default()
     };
     let client = XdsClient::new(settings).map_err(|e| e.to_string())?;
+    let told = Arc::clone(gateway);
+    let client = client.with_loads(Box::new(move |name, load| {
+        let known = told.table.report(name, load, told.now_ms());
+        told.metrics.load_reported(known);
+    }));
     tasks.spawn(client.run(states, Arc::clone(status), stop.clone()));
     Ok(())
+}
+
+/// Keeps in mind what is under way, for reports that tell of a moment that has passed.
+async fn sample(gateway: Arc<Gateway>, stop: CancellationToken) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(reported::SAMPLE_MS));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        gateway.table.sample(gateway.now_ms());
+    }
 }
 
 fn node_id(configured: &str) -> String {
@@ -430,60 +458,4 @@ fn node_id(configured: &str) -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let host = host.trim();
     if host.is_empty() { "proxy".into() } else { format!("proxy-{host}") }
-}
-
-/// What an operator can ask for by a signal.
-enum Asked {
-    Stop,
-    Upgrade,
-}
-
-/// The signals that are listened to.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    upgrade: Signal,
-    /// Whether it was asked to stop while it did something else.
-    stop_came: bool,
-}
-
-impl Signals {
-    fn new() -> Result<Self, String> {
-        let of = |kind| signal(kind).map_err(|e| e.to_string());
-        Ok(Self {
-            terminate: of(SignalKind::terminate())?,
-            interrupt: of(SignalKind::interrupt())?,
-            upgrade: of(SignalKind::user_defined2())?,
-            stop_came: false,
-        })
-    }
-
-    async fn next(&mut self) -> Asked {
-        tokio::select! {
-            _ = self.terminate.recv() => Asked::Stop,
-            _ = self.interrupt.recv() => Asked::Stop,
-            _ = self.upgrade.recv() => Asked::Upgrade,
-        }
-    }
-
-    /// Waits for SIGTERM or SIGINT alone, and remembers it.
-    async fn stop(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-        self.stop_came = true;
-    }
-
-    /// A token that the next SIGTERM or SIGINT cancels.
-    fn hurry(mut self) -> CancellationToken {
-        let hurry = CancellationToken::new();
-        let second = hurry.clone();
-        // Lives as long as the drain: the process ends after it.
-        drop(tokio::spawn(async move {
-            self.stop().await;
-            second.cancel();
-        }));
-        hurry
-    }
 }

@@ -1,9 +1,12 @@
-//! The operator's commands: each is one call of the REST API, printed. [`simulate`] alone calls nobody.
+//! The operator's commands: each is one call of the REST API, printed. [`explain`] asks proxies instead, [`simulate`] nobody.
 
 mod deployments;
+mod explain;
 mod nodes;
 mod revisions;
+mod routes;
 pub(crate) mod simulate;
+mod story;
 mod views;
 mod wait;
 
@@ -35,6 +38,8 @@ async fn run(command: Command) -> Result<(), ApiError> {
         Command::Proxies(remote) => views::proxies(&remote).await,
         Command::Version(remote) => views::version(&remote).await,
         Command::Deploy(args) => deployments::deploy(&args).await,
+        Command::Routes(remote) => routes::list(&remote).await,
+        Command::Route { command } => routes::change(&command).await,
         Command::Scale(args) => deployments::scale(&args).await,
         Command::Delete(args) => deployments::delete(&args).await,
         Command::History(args) => revisions::history(&args).await,
@@ -45,6 +50,7 @@ async fn run(command: Command) -> Result<(), ApiError> {
         Command::Uncordon(args) => nodes::speak(&args, "uncordon").await,
         Command::Drain(args) => deployments::drain(&args, true).await,
         Command::Undrain(args) => deployments::drain(&args, false).await,
+        Command::Explain(args) => explain::run(&args).await,
         Command::Simulate(args) => simulate::run(&args),
         Command::Completions { shell } => completions(shell),
         Command::Up(_)

@@ -84,8 +84,18 @@ async fn up(options: &UpArgs) -> Result<(), UpError> {
 
 /// The control plane's address of the `up` on that data directory (else the default one), and the file that says so.
 pub(crate) fn last_controlplane(data_dir: Option<&Path>) -> Option<(String, String)> {
+    let (summary, file) = last_summary(data_dir)?;
+    Some((format!("http://{}", summary.controlplane), file))
+}
+
+/// The same for its proxy's private port.
+pub(crate) fn last_proxy(data_dir: Option<&Path>) -> Option<(String, String)> {
+    let (summary, file) = last_summary(data_dir)?;
+    Some((format!("http://{}", summary.proxy_private), file))
+}
+
+fn last_summary(data_dir: Option<&Path>) -> Option<(Summary, String)> {
     let root: PathBuf = datadir::default_or(data_dir).ok()?;
     let file = datadir::summary(&root);
-    let summary: Summary = serde_json::from_slice(&std::fs::read(&file).ok()?).ok()?;
-    Some((format!("http://{}", summary.controlplane), file.display().to_string()))
+    Some((serde_json::from_slice(&std::fs::read(&file).ok()?).ok()?, file.display().to_string()))
 }

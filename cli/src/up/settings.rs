@@ -15,6 +15,8 @@ use crate::args::Ports;
 const LOCAL: &str = "local";
 /// How long Ctrl-C waits for open streams in the proxy, and again for what still runs in the engines.
 const DRAIN_MS: u64 = 10_000;
+/// Name of the log with a line for each request.
+pub(crate) const ACCESS_LOG: &str = "proxy-access";
 /// First port of engines with `--ports default`.
 const ENGINE_PORT_BASE: u16 = 10_814;
 
@@ -100,6 +102,7 @@ pub(crate) fn proxy(data: &DataDir, at: &Addresses) -> ProxyConfig {
     config.discovery.controlplanes = vec![format!("http://{}", at.grpc)];
     config.discovery.snapshot_file = data.state("proxy").join("snapshot").display().to_string();
     config.drain.deadline_ms = DRAIN_MS;
+    config.telemetry.access_log = data.log(ACCESS_LOG).display().to_string();
     config
 }
 

@@ -84,6 +84,7 @@ impl System {
         for kind in [Kind::ControlPlane, Kind::Agent, Kind::Proxy] {
             self.data.rotate_log(kind.name());
         }
+        self.data.rotate_log(settings::ACCESS_LOG);
 
         // First the control plane: the others are told its address, and the agent how many GPUs what it stores needs.
         let controlplane = self.controlplane.start(&self.program, &self.data)?;

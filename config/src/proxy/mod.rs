@@ -8,6 +8,7 @@ mod limits;
 mod listeners;
 mod queue;
 mod routing;
+mod telemetry;
 mod upstream;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ pub use self::{
     listeners::{ListenerConfig, PUBLIC, PrivateConfig, PublicConfig},
     queue::QueueConfig,
     routing::{Policy, RoutingConfig},
+    telemetry::TelemetryConfig,
     upstream::{Patience, UpstreamConfig},
 };
 use crate::logging::LogConfig;
@@ -53,6 +55,8 @@ pub struct ProxyConfig {
     pub routing: RoutingConfig,
     /// When an endpoint is left out of picks, and how that is found out.
     pub health: HealthConfig,
+    /// What is told about each request.
+    pub telemetry: TelemetryConfig,
     /// How it stops.
     pub drain: DrainConfig,
     /// How it gives way to a new binary.
@@ -99,6 +103,7 @@ impl ProxyConfig {
         self.upstream.validate()?;
         self.queue.validate()?;
         self.routing.validate()?;
+        self.telemetry.validate()?;
         listeners::validate(&self.public, &self.listeners)?;
         if self.discovery.controlplanes.is_empty() && self.discovery.snapshot_file.is_empty() {
             return Err("discovery.controlplanes is empty, and so is discovery.snapshot_file: \

@@ -49,7 +49,8 @@ pub(super) async fn list(State(core): State<Arc<Core>>) -> Json<Value> {
     let shown: Vec<Value> = deployed
         .map(|(name, model, stored)| {
             let endpoints = show::endpoints(&view, name, model, &nodes);
-            shown(&stored.value, stored.mod_revision, status(&stored.value, &endpoints, &reports))
+            let adapters = show::adapters(&view, model);
+            shown(&stored.value, stored.mod_revision, status(&stored.value, &endpoints, &reports), &adapters)
         })
         .collect();
     Json(json!({ "deployments": shown }))
@@ -89,6 +90,15 @@ pub(super) async fn put(
             if deployed >= core.config.limits.max_deployments {
                 let message = format!("there are {deployed} deployments already (limits.max_deployments)");
                 return Err(ApiError::new(StatusCode::FORBIDDEN, "too_many_deployments", message));
+            }
+            if let Some(route) = core.view().routes.get(&name)
+                && !route.value.targets.iter().any(|target| target.model == name)
+            {
+                let message = format!(
+                    "{name:?} is the name of a route that leads elsewhere, and would stay so: delete the route first \
+                     (DELETE /api/v2/routes/{name}), or deploy under another name"
+                );
+                return Err(ApiError::new(StatusCode::CONFLICT, "name_is_a_route", message));
             }
         }
         Ok(Deployment {
@@ -235,10 +245,11 @@ fn internal(error: serde_json::Error) -> ApiError {
 fn with_status(core: &Core, deployment: &Deployment, revision: Revision) -> Value {
     let (view, nodes) = (core.view(), core.roster.nodes());
     let name = &deployment.model;
-    let endpoints =
-        view.models.get(name).map(|model| show::endpoints(&view, name, model, &nodes)).unwrap_or_default();
+    let model = view.models.get(name);
+    let endpoints = model.map(|model| show::endpoints(&view, name, model, &nodes)).unwrap_or_default();
+    let adapters = model.map(|model| show::adapters(&view, model)).unwrap_or_default();
     let reports = core.reports.borrow().clone();
-    shown(deployment, revision, status(deployment, &endpoints, &reports))
+    shown(deployment, revision, status(deployment, &endpoints, &reports), &adapters)
 }
 
 fn status(deployment: &Deployment, endpoints: &[show::EndpointShown], reports: &Reports) -> show::Status {
@@ -254,7 +265,12 @@ fn status(deployment: &Deployment, endpoints: &[show::EndpointShown], reports: &
     }
 }
 
-fn shown(deployment: &Deployment, revision: Revision, status: show::Status) -> Value {
+fn shown(
+    deployment: &Deployment,
+    revision: Revision,
+    status: show::Status,
+    adapters: &[show::AdapterShown],
+) -> Value {
     json!({
         "model": deployment.model,
         "replicas": deployment.replicas,
@@ -268,8 +284,10 @@ fn shown(deployment: &Deployment, revision: Revision, status: show::Status) -> V
         "rollout": deployment.policy.rollout,
         "disruption": deployment.policy.disruption,
         "autoscaling": deployment.policy.autoscaling,
+        "lora": deployment.spec.lora,
         "created_unix_s": deployment.created_unix_s,
         "revision": revision,
+        "adapters": adapters,
         "status": status,
     })
 }

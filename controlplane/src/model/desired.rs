@@ -27,6 +27,18 @@ pub struct EngineSpec {
     /// What each of them must offer.
     #[serde(default, skip_serializing_if = "Resources::is_default")]
     pub resources: Resources,
+    /// LoRA adapters that each replica loads at its start.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lora: Vec<LoraAdapter>,
+}
+
+/// One LoRA adapter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoraAdapter {
+    /// The name clients ask for.
+    pub name: String,
+    /// Its folder or id.
+    pub path: String,
 }
 
 /// `/deployments/{model}`: what an operator wants.
@@ -118,6 +130,9 @@ pub struct RegisteredEndpoint {
     /// That node's zone.
     #[serde(default)]
     pub zone: String,
+    /// LoRA adapters it has loaded, by name, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<String>,
 }
 
 /// A GPU as far as placement cares; live figures are not stored.

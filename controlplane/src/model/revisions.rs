@@ -146,6 +146,7 @@ mod tests {
             env: Default::default(),
             gpus_per_replica: 1,
             resources: Resources::default(),
+            lora: vec![],
         };
         Deployment { model: "m".into(), replicas: 3, spec, created_unix_s: 1, policy: Policy::default() }
     }

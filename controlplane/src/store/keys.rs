@@ -13,6 +13,8 @@ pub const PLACEMENTS: &str = "/placements/";
 pub const ENDPOINTS: &str = "/endpoints/";
 /// Prefix of nodes.
 pub const NODES: &str = "/nodes/";
+/// Prefix of routes.
+pub const ROUTES: &str = "/routes/";
 /// Prefix of drains.
 pub const DRAINS: &str = "/drains/";
 /// Prefix of what deployments were.
@@ -56,6 +58,11 @@ pub fn revisions(model: &str) -> String {
 /// What an operator says of a node, present or not.
 pub fn node_policy(node_id: &str) -> String {
     format!("{NODE_POLICIES}{}", encode(node_id))
+}
+
+/// Where a name leads.
+pub fn route(name: &str) -> String {
+    format!("{ROUTES}{}", encode(name))
 }
 
 /// An operator's drain.

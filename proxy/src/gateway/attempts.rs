@@ -13,13 +13,14 @@ use super::Gateway;
 use crate::{
     admission::queue::{Freed, Full, Number, Waiting},
     downstream::{self, respond},
-    endpoints::{Endpoint, Ticket},
+    endpoints::{Endpoint, Pool, Ticket, table::Target},
     error::{GatewayError, UpstreamFailure},
     health,
     record::Record,
     routing::{
         self, Unpicked,
-        policy::{Asked, Rules},
+        considered::Considered,
+        policy::{Asked, How, Rules},
     },
     streaming::relay::{self, RelayContext},
     upstream::{
@@ -29,9 +30,22 @@ use crate::{
     },
 };
 
+/// Names the deployment that answered.
+const MODEL: &str = "x-penstock-model";
+
+/// What came of asking a target's engines.
+pub(super) enum Outcome {
+    /// The client has its answer, or the beginning of one.
+    Answered,
+    /// It has seen nothing; the last failure, if any engine was asked.
+    Unanswered(Option<Failed>),
+    /// It has seen nothing, and each engine is at its limit.
+    Saturated,
+}
+
 /// One request's search for an engine that answers.
 struct Search<'a> {
-    model: &'a str,
+    target: &'a Target,
     asked: &'a Asked<'a>,
     rules: Rules,
     /// Endpoints that failed it.
@@ -44,12 +58,16 @@ struct Search<'a> {
     number: Option<Number>,
     /// When it first had to, and how long it will.
     waiting_since: Option<(u64, Instant)>,
+    /// Time it spent there and was not told of yet.
+    queued: Duration,
+    /// Whether somebody wants to read what picks look at.
+    considers: bool,
 }
 
 impl<'a> Search<'a> {
-    fn new(model: &'a str, asked: &'a Asked<'a>, rules: Rules) -> Self {
+    fn new(target: &'a Target, asked: &'a Asked<'a>, rules: Rules, considers: bool) -> Self {
         Self {
-            model,
+            target,
             asked,
             rules,
             tried: Vec::new(),
@@ -58,6 +76,8 @@ impl<'a> Search<'a> {
             last: None,
             number: None,
             waiting_since: None,
+            queued: Duration::ZERO,
+            considers,
         }
     }
 }
@@ -66,6 +86,10 @@ impl<'a> Search<'a> {
 pub(super) struct Place {
     ticket: Ticket,
     _freed: Freed,
+    /// Where it was found, how, and what else was looked at.
+    pool: Arc<Pool>,
+    how: How,
+    seen: Option<Box<Considered>>,
 }
 
 impl Place {
@@ -80,39 +104,61 @@ fn retry_after_s(oldest_ms: u64) -> u32 {
 }
 
 impl Gateway {
-    /// Asks engines in turn until one has answered, then hands the answer on.
+    /// Asks a target's engines in turn until one has answered, then hands the answer on. `waits`: in the pool's queue while
+    /// each is at its limit.
     pub(super) async fn attempts(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
-        model: &str,
+        (model, target): (&str, &Target),
         asked: &Asked<'_>,
         request: &EngineRequest,
-    ) -> Result<(), GatewayError> {
-        self.pool(model)?.budget.earn();
+        waits: bool,
+    ) -> Result<Outcome, GatewayError> {
+        let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(None)) };
+        pool.budget.earn();
         let patience = self.config.upstream.patience(model);
-        let mut search = Search::new(model, asked, self.pick_rules.of(model));
+        let mut search = Search::new(target, asked, self.pick_rules.of(model), record.considers());
         loop {
-            let Some(place) = self.place(session, &mut search).await? else {
-                return self.give_up(session, record, model, search.last).await;
+            let placed = self.place(session, &mut search, waits).await;
+            record.queued(std::mem::take(&mut search.queued));
+            // Under overload thousands come by here; what a sample of them saw will do.
+            if !matches!(placed, Ok(Ok(_)))
+                && (placed.is_ok() || record.considers())
+                && let Some(pool) = self.pool(target)?
+            {
+                record.unplaced(&pool, &search.tried, search.rules.policy, self.now_ms());
+            }
+            let mut place = match placed? {
+                Ok(place) => place,
+                Err(Unpicked::Nobody) => return Ok(Outcome::Unanswered(search.last)),
+                Err(Unpicked::Saturated) => return Ok(Outcome::Saturated),
             };
+            let how = (search.rules.policy, place.how);
+            record.picked(&place.pool, place.ticket.endpoint(), how, place.seen.take());
             let first_byte = Duration::from_millis(patience.first_byte_ms);
             let answered = tokio::select! {
                 biased;
-                answered = self.engines.ask(place.endpoint(), request, first_byte, |origin| self.metrics.connected(origin)) => answered,
+                answered = self.engines.ask(place.endpoint(), request, first_byte, |origin| record.connected(origin)) => answered,
                 () = downstream::gone(session) => return Err(GatewayError::ClientGone),
                 () = self.lifecycle.cut().cancelled() => return Err(GatewayError::Draining),
             };
             let failed = match answered {
-                Ok(answer) => return self.hand_on(session, record, answer, place, patience).await,
+                Ok(mut answer) => {
+                    name_model(&mut answer, model, target);
+                    self.hand_on(session, record, answer, place, patience).await?;
+                    return Ok(Outcome::Answered);
+                }
                 Err(failed) => failed,
             };
             self.note_failure(&place.ticket, &failed);
             search.tries += 1;
-            let pool = self.pool(model)?;
+            let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(Some(failed))) };
             let budget = || pool.budget.take(self.now_ms());
             let attempts = self.config.upstream.attempts;
-            match retry::after_failure(failed.failure, search.tries, attempts, search.resent, budget) {
+            let next = retry::after_failure(failed.failure, search.tries, attempts, search.resent, budget);
+            record.attempt_failed(&failed, next);
+            match next {
                 // A full engine may have room later; the others it was sick for are not asked again.
                 Next::Retry if failed.failure == UpstreamFailure::Busy => {}
                 Next::Retry => search.tried.push(Arc::clone(&place.endpoint().id)),
@@ -120,26 +166,30 @@ impl Gateway {
                     search.resent = true;
                     search.tries -= 1;
                 }
-                Next::GiveUp => return self.give_up(session, record, model, Some(failed)).await,
+                Next::GiveUp => return Ok(Outcome::Unanswered(Some(failed))),
             }
             self.metrics.retries.with_label_values(&[failed.failure.label()]).inc();
             search.last = Some(failed);
         }
     }
 
-    /// A place at an endpoint, waited for in order of arrival while each is at its limit; `None` when there is none to
-    /// wait for.
+    /// A place at an endpoint, waited for in order of arrival, if it `waits`, while each is at its limit.
     async fn place(
         &self,
         session: &mut ServerSession,
         search: &mut Search<'_>,
-    ) -> Result<Option<Place>, GatewayError> {
-        let queue = Arc::clone(&self.pool(search.model)?.queue);
+        waits: bool,
+    ) -> Result<Result<Place, Unpicked>, GatewayError> {
+        let Some(pool) = self.pool(search.target)? else { return Ok(Err(Unpicked::Nobody)) };
+        let queue = Arc::clone(&pool.queue);
         if queue.is_empty() {
             match self.pick(search)? {
                 Err(Unpicked::Saturated) => {}
-                picked => return Ok(picked.ok()),
+                picked => return Ok(picked),
             }
+        }
+        if !waits {
+            return Ok(Err(Unpicked::Saturated));
         }
         let now_ms = self.now_ms();
         let (since_ms, deadline) = *search.waiting_since.get_or_insert_with(|| {
@@ -170,29 +220,38 @@ impl Gateway {
                 Err(saturated())
             }
         };
-        self.metrics.queue_wait.observe(Duration::from_millis(self.now_ms() - now_ms).as_secs_f64());
+        let waited = Duration::from_millis(self.now_ms() - now_ms);
+        self.metrics.queue_wait.observe(waited.as_secs_f64());
+        search.queued += waited;
         found
     }
 
     /// Looks for a place whenever it may be there, as the first in the queue.
-    async fn found(&self, search: &Search<'_>, waiting: &Waiting) -> Result<Option<Place>, GatewayError> {
+    async fn found(
+        &self,
+        search: &Search<'_>,
+        waiting: &Waiting,
+    ) -> Result<Result<Place, Unpicked>, GatewayError> {
         loop {
             waiting.worth_looking().await;
             match self.pick(search)? {
                 Err(Unpicked::Saturated) => {}
-                picked => return Ok(picked.ok()),
+                picked => return Ok(picked),
             }
         }
     }
 
     fn pick(&self, search: &Search<'_>) -> Result<Result<Place, Unpicked>, GatewayError> {
-        let pool = self.pool(search.model)?;
+        let Some(pool) = self.pool(search.target)? else { return Ok(Err(Unpicked::Nobody)) };
         let chance = |n| fastrand::usize(0..n);
         let with = (&self.pick_rules, &search.rules);
-        let picked = routing::pick(&pool, &search.tried, search.asked, self.now_ms(), with, chance);
+        let mut seen: Option<Box<Considered>> = search.considers.then(Box::default);
+        let (tried, now_ms) = (&search.tried, self.now_ms());
+        let picked =
+            routing::pick_seen(&pool, tried, search.asked, now_ms, with, chance, seen.as_deref_mut());
         Ok(picked.map(|(ticket, how)| {
             self.metrics.picks.with_label_values(&[search.rules.policy.name(), how.label()]).inc();
-            Place { ticket, _freed: Freed(Arc::clone(&pool.queue)) }
+            Place { ticket, _freed: Freed(Arc::clone(&pool.queue)), pool, how, seen }
         }))
     }
 
@@ -236,10 +295,7 @@ impl Gateway {
             metrics: &self.metrics,
         };
         let relayed = relay::relay(session, open, &context).await;
-        record.usage(&relayed.facts.usage);
-        if relayed.facts.error.is_some() {
-            self.metrics.inband_errors.inc();
-        }
+        record.relayed(&relayed);
         match (&relayed.outcome, &relayed.facts.error) {
             (Ok(()), None) => self.note_end(&place.ticket),
             (Ok(()), Some(message)) => {
@@ -264,13 +320,13 @@ impl Gateway {
         whole: Whole,
     ) -> Result<(), GatewayError> {
         record.status(whole.head.status.as_u16());
-        record.tail(&whole.body);
+        record.whole(&whole.body);
         self.metrics.bytes_out.inc_by(whole.body.len() as u64);
         respond::whole_with_head(session, whole.head, whole.body).await.map_err(|_| GatewayError::ClientGone)
     }
 
     /// No attempt is left: the engine's own error answer if there is one, else ours.
-    async fn give_up(
+    pub(super) async fn give_up(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
@@ -312,5 +368,17 @@ impl Gateway {
     fn note_end(&self, ticket: &Ticket) {
         let change = ticket.finished(self.now_ms(), &self.health_rules);
         health::report(&self.metrics, ticket.endpoint(), change, "");
+    }
+}
+
+/// Says which deployment answered, where that is not what was asked for.
+fn name_model(answer: &mut Answer, model: &str, target: &Target) {
+    if *target.pool != *model {
+        let head = match answer {
+            Answer::Whole(whole) => &mut whole.head,
+            Answer::Open(open) => &mut open.head,
+        };
+        // A name that no header can hold is not worth the answer.
+        head.insert_header(MODEL, &*target.pool).ok();
     }
 }

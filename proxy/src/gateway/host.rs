@@ -103,7 +103,8 @@ impl Gateway {
             None => Some(GatewayError::HeadTimeout),
         };
         if let Some(error) = refused {
-            let mut record = Record::new(&self.metrics);
+            let mut record = Record::new(&self.telemetry);
+            record.client(host.peer.address.ip());
             record.failed(&error);
             if error != GatewayError::ClientGone {
                 let id = record.request_id();
@@ -112,7 +113,9 @@ impl Gateway {
             }
             return None;
         }
-        let mut record = Record::new(&self.metrics);
+        let mut record = Record::new(&self.telemetry);
+        record.client(host.peer.address.ip());
+        record.head(session.req_header());
         let _counted = self.lifecycle.request();
         session.set_write_timeout(Some(Duration::from_millis(limits.write_stall_ms)));
         session.set_total_drain_timeout(Some(Duration::from_millis(limits.body_idle_ms)));

@@ -15,6 +15,7 @@ use penstock_config::proxy::{LimitsConfig, ProxyConfig};
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
 use tokio::time::Instant;
 
+use self::attempts::Outcome;
 pub use self::host::Host;
 use crate::{
     admission::auth::KeyRing,
@@ -24,7 +25,7 @@ use crate::{
         respond,
     },
     drain::Lifecycle,
-    endpoints::{EndpointTable, Pool, Snapshot},
+    endpoints::{EndpointTable, Pool, Snapshot, table::Target},
     error::GatewayError,
     health,
     openai::{
@@ -32,8 +33,13 @@ use crate::{
         request::{RequestFacts, ScanLimits},
     },
     record::Record,
-    routing::{PickRules, policy::Asked, prefix::Chain},
-    telemetry::metrics::Metrics,
+    routing::{
+        PickRules,
+        policy::Asked,
+        prefix::Chain,
+        resolve::{self, Step},
+    },
+    telemetry::{Telemetry, access_log::AccessLog, metrics::Metrics},
     upstream::{
         client::EngineClient,
         request::{EngineRequest, forwarded_headers},
@@ -55,7 +61,9 @@ pub struct Gateway {
     /// Where requests can go.
     pub table: EndpointTable,
     /// What is counted.
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
+    /// Where requests leave what is known of them.
+    pub telemetry: Telemetry,
     /// Whether it is stopping.
     pub lifecycle: Lifecycle,
     started: Instant,
@@ -72,6 +80,8 @@ impl Gateway {
         // Listeners find out by themselves who speaks HTTP/2; pingora, asked to, waits for 24 bytes without a deadline.
         options.h2c = false;
         options.h2_idle_timeout = Some(Duration::from_secs(config.public.keepalive_s.max(1)));
+        let telemetry = Telemetry::new(&config.telemetry)?;
+        let metrics = Arc::clone(&telemetry.metrics);
         Ok(Self {
             options,
             scan_limits: ScanLimits { max_depth: config.limits.json_depth, ..ScanLimits::default() },
@@ -84,13 +94,19 @@ impl Gateway {
             health_rules: health::rules(&config.health),
             keys: KeyRing::new(&config.auth.keys)?,
             bodies: BodyBudget::new(config.limits.buffered_bytes),
-            engines: EngineClient::new(&config.upstream),
+            engines: EngineClient::new(&config.upstream, metrics.upstream_kept.clone()),
             table: EndpointTable::new(config.upstream.clone()),
-            metrics: Metrics::new().map_err(|e| e.to_string())?,
+            metrics,
+            telemetry,
             lifecycle: Lifecycle::default(),
             started: Instant::now(),
             config,
         })
+    }
+
+    /// Has requests logged there. Without it they are not.
+    pub fn log_to(&mut self, log: AccessLog) {
+        self.telemetry.access_log = log;
     }
 
     /// Milliseconds on this process's own clock, which never goes back.
@@ -132,11 +148,12 @@ impl Gateway {
             head.uri.path_and_query().map_or_else(|| head.uri.path().to_owned(), ToString::to_string);
         let path = target.split_once('?').map_or(&*target, |(path, _)| path);
         if path == "/healthz" && head.method == http::Method::GET {
+            record.unlogged();
             return self.say(session, record, "text/plain", "ok\n".into()).await;
         }
         let route = openai::route(&head.method, path);
         record.route(route.label(), route.shape());
-        self.keys.caller(&head.headers)?;
+        record.caller(self.keys.caller(&head.headers)?);
         let (api, engine_path) = match route {
             Route::Inference { api, path } => (api, path),
             Route::Models => return self.say(session, record, "application/json", self.models()).await,
@@ -155,24 +172,49 @@ impl Gateway {
         let mut chain = self.pick_rules.chain();
         let facts = openai::request::scan_with(&held.bytes, &self.scan_limits, chain.as_mut())
             .map_err(GatewayError::Body)?;
-        let served_model = self.served_model(&facts.model)?;
-        record.model(&facts.model);
         let query = &target[path.len()..];
-        let request = EngineRequest {
+        let mut request = EngineRequest {
             api,
             stream: facts.stream,
             request_id: record.request_id().to_owned(),
             target: [engine_path, query].concat(),
             headers: forwarded_headers(&session.req_header().headers, record.request_id()),
-            body: body_for_engine(&held.bytes, &facts, &served_model),
+            body: Bytes::new(),
         };
         let user = facts.user_range.clone().and_then(|range| held.bytes.get(range));
         let (header, cookie) = (&*self.config.routing.session_header, &*self.config.routing.session_cookie);
         let headers = &session.req_header().headers;
         let affinity = self.pick_rules.key.session(headers, header, cookie, user);
         let prefix = chain.map(Chain::hashes).unwrap_or_default();
-        let asked = Asked { session: affinity, prefix: &prefix };
-        self.attempts(session, record, &facts.model, &asked, &request).await
+        let asked = Asked { session: affinity, prefix: &prefix, adapter: None };
+        let places = self.places(&facts.model, affinity)?;
+        record.model(&facts.model, self.table.load().version);
+        record.stream(facts.stream);
+        // Whoever has room now goes first; only when nobody has is it worth to wait, and then for who should have answered.
+        let alone = places.len() == 1;
+        let (mut last, mut full) = (None, None);
+        for Step { target, fallback } in places {
+            self.metrics.routed(&facts.model, &target.pool, fallback);
+            request.body = body_for_engine(&held.bytes, &facts, &target.served_model);
+            let asked = Asked { adapter: target.adapter.as_deref(), ..asked };
+            let place = (&*facts.model, &*target);
+            match self.attempts(session, record, place, &asked, &request, alone).await? {
+                Outcome::Answered => return Ok(()),
+                Outcome::Unanswered(failed) => last = failed.or(last),
+                Outcome::Saturated => full = full.or(Some(target)),
+            }
+        }
+        if let Some(target) = full {
+            request.body = body_for_engine(&held.bytes, &facts, &target.served_model);
+            let asked = Asked { adapter: target.adapter.as_deref(), ..asked };
+            let place = (&*facts.model, &*target);
+            match self.attempts(session, record, place, &asked, &request, true).await? {
+                Outcome::Answered => return Ok(()),
+                Outcome::Unanswered(failed) => last = failed.or(last),
+                Outcome::Saturated => {}
+            }
+        }
+        self.give_up(session, record, &facts.model, last).await
     }
 
     fn check_head(&self, session: &ServerSession) -> Result<(), GatewayError> {
@@ -188,22 +230,17 @@ impl Gateway {
         if snapshot.loaded { Ok(snapshot) } else { Err(GatewayError::NotReady) }
     }
 
-    fn pool(&self, model: &str) -> Result<Arc<Pool>, GatewayError> {
+    /// Who may answer a request for `model`, in the order in which they are asked.
+    fn places(&self, model: &str, session: Option<u64>) -> Result<Vec<Step>, GatewayError> {
         let snapshot = self.snapshot()?;
-        let route = snapshot
-            .routes
-            .get(model)
-            .ok_or_else(|| GatewayError::UnknownModel { model: model.to_owned() })?;
-        Ok(Arc::clone(&route.pool))
+        let draw = session.unwrap_or_else(|| fastrand::u64(..));
+        resolve::resolve(&snapshot.routes, model, self.pick_rules.key, draw)
+            .ok_or_else(|| GatewayError::UnknownModel { model: model.to_owned() })
     }
 
-    fn served_model(&self, model: &str) -> Result<String, GatewayError> {
-        let snapshot = self.snapshot()?;
-        let route = snapshot
-            .routes
-            .get(model)
-            .ok_or_else(|| GatewayError::UnknownModel { model: model.to_owned() })?;
-        Ok(route.served_model.clone())
+    /// As it is now; `None` once it is gone.
+    fn pool(&self, target: &Target) -> Result<Option<Arc<Pool>>, GatewayError> {
+        Ok(self.snapshot()?.pools.get(&*target.pool).map(Arc::clone))
     }
 
     async fn say(

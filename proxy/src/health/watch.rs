@@ -244,8 +244,11 @@ fn check(watch: &Arc<Watch>, snapshot: &Snapshot, checks: &mut JoinSet<()>) {
 /// By which name the engines of each pool know their model.
 fn served_models(snapshot: &Snapshot) -> HashMap<*const Pool, Arc<str>> {
     let mut names = HashMap::new();
-    for route in snapshot.routes.values() {
-        names.entry(Arc::as_ptr(&route.pool)).or_insert_with(|| Arc::from(route.served_model.as_str()));
+    // An adapter's name is known only to the engines that have it.
+    let targets = snapshot.routes.values().flat_map(|route| &route.targets).filter(|t| t.adapter.is_none());
+    for target in targets {
+        let Some(pool) = snapshot.pools.get(&*target.pool) else { continue };
+        names.entry(Arc::as_ptr(pool)).or_insert_with(|| Arc::from(target.served_model.as_str()));
     }
     names
 }

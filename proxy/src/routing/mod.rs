@@ -1,23 +1,29 @@
 //! Which endpoint takes a request: filters over the pool, then a policy over what is left, then a place reserved at once.
 //!
 //! - [`policy`]: the choice, over plain data; the same code runs in [`crate::simulator`].
+//! - [`considered`]: what a pick looked at, for those who ask why.
 //! - [`load`]: how busy an endpoint is thought to be, and how much a young one should carry.
 //! - [`affinity`]: sessions to endpoints, by keyed hashes and under a load bound.
 //! - [`prefix`]: who probably has a prompt's beginning in its cache, in fixed memory.
+//! - [`resolve`]: which pools, in which order, for the name that a client asked for.
 //!
-//! Filters, in order: not draining, not tried by this request before, healthy ([`crate::health`]). At most a share of the pool
+//! Filters, in order: not draining, has the adapter that is asked for, not tried by this request before, healthy ([`crate::health`]). At most a share of the pool
 //! may be out for its health. Beyond it, and when nothing healthy is left, the pool is in *panic*: those that react at all are
 //! taken, however badly they do, since suspicion against so many is more likely wrong, and since trying a sick engine beats
 //! refusing a client; those that do not react only when there is nobody else. Last: not at its limit ([`saturation`]); when
 //! that takes out all that were left, the request waits. No policy ever sees an endpoint that a filter took out.
 //!
-//! Absent: engines' own reports. No wire brings them to the proxy yet; its estimate is what it has under way itself, which
-//! is what [`load::estimate`] says without a report.
+//! Reports of the engines ([`crate::endpoints::reported`]) tell of other proxies' requests and of engines' own queues. What
+//! they say may be wrong (vLLM's gauges can stay up after a mass abort) or may not come any more, and an engine that
+//! answers is then still an engine that answers: so they decide between endpoints and how many requests one gets at a time,
+//! never that an idle one gets none.
 
 pub mod affinity;
+pub mod considered;
 pub mod load;
 pub mod policy;
 pub mod prefix;
+pub mod resolve;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -25,12 +31,13 @@ use penstock_config::proxy::{QueueConfig, RoutingConfig};
 
 use self::{
     affinity::{HashKey, LoadBound},
+    considered::Considered,
     policy::{Asked, How, Policy, Rules, View},
     prefix::{Blocks, Chain},
 };
 use crate::{
-    admission::saturation::{self, Limits},
-    endpoints::{Endpoint, Pool, Ticket},
+    admission::saturation::{self, Limits, Reported},
+    endpoints::{Endpoint, Pool, Ticket, reported::ReportedLoad},
 };
 
 /// What a pick may look at besides the pool and the request.
@@ -40,6 +47,8 @@ pub struct PickRules {
     pub max_ejected_percent: u32,
     /// Milliseconds until a new endpoint carries its whole share; 0: at once.
     pub slow_start_ms: u64,
+    /// Age at which an engine's report of its load is not believed any more; 0: reports are not looked at.
+    pub load_stale_ms: u64,
     /// This proxy's zone; empty: every endpoint is near.
     pub zone: String,
     /// Of all hashes.
@@ -69,6 +78,7 @@ impl PickRules {
         Self {
             max_ejected_percent,
             slow_start_ms: config.slow_start_ms,
+            load_stale_ms: config.load_stale_ms,
             zone: config.zone.clone(),
             key,
             blocks: Blocks { bytes: config.prefix_block_bytes, most: config.prefix_blocks },
@@ -120,21 +130,45 @@ pub fn pick(
     tried: &[Arc<str>],
     asked: &Asked<'_>,
     now_ms: u64,
+    with: (&PickRules, &Rules),
+    chance: impl FnMut(usize) -> usize,
+) -> Result<(Ticket, How), Unpicked> {
+    pick_seen(pool, tried, asked, now_ms, with, chance, None)
+}
+
+/// [`pick`], with what it looked at written to `seen`: done only where somebody will read it, since it looks at the whole
+/// pool once more.
+///
+/// # Errors
+/// As [`pick`]; then `seen` stays as it was if nobody is left, and there are [`Considered::nobody`]'s reasons.
+pub fn pick_seen(
+    pool: &Pool,
+    tried: &[Arc<str>],
+    asked: &Asked<'_>,
+    now_ms: u64,
     (with, rules): (&PickRules, &Rules),
     mut chance: impl FnMut(usize) -> usize,
+    mut seen: Option<&mut Considered>,
 ) -> Result<(Ticket, How), Unpicked> {
-    let eligible = |endpoint: &Endpoint| !endpoint.draining && !tried.contains(&endpoint.id);
+    let able = |endpoint: &Endpoint| asked.adapter.is_none_or(|name| endpoint.adapters.contains(name));
+    let eligible =
+        |endpoint: &Endpoint| !endpoint.draining && able(endpoint) && !tried.contains(&endpoint.id);
     let all: Vec<&Arc<Endpoint>> = pool.endpoints.iter().filter(|e| eligible(e)).collect();
     let mut among = |healthy: &dyn Fn(&Endpoint) -> bool,
                      reserve: &dyn Fn(&Arc<Endpoint>) -> Option<Ticket>| {
         let of_health = || all.iter().copied().filter(|e| healthy(e));
         let (mut left, mut views): (Vec<&Arc<Endpoint>>, Vec<View>) = of_health()
             .map(|endpoint| (endpoint, view(endpoint, now_ms, with)))
-            .filter(|(endpoint, view)| !is_full(endpoint, view, now_ms, &with.limits))
+            .filter(|(endpoint, view)| !is_full(endpoint, view, now_ms, with))
             .unzip();
         let none = if left.len() < of_health().count() { Unpicked::Saturated } else { Unpicked::Nobody };
         loop {
-            let (index, how) = policy::choose(rules, &views, asked, &pool.memory, &mut chance).ok_or(none)?;
+            let chosen = policy::choose(rules, &views, asked, &pool.memory, &mut chance);
+            if let Some(seen) = seen.as_deref_mut() {
+                let chosen = chosen.map(|(index, _)| index);
+                *seen = Considered::of(&pool.endpoints, tried, &left, &views, chosen, now_ms);
+            }
+            let (index, how) = chosen.ok_or(none)?;
             match reserve(left.get(index).ok_or(none)?) {
                 Some(ticket) => return Ok((ticket, how)),
                 None => {
@@ -167,14 +201,24 @@ pub fn in_panic(pool: &Pool, now_ms: u64, max_ejected_percent: u32) -> bool {
             || !candidates.any(|e| e.vitals().is_open(now_ms)))
 }
 
-fn is_full(endpoint: &Endpoint, view: &View, now_ms: u64, limits: &Limits) -> bool {
-    saturation::is_full((endpoint.inflight(), view.load), None, endpoint.busy(), now_ms, limits)
+/// A report is believed only while it is fresh, and only of an engine that has a request of ours: whatever it says, one may be
+/// sent, and its answer tells more.
+fn is_full(endpoint: &Endpoint, view: &View, now_ms: u64, with: &PickRules) -> bool {
+    let fresh = |report: &ReportedLoad| view.own > 0 && report.age_ms < with.load_stale_ms;
+    let reported = endpoint.reported(now_ms).filter(fresh).map(|report| Reported {
+        running: report.running,
+        waiting: report.waiting,
+        kv_permille: report.kv_used_permille,
+    });
+    saturation::is_full((view.own, view.load), reported, endpoint.busy(), now_ms, &with.limits)
 }
 
 fn view(endpoint: &Endpoint, now_ms: u64, with: &PickRules) -> View {
+    let (own, report) = (endpoint.inflight(), endpoint.load_report());
     View {
         key: endpoint.key(with.key),
-        load: load::estimate(endpoint.inflight(), None, now_ms, 0),
+        load: load::estimate(own, report.as_ref(), now_ms, with.load_stale_ms),
+        own,
         weight: load::weight(endpoint.age_ms(now_ms), with.slow_start_ms),
         near: with.zone.is_empty() || endpoint.zone == with.zone,
     }
@@ -190,212 +234,5 @@ fn too_many_ejected(endpoints: &[Arc<Endpoint>], now_ms: u64, max_percent: u32) 
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::{
-        endpoints::endpoint::tests::endpoint, error::UpstreamFailure, health, upstream::retry::RetryBudget,
-    };
-
-    /// Ejects for a second: an engine that answers with errors, or one that does not react.
-    fn eject(endpoint: &Arc<Endpoint>, failure: UpstreamFailure) {
-        let rules = health::Rules { consecutive_failures: 1, ..health::rules(&Default::default()) };
-        assert!(endpoint.reserve(0).failed(failure, 0, &rules).is_some());
-    }
-
-    fn with(policy: Policy) -> PickRules {
-        let config = RoutingConfig { policy, hash_key: "k".into(), ..RoutingConfig::default() };
-        PickRules::new(&config, &QueueConfig::default(), 67, &mut fastrand::Rng::with_seed(1))
-    }
-
-    fn pick_from(
-        pool: &Pool,
-        tried: &[Arc<str>],
-        now_ms: u64,
-        chance: impl FnMut(usize) -> usize,
-    ) -> Option<Ticket> {
-        let with = with(Policy::LeastLoaded);
-        pick(pool, tried, &Asked::default(), now_ms, (&with, &with.rules), chance)
-            .ok()
-            .map(|(ticket, _)| ticket)
-    }
-
-    fn pool(n: usize) -> Pool {
-        Pool {
-            endpoints: (0..n).map(|i| endpoint(&format!("e{i}"))).collect(),
-            budget: Arc::new(RetryBudget::new(10, 10)),
-            queue: Arc::default(),
-            memory: Arc::default(),
-            source: Arc::default(),
-        }
-    }
-
-    fn picked(ticket: &Option<Ticket>) -> Option<&str> {
-        ticket.as_ref().map(|t| &*t.endpoint().id)
-    }
-
-    #[test]
-    fn the_least_loaded_wins_and_the_pick_counts_at_once() {
-        let pool = pool(3);
-        let _busy =
-            (pool.endpoints[0].reserve(0), pool.endpoints[0].reserve(0), pool.endpoints[2].reserve(0));
-        let ticket = pick_from(&pool, &[], 0, |_| 0);
-        assert_eq!(picked(&ticket), Some("e1"));
-        assert_eq!(pool.endpoints[1].inflight(), 1);
-    }
-
-    #[test]
-    fn tried_draining_and_ejected_endpoints_are_passed_over() {
-        let pool = pool(3);
-        eject(&pool.endpoints[0], UpstreamFailure::BeforeFirstByte);
-        assert_eq!(picked(&pick_from(&pool, &["e1".into()], 10, |_| 0)), Some("e2"));
-    }
-
-    #[test]
-    fn with_everything_ejected_all_are_tried_rather_than_none() {
-        let pool = pool(2);
-        for endpoint in &pool.endpoints {
-            eject(endpoint, UpstreamFailure::Connect);
-        }
-        assert!(pick_from(&pool, &[], 10, |_| 0).is_some());
-        assert!(in_panic(&pool, 10, 100));
-    }
-
-    /// With three of four engines dead, picks in panic must not go to the dead ones: budgets could not repair that.
-    #[test]
-    fn in_panic_those_that_react_are_taken_and_the_dead_are_not() {
-        let pool = pool(4);
-        (0..3).for_each(|i| eject(&pool.endpoints[i], UpstreamFailure::Connect));
-        assert!(in_panic(&pool, 10, 67) && !in_panic(&pool, 1_010, 67));
-        for chance in 0..4 {
-            assert_eq!(picked(&pick_from(&pool, &[], 10, |n| chance % n)), Some("e3"));
-        }
-        eject(&pool.endpoints[3], UpstreamFailure::BeforeFirstByte);
-        assert_eq!(picked(&pick_from(&pool, &[], 10, |_| 0)), Some("e3"), "errors beat silence");
-    }
-
-    #[test]
-    fn a_half_open_endpoint_gets_one_request_and_the_rest_go_elsewhere() {
-        let pool = pool(2);
-        eject(&pool.endpoints[0], UpstreamFailure::BeforeFirstByte);
-        let tickets: Vec<_> = (0..9).map(|_| pick_from(&pool, &[], 1_000, |_| 0)).collect();
-        let trials = tickets.iter().filter(|ticket| picked(ticket) == Some("e0")).count();
-        assert_eq!(trials, 1);
-    }
-
-    #[test]
-    fn nothing_is_left_once_all_are_tried() {
-        let pool = pool(2);
-        assert!(pick_from(&pool, &["e0".into(), "e1".into()], 0, |_| 0).is_none());
-    }
-
-    #[test]
-    fn a_pool_is_saturated_once_each_endpoint_has_refused_and_until_one_has_room() {
-        let pool = pool(2);
-        let with = with(Policy::LeastLoaded);
-        let pick = |now| pick(&pool, &[], &Asked::default(), now, (&with, &with.rules), |_| 0);
-        let held: Vec<_> = pool.endpoints.iter().map(|endpoint| endpoint.reserve(1_000)).collect();
-        pool.endpoints.iter().for_each(|endpoint| {
-            let refused = endpoint.reserve(1_000);
-            endpoint.refused(1_000);
-            drop(refused);
-        });
-        assert_eq!(pick(1_000).err(), Some(Unpicked::Saturated));
-        drop(held);
-        assert!(pick(1_000).is_ok());
-    }
-
-    #[test]
-    fn a_young_endpoint_takes_its_share_by_degrees() {
-        let pool = pool(2);
-        let age = |endpoint: usize, now: u64| pool.endpoints[endpoint].age_ms(now);
-        assert_eq!(
-            (age(0, 5), age(0, 60_005)),
-            (0, 60_000),
-            "its life begins at the first pick that sees it"
-        );
-        let _busy: Vec<_> = (0..3).map(|_| pool.endpoints[0].reserve(0)).collect();
-        assert_eq!(
-            picked(&pick_from(&pool, &[], 60_005, |_| 0)),
-            Some("e0"),
-            "three here against a newcomer's tenth"
-        );
-        assert_eq!(picked(&pick_from(&pool, &[], 120_005, |_| 0)), Some("e1"));
-    }
-
-    #[test]
-    fn a_model_may_have_its_own_policy_and_prompts_are_hashed_only_for_one_that_asks() {
-        let mut with = with(Policy::LeastLoaded);
-        assert!(with.chain().is_none());
-        with.by_model.insert("m".into(), Policy::PrefixAffinity);
-        assert_eq!(with.of("m").policy, Policy::PrefixAffinity);
-        assert_eq!(with.of("other").policy, Policy::LeastLoaded);
-        assert!(with.chain().is_some());
-    }
-
-    proptest! {
-        #[test]
-        fn no_policy_ever_picks_what_a_filter_took_out(
-            states in prop::collection::vec(0u8..4, 1..12), session in prop::option::of(any::<u64>()),
-            prefix in prop::collection::vec(1u64..9, 0..3), seed in any::<u64>(), times in 1usize..6,
-        ) {
-            let mut pool = pool(states.len());
-            let mut tried: Vec<Arc<str>> = vec![];
-            for (endpoint, state) in pool.endpoints.iter_mut().zip(&states) {
-                match state {
-                    1 => Arc::get_mut(endpoint).expect("not shared").draining = true,
-                    2 => tried.push(Arc::clone(&endpoint.id)),
-                    3 => eject(endpoint, UpstreamFailure::BeforeFirstByte),
-                    _ => {}
-                }
-            }
-            let mut rng = fastrand::Rng::with_seed(seed);
-            let asked = Asked { session, prefix: &prefix };
-            for policy in [Policy::LeastLoaded, Policy::PowerOfTwo, Policy::RoundRobin, Policy::PrefixAffinity, Policy::SessionAffinity] {
-                let with = with(policy);
-                for _ in 0..times {
-                    let ticket = pick(&pool, &tried, &asked, 10, (&with, &with.rules), |n| rng.usize(0..n));
-                    let Ok((ticket, _)) = ticket else {
-                        prop_assert!(states.iter().all(|s| matches!(s, 1 | 2)));
-                        continue;
-                    };
-                    let endpoint = ticket.endpoint();
-                    prop_assert!(!endpoint.draining && !tried.contains(&endpoint.id));
-                    let free = states.contains(&0);
-                    let out = states.iter().filter(|s| **s == 3).count() * 100;
-                    let panic = out > states.iter().filter(|s| **s != 1).count() * 67;
-                    prop_assert!(!endpoint.is_ejected(10) || panic || !free);
-                }
-            }
-        }
-
-        #[test]
-        fn a_pick_is_never_busier_than_another_that_was_free_to_take(
-            loads in prop::collection::vec(0usize..6, 1..12), seed in any::<u64>()
-        ) {
-            let pool = pool(loads.len());
-            let mut held = vec![];
-            for (endpoint, load) in pool.endpoints.iter().zip(&loads) {
-                held.extend((0..*load).map(|_| endpoint.reserve(0)));
-            }
-            let mut rng = fastrand::Rng::with_seed(seed);
-            let ticket = pick_from(&pool, &[], 0, |n| rng.usize(0..n)).expect("one is eligible");
-            let least = loads.iter().min().copied().unwrap_or(0);
-            prop_assert_eq!(ticket.endpoint().inflight() as usize, least + 1);
-        }
-
-        #[test]
-        fn an_idle_pool_is_spread(seed in any::<u64>()) {
-            let pool = pool(4);
-            let mut rng = fastrand::Rng::with_seed(seed);
-            let mut hits = [0usize; 4];
-            for _ in 0..400 {
-                let ticket = pick_from(&pool, &[], 0, |n| rng.usize(0..n)).expect("one is eligible");
-                let index = pool.endpoints.iter().position(|e| e.id == ticket.endpoint().id).expect("known");
-                hits[index] += 1;
-            }
-            prop_assert!(hits.iter().all(|&h| h > 40), "{:?}", hits);
-        }
-    }
-}
+#[path = "pick_tests.rs"]
+mod tests;

@@ -44,10 +44,26 @@ pub struct RelayContext<'a> {
     pub pulse: &'a Pulse<'a>,
 }
 
+/// How fast the answer came and how much of it was written. Kept with the clock reads that the idle timer needs anyway:
+/// gaps are between reads, and a read may hold several events.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pace {
+    /// Bytes of the body written.
+    pub bytes: u64,
+    /// Events that were there before the first gap.
+    pub events_before: u64,
+    /// Time from then to the last read.
+    pub reading: Duration,
+    /// Longest time between two reads.
+    pub longest_gap: Duration,
+}
+
 /// How a relay ended.
 pub struct Relayed {
     /// What the events said; nothing for an answer that is no stream of events.
     pub facts: StreamFacts,
+    /// How it went.
+    pub pace: Pace,
     /// The engine's connection, if it can be used again.
     pub connection: Option<Http1Session>,
     /// `Ok` once the client has all of the answer.
@@ -58,8 +74,9 @@ pub struct Relayed {
 /// answer is cut, so that it cannot be taken for whole.
 pub async fn relay(session: &mut ServerSession, open: Open, context: &RelayContext<'_>) -> Relayed {
     let Open { head, first, mut connection, mut events } = open;
-    let outcome = match begin(session, head, first, events.as_ref(), context).await {
-        Ok(()) => copy(session, &mut connection, events.as_mut(), context).await,
+    let mut pace = Pace { events_before: events.as_ref().map_or(0, |e| e.facts.events), ..Pace::default() };
+    let outcome = match begin(session, head, first, events.as_ref(), context, &mut pace).await {
+        Ok(()) => copy(session, &mut connection, events.as_mut(), context, &mut pace).await,
         Err(e) => Err(e),
     };
     let outcome = match outcome {
@@ -80,6 +97,7 @@ pub async fn relay(session: &mut ServerSession, open: Open, context: &RelayConte
     let reusable = outcome.is_ok();
     Relayed {
         facts: events.map(|e| e.facts).unwrap_or_default(),
+        pace,
         connection: reusable.then_some(connection),
         outcome,
     }
@@ -91,6 +109,7 @@ async fn begin(
     first: Bytes,
     events: Option<&Events>,
     context: &RelayContext<'_>,
+    pace: &mut Pace,
 ) -> Result<(), GatewayError> {
     let framed = respond::frame_as_stream(session, &mut head).and_then(|()| match events {
         // Proxies in front of us must not hold events back either.
@@ -102,7 +121,7 @@ async fn begin(
     framed.map_err(|_| GatewayError::Upstream(UpstreamFailure::Garbage))?;
     session.write_response_header(Box::new(head)).await.map_err(|e| write_error(&e))?;
     context.metrics.events.inc_by(events.map_or(0, |e| e.facts.events));
-    write(session, first, context).await
+    write(session, first, context, pace).await
 }
 
 async fn copy(
@@ -110,6 +129,7 @@ async fn copy(
     connection: &mut Http1Session,
     mut events: Option<&mut Events>,
     context: &RelayContext<'_>,
+    pace: &mut Pace,
 ) -> Result<(), GatewayError> {
     let mut last_read = Instant::now();
     let mut idle = pin!(sleep_until(last_read + context.idle));
@@ -128,11 +148,14 @@ async fn copy(
                 continue;
             }
         };
-        last_read = Instant::now();
+        let before = std::mem::replace(&mut last_read, Instant::now());
         let Some(chunk) = read.map_err(|_| GatewayError::Upstream(UpstreamFailure::MidStream))? else {
             return Ok(());
         };
         context.pulse.beat(last_read);
+        let gap = last_read.saturating_duration_since(before);
+        pace.reading += gap;
+        pace.longest_gap = pace.longest_gap.max(gap);
         let (ready, after) = take_what_is_there(connection, chunk, events.as_deref_mut())?;
         if let Some(events) = events.as_deref_mut() {
             let before = events.facts.events;
@@ -140,7 +163,7 @@ async fn copy(
             context.metrics.events.inc_by(events.facts.events - before);
         }
         if !ready.is_empty() {
-            write(session, ready, context).await?;
+            write(session, ready, context, pace).await?;
         }
         match after {
             After::More => {}
@@ -208,7 +231,9 @@ async fn write(
     session: &mut ServerSession,
     bytes: Bytes,
     context: &RelayContext<'_>,
+    pace: &mut Pace,
 ) -> Result<(), GatewayError> {
+    pace.bytes += bytes.len() as u64;
     context.metrics.bytes_out.inc_by(bytes.len() as u64);
     context.pulse.while_written(session.write_response_body(bytes, false)).await.map_err(|e| write_error(&e))
 }

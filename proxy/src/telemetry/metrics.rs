@@ -1,27 +1,28 @@
-//! Every series this process can emit, in one struct, each at zero from the start.
+//! Every series this process can emit, declared in one place, each at zero from the start; those of a model from the first
+//! scrape that sees its route.
 //!
-//! Labels are bounded: `api` is [`crate::openai::Api::label`], `code` an HTTP status we send, `blame` and `reason` closed
-//! enums. `model` takes only names of deployed models, so that a client cannot make series.
-//! Cost: a counter behind resolved labels is one atomic add; the labelled ones here are resolved once a request.
+//! Labels are bounded: `api` is [`crate::openai::Api::label`], `code` an HTTP status we send, `blame`, `reason` and
+//! `outcome` closed enums. `model` takes only names that the control plane has routes for, at most
+//! [`super::models::MAX_MODELS`] of them, and [`super::models::OTHER`] beyond: a client cannot make series.
+//! Cost: a counter behind resolved labels is one atomic add. What is counted by model is resolved once a request, to a
+//! [`super::models::ModelSeries`]; the other labelled ones are looked up once a request or once an attempt.
 
 use std::{sync::Arc, time::Duration};
 
-use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+
+pub use super::state::State;
+use super::{
+    make::{Maker, status_text},
+    models::{ModelSeries, Models},
 };
 
 use crate::{
-    endpoints::{Pool, Snapshot},
     error::UpstreamFailure,
-    health::{Phase, Reason, probe::Probed, progress::Verdict},
+    health::{Reason, probe::Probed, progress::Verdict},
     listener::Refusal,
-    routing::{
-        self,
-        policy::{How, Policy},
-    },
+    routing::policy::{How, Policy},
     upstream::client::Origin,
-    xds::status::XdsStatusView,
 };
 
 /// Seconds. From a cached prefix on an idle engine (milliseconds) to a long queue.
@@ -32,6 +33,14 @@ const TTFT_BUCKETS: &[f64] =
 const DURATION_BUCKETS: &[f64] =
     &[0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
 
+/// Seconds. Tokens of a small model on an idle engine come every few milliseconds; 50 to 100 ms is a full batch, and what
+/// is above a second is a reader who waits.
+const ITL_BUCKETS: &[f64] =
+    &[0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0, 60.0];
+
+/// Why a line of the access log was lost: `reason` of its counter.
+pub const LOG_LOSSES: [&str; 2] = ["queue_full", "write_error"];
+
 /// How waiting in the queue ends: a place, the deadline, no room in the queue, the client's leaving, the gateway's stop.
 pub const QUEUE_OUTCOMES: [&str; 5] = ["placed", "deadline", "full", "client_gone", "draining"];
 
@@ -41,13 +50,19 @@ pub const NO_MODEL: &str = "";
 /// The proxy's metrics and the registry they are in.
 #[derive(Debug)]
 pub struct Metrics {
-    registry: Registry,
+    pub(super) registry: Registry,
     /// Finished requests by api, model, code and blame ("none" for success).
     pub requests: IntCounterVec,
     /// Requests under way, from head to the end of the answer.
     pub inflight: IntGauge,
-    /// Head read to the first byte of the answer written.
-    pub ttft: Histogram,
+    /// The same, by model.
+    pub model_inflight: IntGaugeVec,
+    /// Head read to the first byte of the answer, by model.
+    pub ttft: HistogramVec,
+    /// Mean gap between the events of a stream, by model; one observation a stream.
+    pub itl: HistogramVec,
+    /// Longest gap between two reads of a stream, by model; one observation a stream.
+    pub itl_max: HistogramVec,
     /// Head read to the end of the answer.
     pub duration: Histogram,
     /// SSE events relayed.
@@ -56,7 +71,7 @@ pub struct Metrics {
     pub bytes_out: IntCounter,
     /// Bytes of request bodies read.
     pub bytes_in: IntCounter,
-    /// Tokens as engines reported them, by kind: prompt, completion.
+    /// Tokens as engines reported them, by model and kind: prompt, completion.
     pub tokens: IntCounterVec,
     /// Failed attempts by reason.
     pub attempt_failures: IntCounterVec,
@@ -64,11 +79,17 @@ pub struct Metrics {
     pub retries: IntCounterVec,
     /// Endpoints chosen, by policy and by how: balanced, affine, spilled.
     pub picks: IntCounterVec,
+    /// Targets that requests came to, by the model that was asked for and the deployment that was asked.
+    pub targets: IntCounterVec,
+    /// Requests that came to a fallback, by the model that was asked for.
+    pub fallbacks: IntCounterVec,
+    /// Reports of engines' loads, by whether the endpoint was known.
+    pub load_reports: IntCounterVec,
     /// Requests that had to wait for a place, by how that ended: see [`QUEUE_OUTCOMES`].
     pub queue_outcomes: IntCounterVec,
     /// How long they waited.
     pub queue_wait: Histogram,
-    queue_depth: IntGaugeVec,
+    pub(super) queue_depth: IntGaugeVec,
     /// Endpoints taken out of picks for their health, by reason.
     pub ejections: IntCounterVec,
     /// Endpoints that passed their trials after an ejection.
@@ -79,6 +100,14 @@ pub struct Metrics {
     pub hang_checks: IntCounterVec,
     /// Upstream connections by origin: new, reused.
     pub upstream_connections: IntCounterVec,
+    /// Connections put aside for reuse.
+    pub upstream_kept: IntCounter,
+    /// Lines of the access log written.
+    pub access_log_lines: IntCounter,
+    /// Lines of the access log lost, by [`LOG_LOSSES`].
+    pub access_log_dropped: IntCounterVec,
+    /// Routing decisions kept for `/debug/decisions`, by why.
+    pub decisions: IntCounterVec,
     /// Clients that left before the end.
     pub client_disconnects: IntCounter,
     /// Error frames engines sent inside a 200.
@@ -87,36 +116,22 @@ pub struct Metrics {
     pub listeners: ListenerMetrics,
     /// Binary upgrades by how they ended: done, failed.
     pub upgrades: IntCounterVec,
-    snapshot_revision: IntGauge,
-    snapshot_term: IntGauge,
-    endpoints: IntGauge,
-    endpoints_ejected: IntGauge,
-    endpoints_by_health: IntGaugeVec,
-    pools_in_panic: IntGauge,
-    models: IntGauge,
-    xds_connected: IntGauge,
-    xds_age_seconds: IntGauge,
-    xds_acks: IntGauge,
-    xds_nacks: IntGauge,
-    draining: IntGauge,
-    body_bytes_held: IntGauge,
-}
-
-/// What the gauges of state are set from when somebody asks.
-#[derive(Debug)]
-pub struct State<'a> {
-    /// The tables in use.
-    pub snapshot: &'a Snapshot,
-    /// The control plane's connection.
-    pub xds: &'a XdsStatusView,
-    /// Whether the process is stopping.
-    pub draining: bool,
-    /// Request bytes reserved in memory.
-    pub body_bytes_held: usize,
-    /// The clock that ejections are in.
-    pub now_ms: u64,
-    /// Largest share of a pool that may be out.
-    pub max_ejected_percent: u32,
+    pub(super) snapshot_revision: IntGauge,
+    pub(super) snapshot_term: IntGauge,
+    pub(super) snapshot_age_seconds: IntGauge,
+    pub(super) snapshot_from_disk: IntGauge,
+    pub(super) endpoints: IntGauge,
+    pub(super) endpoints_ejected: IntGauge,
+    pub(super) endpoints_by_health: IntGaugeVec,
+    pub(super) pools_in_panic: IntGauge,
+    pub(super) models: IntGauge,
+    pub(super) xds_connected: IntGauge,
+    pub(super) xds_age_seconds: IntGauge,
+    pub(super) xds_acks: IntGauge,
+    pub(super) xds_nacks: IntGauge,
+    pub(super) draining: IntGauge,
+    pub(super) body_bytes_held: IntGauge,
+    pub(super) models_seen: Models,
 }
 
 impl Metrics {
@@ -134,10 +149,28 @@ impl Metrics {
                 &["api", "model", "code", "blame"],
             )?,
             inflight: make.gauge("penstock_proxy_requests_inflight", "Requests under way.")?,
-            ttft: make.histogram(
+            model_inflight: make.gauges(
+                "penstock_proxy_model_requests_inflight",
+                "Requests under way that name a deployed model.",
+                &["model"],
+            )?,
+            ttft: make.histograms(
                 "penstock_proxy_time_to_first_byte_seconds",
-                "Request head read to the first byte of the answer written.",
+                "Request head read to the first byte of an engine's answer; for streams the first event.",
                 TTFT_BUCKETS,
+                &["model"],
+            )?,
+            itl: make.histograms(
+                "penstock_proxy_inter_token_latency_seconds",
+                "Mean gap between the events of a stream, one observation a stream.",
+                ITL_BUCKETS,
+                &["model"],
+            )?,
+            itl_max: make.histograms(
+                "penstock_proxy_inter_token_latency_max_seconds",
+                "Longest gap inside a stream, one observation a stream.",
+                ITL_BUCKETS,
+                &["model"],
             )?,
             duration: make.histogram(
                 "penstock_proxy_request_duration_seconds",
@@ -151,7 +184,7 @@ impl Metrics {
             tokens: make.counters(
                 "penstock_proxy_tokens_total",
                 "Tokens as reported by engines.",
-                &["kind"],
+                &["model", "kind"],
             )?,
             attempt_failures: make.counters(
                 "penstock_proxy_attempt_failures_total",
@@ -167,6 +200,21 @@ impl Metrics {
                 "penstock_proxy_picks_total",
                 "Endpoints chosen; affine: for its session or prefix, spilled: that one was too busy.",
                 &["policy", "how"],
+            )?,
+            targets: make.counters(
+                "penstock_proxy_targets_total",
+                "Deployments asked, by the model that clients named; more than requests where one could not answer.",
+                &["model", "target"],
+            )?,
+            fallbacks: make.counters(
+                "penstock_proxy_fallbacks_total",
+                "Fallbacks asked because no target of the model could answer.",
+                &["model"],
+            )?,
+            load_reports: make.counters(
+                "penstock_proxy_load_reports_total",
+                "Engines' reports of their load that arrived; unknown: of an endpoint that is not in the tables.",
+                &["endpoint"],
             )?,
             queue_outcomes: make.counters(
                 "penstock_proxy_queue_outcomes_total",
@@ -207,6 +255,22 @@ impl Metrics {
                 "Connections to engines that requests used.",
                 &["origin"],
             )?,
+            upstream_kept: make.counter(
+                "penstock_proxy_upstream_connections_kept_total",
+                "Connections put aside for reuse; kept less reused is what idled out, was evicted, or waits.",
+            )?,
+            access_log_lines: make
+                .counter("penstock_proxy_access_log_lines_total", "Lines of the access log written.")?,
+            access_log_dropped: make.counters(
+                "penstock_proxy_access_log_dropped_total",
+                "Lines of the access log lost: the queue was full, or they could not be written.",
+                &["reason"],
+            )?,
+            decisions: make.counters(
+                "penstock_proxy_decisions_recorded_total",
+                "Requests whose routing was recorded for /debug/decisions, by why.",
+                &["why"],
+            )?,
             client_disconnects: make
                 .counter("penstock_proxy_client_disconnects_total", "Clients that left before the end.")?,
             inband_errors: make.counter(
@@ -224,6 +288,14 @@ impl Metrics {
             snapshot_revision: make
                 .gauge("penstock_proxy_snapshot_revision", "Revision of the tables in use.")?,
             snapshot_term: make.gauge("penstock_proxy_snapshot_term", "Term of the tables in use.")?,
+            snapshot_age_seconds: make.gauge(
+                "penstock_proxy_snapshot_age_seconds",
+                "Time since the tables in use were put in use; -1 before the first.",
+            )?,
+            snapshot_from_disk: make.gauge(
+                "penstock_proxy_snapshot_from_disk",
+                "1 while the tables in use are those kept on disk and no control plane has spoken yet.",
+            )?,
             endpoints: make.gauge("penstock_proxy_endpoints", "Endpoints in the tables in use.")?,
             endpoints_ejected: make
                 .gauge("penstock_proxy_endpoints_ejected", "Endpoints out of picks for their health.")?,
@@ -246,6 +318,7 @@ impl Metrics {
             xds_acks: make.gauge("penstock_proxy_xds_acks", "Responses accepted since the start.")?,
             xds_nacks: make.gauge("penstock_proxy_xds_nacks", "Responses refused since the start.")?,
             draining: make.gauge("penstock_proxy_draining", "1 once the process is stopping.")?,
+            models_seen: Models::default(),
             registry: registry.clone(),
         };
         for failure in UpstreamFailure::ALL {
@@ -256,6 +329,9 @@ impl Metrics {
             for how in How::ALL {
                 metrics.picks.with_label_values(&[policy.name(), how.label()]).inc_by(0);
             }
+        }
+        for endpoint in ["known", "unknown"] {
+            metrics.load_reports.with_label_values(&[endpoint]).inc_by(0);
         }
         for outcome in QUEUE_OUTCOMES {
             metrics.queue_outcomes.with_label_values(&[outcome]).inc_by(0);
@@ -269,56 +345,49 @@ impl Metrics {
         for verdict in Verdict::ALL {
             metrics.hang_checks.with_label_values(&[verdict.label()]).inc_by(0);
         }
-        for kind in ["prompt", "completion"] {
-            metrics.tokens.with_label_values(&[kind]).inc_by(0);
+        for reason in LOG_LOSSES {
+            metrics.access_log_dropped.with_label_values(&[reason]).inc_by(0);
         }
-        for result in ["done", "failed"] {
-            metrics.upgrades.with_label_values(&[result]).inc_by(0);
+        for why in super::decisions::Why::ALL {
+            metrics.decisions.with_label_values(&[why.label()]).inc_by(0);
         }
-        for origin in ["new", "reused"] {
-            metrics.upstream_connections.with_label_values(&[origin]).inc_by(0);
+        let pairs =
+            [(&metrics.upgrades, ["done", "failed"]), (&metrics.upstream_connections, ["new", "reused"])];
+        for (counters, label) in pairs.iter().flat_map(|(counters, two)| two.map(|label| (counters, label))) {
+            counters.with_label_values(&[label]).inc_by(0);
         }
         Ok(metrics)
     }
 
-    /// The Prometheus text of everything, with the gauges of state brought up to date first.
-    pub fn render(&self, state: &State<'_>) -> String {
-        let State { snapshot, xds, draining, body_bytes_held, now_ms, max_ejected_percent } = *state;
-        let all = || snapshot.pools.values().flat_map(|pool| &pool.endpoints);
-        self.snapshot_revision.set(clamp(snapshot.version.revision));
-        self.snapshot_term.set(clamp(snapshot.version.term));
-        self.endpoints.set(clamp(all().count() as u64));
-        self.endpoints_ejected.set(clamp(all().filter(|e| e.is_ejected(now_ms)).count() as u64));
-        self.queue_depth.reset(); // pools come and go
-        for (name, pool) in &snapshot.pools {
-            self.queue_depth.with_label_values(&[name.as_str()]).set(clamp(pool.queue.len() as u64));
-        }
-        let mut by_phase = [0u64; Phase::ALL.len()];
-        for phase in all().map(|endpoint| endpoint.vitals().phase(now_ms)) {
-            by_phase[phase as usize] += 1;
-        }
-        for (phase, count) in Phase::ALL.into_iter().zip(by_phase) {
-            self.endpoints_by_health.with_label_values(&[phase.label()]).set(clamp(count));
-        }
-        let panics = |pool: &&Arc<Pool>| routing::in_panic(pool, now_ms, max_ejected_percent);
-        self.pools_in_panic.set(clamp(snapshot.pools.values().filter(panics).count() as u64));
-        self.models.set(clamp(snapshot.routes.len() as u64));
-        self.xds_connected.set(i64::from(xds.connected));
-        self.xds_age_seconds.set(xds.last_response_age.map_or(-1, |age| clamp(age.as_secs())));
-        self.xds_acks.set(clamp(xds.acks));
-        self.xds_nacks.set(clamp(xds.nacks));
-        self.draining.set(i64::from(draining));
-        self.body_bytes_held.set(clamp(body_bytes_held as u64));
-        let mut text = Vec::new();
-        match TextEncoder::new().encode(&self.registry.gather(), &mut text) {
-            Ok(()) => String::from_utf8_lossy(&text).into_owned(),
-            Err(e) => format!("# metrics could not be rendered: {e}\n"),
-        }
+    /// The series of a deployed model; its name must be one of the snapshot's.
+    pub fn of_model(&self, model: &str) -> Arc<ModelSeries> {
+        self.models_seen.get(model, |label| ModelSeries {
+            name: label.into(),
+            inflight: self.model_inflight.with_label_values(&[label]),
+            ttft: self.ttft.with_label_values(&[label]),
+            itl: self.itl.with_label_values(&[label]),
+            itl_max: self.itl_max.with_label_values(&[label]),
+            prompt_tokens: self.tokens.with_label_values(&[label, "prompt"]),
+            completion_tokens: self.tokens.with_label_values(&[label, "completion"]),
+        })
     }
 
     /// Counts a connection that a request used.
     pub fn connected(&self, origin: Origin) {
         self.upstream_connections.with_label_values(&[origin.label()]).inc();
+    }
+
+    /// Counts a target that a request for `model` came to. Both are names of the tables in use.
+    pub fn routed(&self, model: &str, target: &str, fallback: bool) {
+        self.targets.with_label_values(&[model, target]).inc();
+        if fallback {
+            self.fallbacks.with_label_values(&[model]).inc();
+        }
+    }
+
+    /// Counts a report of an engine's load.
+    pub fn load_reported(&self, known: bool) {
+        self.load_reports.with_label_values(&[if known { "known" } else { "unknown" }]).inc();
     }
 
     /// Counts a finished request.
@@ -334,7 +403,8 @@ impl Metrics {
 pub struct ListenerMetrics {
     accepted: IntCounterVec,
     open: IntGaugeVec,
-    refused: IntCounterVec,
+    /// Connections closed before they brought a request, by listener and reason.
+    pub refusals: IntCounterVec,
     certificate_expiry: IntGaugeVec,
     certificate_reloads: IntCounterVec,
 }
@@ -348,7 +418,7 @@ impl ListenerMetrics {
                 &["listener"],
             )?,
             open: make.gauges("penstock_proxy_connections_open", "Clients' connections.", &["listener"])?,
-            refused: make.counters(
+            refusals: make.counters(
                 "penstock_proxy_connections_refused_total",
                 "Clients' connections closed before they brought a request.",
                 &["listener", "reason"],
@@ -371,7 +441,7 @@ impl ListenerMetrics {
         self.accepted.with_label_values(&[listener]).inc_by(0);
         self.open.with_label_values(&[listener]).add(0);
         for refusal in Refusal::ALL {
-            self.refused.with_label_values(&[listener, refusal.label()]).inc_by(0);
+            self.refusals.with_label_values(&[listener, refusal.label()]).inc_by(0);
         }
     }
 
@@ -385,7 +455,7 @@ impl ListenerMetrics {
 
     /// Counts a connection that was closed before it brought a request.
     pub fn refused(&self, listener: &str, why: Refusal) {
-        self.refused.with_label_values(&[listener, why.label()]).inc();
+        self.refusals.with_label_values(&[listener, why.label()]).inc();
     }
 
     /// Tells of the certificates in use.
@@ -398,103 +468,19 @@ impl ListenerMetrics {
 
     /// Counts changed files of certificates.
     pub fn reloaded(&self, listener: &str, good: bool) {
-        let result = if good { "loaded" } else { "refused" };
-        self.certificate_reloads.with_label_values(&[listener, result]).inc();
+        self.certificate_reloads
+            .with_label_values(&[listener, if good { "loaded" } else { "refused" }])
+            .inc();
     }
 }
 
 struct Open(IntGauge);
-
 impl Drop for Open {
     fn drop(&mut self) {
         self.0.dec();
     }
 }
 
-/// The status in decimal without an allocation.
-fn status_text(status: u16, digits: &mut [u8; 5]) -> &str {
-    let mut rest = status;
-    let mut start = digits.len();
-    loop {
-        start -= 1;
-        digits[start] = b'0' + (rest % 10) as u8;
-        rest /= 10;
-        if rest == 0 {
-            return std::str::from_utf8(&digits[start..]).unwrap_or_default();
-        }
-    }
-}
-
-fn clamp(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
-}
-
-struct Maker<'a> {
-    registry: &'a Registry,
-}
-
-impl Maker<'_> {
-    fn registered<C: prometheus::core::Collector + Clone + 'static>(
-        &self,
-        c: C,
-    ) -> Result<C, prometheus::Error> {
-        self.registry.register(Box::new(c.clone()))?;
-        Ok(c)
-    }
-
-    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
-        self.registered(IntCounter::new(name, help)?)
-    }
-
-    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
-        self.registered(IntCounterVec::new(Opts::new(name, help), labels)?)
-    }
-
-    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, prometheus::Error> {
-        self.registered(IntGaugeVec::new(Opts::new(name, help), labels)?)
-    }
-
-    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
-        self.registered(IntGauge::new(name, help)?)
-    }
-
-    fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, prometheus::Error> {
-        self.registered(Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?)
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_series_exists_at_zero() {
-        let metrics = Metrics::new().expect("names are unique");
-        let state = State {
-            snapshot: &Snapshot::default(),
-            xds: &crate::xds::status::XdsStatus::default().view(),
-            draining: false,
-            body_bytes_held: 0,
-            now_ms: 0,
-            max_ejected_percent: 67,
-        };
-        let text = metrics.render(&state);
-        for line in [
-            "penstock_proxy_retries_total{reason=\"connect\"} 0",
-            "penstock_proxy_requests_inflight 0",
-            "penstock_proxy_ejections_total{reason=\"hang\"} 0",
-            "penstock_proxy_endpoints_by_health{state=\"half_open\"} 0",
-            "penstock_proxy_upstream_connections_total{origin=\"reused\"} 0",
-            "penstock_proxy_xds_last_response_age_seconds -1",
-        ] {
-            assert!(text.contains(line), "{line} missing in\n{text}");
-        }
-    }
-
-    #[test]
-    fn a_status_is_written_in_decimal() {
-        for status in [0, 7, 200, 499, 65_535] {
-            assert_eq!(status_text(status, &mut [0; 5]), status.to_string());
-        }
-    }
-}
+#[path = "metrics_tests.rs"]
+mod tests;

@@ -16,6 +16,7 @@ use pingora_core::{
 };
 use pingora_error::BError;
 use pingora_http::ResponseHeader;
+use prometheus::IntCounter;
 use tokio::time::{Instant, timeout_at};
 
 use super::request::EngineRequest;
@@ -98,6 +99,7 @@ pub struct EngineClient {
     connector: Connector,
     keepalive: Duration,
     unary_buffer: usize,
+    kept: IntCounter,
 }
 
 /// Whether a connection was reused; a metric label.
@@ -126,13 +128,14 @@ impl std::fmt::Debug for EngineClient {
 }
 
 impl EngineClient {
-    /// No connections yet.
-    pub fn new(config: &UpstreamConfig) -> Self {
+    /// No connections yet. `kept` counts those put aside for reuse.
+    pub fn new(config: &UpstreamConfig, kept: IntCounter) -> Self {
         let connector = Connector::new(Some(ConnectorOptions::new(config.keepalive_connections)));
         Self {
             connector,
             keepalive: Duration::from_millis(config.keepalive_ms),
             unary_buffer: config.unary_buffer_bytes,
+            kept,
         }
     }
 
@@ -162,6 +165,7 @@ impl EngineClient {
 
     /// Puts a connection whose answer has ended back into the pool.
     pub async fn release(&self, connection: Http1Session, endpoint: &Endpoint) {
+        self.kept.inc();
         self.connector
             .release_http_session(HttpSession::H1(connection), &endpoint.peer, Some(self.keepalive))
             .await;

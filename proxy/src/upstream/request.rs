@@ -10,7 +10,7 @@ use http::{HeaderMap, HeaderName, Method, header};
 use pingora_error::Result;
 use pingora_http::RequestHeader;
 
-use crate::{downstream::respond::REQUEST_ID, openai::Api};
+use crate::{downstream::respond::REQUEST_ID, openai::Api, record::EXPLAIN};
 
 const DROPPED: &[&str] = &[
     "connection",
@@ -32,6 +32,7 @@ const DROPPED: &[&str] = &[
     // The answer must not come compressed: events are looked at, and a compressed stream is held back by its encoder.
     "accept-encoding",
     REQUEST_ID,
+    EXPLAIN,
     "x-data-parallel-rank",
     "x-session-id",
     "x-vllm-priority",

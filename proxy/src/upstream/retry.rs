@@ -36,6 +36,11 @@ impl RetryBudget {
         (u64::from(self.floor_per_s) * 10).max(10) * 1_000
     }
 
+    /// Whole retries left, as of the last that was asked for.
+    pub fn left(&self) -> u64 {
+        self.millicredits.load(Relaxed) / 1_000
+    }
+
     /// A request came in.
     pub fn earn(&self) {
         self.add(u64::from(self.percent) * 10);
@@ -66,6 +71,17 @@ pub enum Next {
     Resend,
     /// Tell the client.
     GiveUp,
+}
+
+impl Next {
+    /// For decision records.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Retry => "retry",
+            Self::Resend => "resend",
+            Self::GiveUp => "give_up",
+        }
+    }
 }
 
 /// Decides after `failure`, with `tries` attempts made of at most `attempts`, free resends not counted.

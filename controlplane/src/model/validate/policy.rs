@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
-use super::{FieldError, kind, object, string, text, whole};
+use super::{FieldError, kind, object, string, text, whole_in as whole};
 use crate::model::policy::{
     Autoscaling, DisruptionPolicy, NodePolicy, PlacementPolicy, Policy, Resources, Role, RolloutPolicy,
     SpreadPolicy, Taint, TaintEffect, Toleration,
@@ -26,7 +26,7 @@ fn part<T: Default>(
     read: impl FnOnce(&Fields) -> Result<T, FieldError>,
 ) -> Result<T, FieldError> {
     let Some(value) = fields.get(name) else { return Ok(T::default()) };
-    object(value, known).and_then(read).map_err(|error| error.within(name))
+    object(value, known).and_then(read).map_err(|error| error.inside(name))
 }
 
 /// `placement`, `rollout`, `disruption` and `autoscaling` of a deployment's body.
@@ -63,7 +63,7 @@ pub(super) fn policy(fields: &Fields, max_replicas: u32) -> Result<Policy, Field
     })?;
     let autoscaling = match fields.get("autoscaling") {
         None | Some(Value::Null) => None,
-        Some(value) => Some(autoscaling(value, max_replicas).map_err(|error| error.within("autoscaling"))?),
+        Some(value) => Some(autoscaling(value, max_replicas).map_err(|error| error.inside("autoscaling"))?),
     };
     Ok(Policy { placement, rollout, disruption, autoscaling })
 }
@@ -103,7 +103,7 @@ pub(super) fn resources(fields: &Fields, max_gpus: u64) -> Result<ResourcesAsked
         Ok(ResourcesAsked { resources, gpus: gpus.or(tensor_parallel), tensor_parallel })
     };
     let known = ["gpus", "gpu_memory_bytes", "share_gpu", "tensor_parallel"];
-    object(value, &known).and_then(read).map_err(|error| error.within("resources"))
+    object(value, &known).and_then(read).map_err(|error| error.inside("resources"))
 }
 
 /// Sees to it that the engine gets the tensor-parallel size that its GPUs are for.
@@ -275,7 +275,7 @@ fn list<T>(
         return Err(FieldError::new(field, wanted));
     };
     let numbered = items.iter().enumerate();
-    numbered.map(|(n, item)| read(item).map_err(|error| error.within(&format!("{field}[{n}]")))).collect()
+    numbered.map(|(n, item)| read(item).map_err(|error| error.inside(&format!("{field}[{n}]")))).collect()
 }
 
 fn labels(fields: &Fields, field: &str) -> Result<BTreeMap<String, String>, FieldError> {

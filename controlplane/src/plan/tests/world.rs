@@ -162,6 +162,7 @@ impl World {
             env: BTreeMap::new(),
             gpus_per_replica,
             resources: Resources::default(),
+            lora: vec![],
         };
         let before = self.deployments.get(model);
         let policy = before.map_or_else(Policy::default, |before| before.policy.clone());
@@ -194,6 +195,7 @@ impl World {
             pid: 1,
             node_id: a.node_id.clone(),
             zone: String::new(),
+            adapters: vec![],
         };
         self.registered.insert(id.to_owned(), endpoint);
     }
@@ -216,6 +218,7 @@ impl World {
                     pid: 1,
                     node_id: a.node_id.clone(),
                     zone: String::new(),
+                    adapters: vec![],
                 };
                 self.registered.insert(a.replica_id.clone(), endpoint);
             }

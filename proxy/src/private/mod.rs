@@ -1,7 +1,9 @@
-//! The private port: probes, metrics, and a look inside. Never behind auth, never on the public network.
+//! The private port: probes, metrics, and a look inside ([`debug`]). Never behind auth, never on the public network.
 //!
 //! `/livez` says that the process runs and nothing else. `/readyz` is 200 while there are routes and no drain; with the
 //! control plane away it stays 200 and says `degraded`, since requests are served.
+
+mod debug;
 
 use std::{net::TcpListener, sync::Arc};
 
@@ -12,11 +14,10 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    endpoints::Endpoint,
     gateway::Gateway,
     health,
     telemetry::metrics,
@@ -40,7 +41,10 @@ pub fn router(state: PrivateState) -> Router {
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(readyz))
         .route("/metrics", get(show_metrics))
-        .route("/debug/endpoints", get(debug_endpoints))
+        .route("/debug/endpoints", get(debug::endpoints))
+        .route("/debug/snapshot", get(debug::snapshot))
+        .route("/debug/decisions", get(debug::decisions))
+        .route("/debug/decisions/{request_id}", get(debug::decision))
         .route("/debug/process", get(debug_process))
         .with_state(state)
 }
@@ -109,27 +113,4 @@ async fn debug_process(State(state): State<PrivateState>) -> Json<Process> {
         uptime_s: state.gateway.now_ms() / 1_000,
         upgrades: state.gateway.lifecycle.upgrades.view(),
     })
-}
-
-async fn debug_endpoints(State(state): State<PrivateState>) -> Json<Value> {
-    let snapshot = Arc::clone(&state.gateway.table.load());
-    let now_ms = state.gateway.now_ms();
-    let show = |endpoint: &Arc<Endpoint>| {
-        json!({
-            "id": &*endpoint.id,
-            "address": endpoint.address,
-            "generation": endpoint.generation,
-            "zone": endpoint.zone,
-            "draining": endpoint.draining,
-            "ejected": endpoint.is_ejected(now_ms),
-            "health": health::describe(endpoint, now_ms),
-            "inflight": endpoint.inflight(),
-        })
-    };
-    let models: serde_json::Map<String, Value> = snapshot
-        .routes
-        .iter()
-        .map(|(name, route)| (name.clone(), route.pool.endpoints.iter().map(show).collect()))
-        .collect();
-    Json(json!({"version": snapshot.version.to_string(), "models": models}))
 }

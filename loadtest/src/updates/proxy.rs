@@ -1,0 +1,162 @@
+//! The proxy under test: a process of its own, looked at through /proc and its private port.
+
+use std::{
+    net::SocketAddr,
+    path::Path,
+    process::Stdio,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use serde::Deserialize;
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    process::{Child, Command},
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+
+use super::ads::Log;
+
+/// How long it may take to start, to use what it was told, and to stop.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A tick of the times in /proc, the same on every Linux (`USER_HZ`).
+const TICK: Duration = Duration::from_millis(10);
+
+pub(super) struct Proxy {
+    pub(super) public: SocketAddr,
+    private: SocketAddr,
+    pid: u32,
+    child: Child,
+    /// Where it keeps its state.
+    _folder: TempDir,
+}
+
+#[derive(Debug, Deserialize)]
+struct Announced {
+    public: SocketAddr,
+    private: SocketAddr,
+}
+
+#[derive(Debug, Deserialize)]
+struct Readyz {
+    snapshot_version: String,
+}
+
+impl Proxy {
+    pub(super) async fn start(program: &Path, ads: SocketAddr) -> Result<Self, String> {
+        let folder = tempfile::tempdir().map_err(|e| format!("cannot make a folder: {e}"))?;
+        let announce = folder.path().join("announce.json");
+        let child = Command::new(program)
+            .args(["--listen", "127.0.0.1:0", "--private-listen", "127.0.0.1:0", "--log-level", "warn"])
+            .arg("--controlplane")
+            .arg(format!("http://{ads}"))
+            .arg("--announce")
+            .arg(&announce)
+            .env("PENSTOCK_PROXY__DISCOVERY__SNAPSHOT_FILE", folder.path().join("snapshot"))
+            .env("PENSTOCK_PROXY__DRAIN__DEADLINE_MS", "1")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|e| format!("cannot start {}: {e}", program.display()))?;
+        let pid = child.id().ok_or("the proxy has ended at once")?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(announced) =
+                std::fs::read(&announce).ok().and_then(|text| serde_json::from_slice::<Announced>(&text).ok())
+            {
+                let Announced { public, private } = announced;
+                return Ok(Self { public, private, pid, child, _folder: folder });
+            }
+            if Instant::now() > deadline {
+                return Err("the proxy did not start".into());
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits until it uses that revision or a later one.
+    pub(super) async fn wait_for_revision(&mut self, wanted: u64) -> Result<(), String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let seen = revision(self.private).await;
+            if seen.as_ref().is_ok_and(|seen| *seen >= wanted) {
+                return Ok(());
+            }
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return Err(format!("the proxy has ended: {status}"));
+            }
+            if Instant::now() > deadline {
+                return Err(format!("the proxy does not use revision {wanted}: {seen:?}"));
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Notes in `log` which revision it uses, every few milliseconds, until aborted.
+    pub(super) fn watch(&self, log: Arc<Log>) -> JoinHandle<()> {
+        let private = self.private;
+        tokio::spawn(async move {
+            loop {
+                if let Ok(seen) = revision(private).await {
+                    log.in_use(seen, Instant::now());
+                }
+                sleep(Duration::from_millis(10)).await;
+            }
+        })
+    }
+
+    fn proc(&self, file: &str) -> Result<String, String> {
+        let path = format!("/proc/{}/{file}", self.pid);
+        std::fs::read_to_string(&path).map_err(|e| format!("{path}: {e}; has the proxy ended?"))
+    }
+
+    /// CPU time it has used.
+    pub(super) fn cpu(&self) -> Result<Duration, String> {
+        let stat = self.proc("stat")?;
+        // The second field, a name, may hold blanks.
+        let fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ');
+        let ticks: u32 = fields.skip(11).take(2).filter_map(|field| field.parse::<u32>().ok()).sum();
+        Ok(TICK * ticks)
+    }
+
+    /// Memory that is in RAM.
+    pub(super) fn memory(&self) -> Result<u64, String> {
+        let status = self.proc("status")?;
+        let kib = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse::<u64>().ok());
+        Ok(kib.unwrap_or_default() * 1_024)
+    }
+
+    /// Ends it.
+    pub(super) async fn stop(mut self) -> Result<(), String> {
+        self.child.start_kill().map_err(|e| format!("cannot end the proxy: {e}"))?;
+        timeout(PATIENCE, self.child.wait())
+            .await
+            .map_err(|_| "the proxy does not end")?
+            .map_err(|e| e.to_string())?;
+        Ok(())
+    }
+}
+
+/// The revision that the proxy at `private` says it uses.
+async fn revision(private: SocketAddr) -> Result<u64, String> {
+    let asked = async {
+        let mut stream = TcpStream::connect(private).await?;
+        stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: p\r\nconnection: close\r\n\r\n").await?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await?;
+        std::io::Result::Ok(answer)
+    };
+    let answer = timeout(PATIENCE, asked).await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+    let text = String::from_utf8_lossy(&answer);
+    let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    let ready: Readyz = serde_json::from_str(body).map_err(|e| format!("/readyz: {e}"))?;
+    let (_, revision) = ready.snapshot_version.split_once('.').ok_or("/readyz: no version")?;
+    revision.parse().map_err(|_| "/readyz: no revision".to_owned())
+}
