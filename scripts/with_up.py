@@ -3,8 +3,8 @@
 
     scripts/with_up.py [--up FLAG]... -- COMMAND...
 
-The command finds the gateway in its environment: BASE_URL (http://host:port), MODEL (the first model) and PENSTOCK_UP
-(the whole JSON line that `penstock up --json` printed). The binary is $PENSTOCK_BIN, else target/debug/penstock.
+The command finds the gateway in its environment: BASE_URL (http://host:port), MODEL (the first model; empty if the gateway
+asks for a key before it lists them) and PENSTOCK_UP (the whole JSON line that `penstock up --json` printed). The binary is $PENSTOCK_BIN, else target/debug/penstock.
 Exit code: the command's, or 1 when `penstock up` did not start, did not stop cleanly, or left a process behind; what it
 logged is printed then. Needs Python's standard library alone.
 """
@@ -115,7 +115,7 @@ def run(command: list[str], flags: list[str]) -> int:
                 environment = {
                     **os.environ,
                     "BASE_URL": f"http://{ready['public']}",
-                    "MODEL": ready["models"][0],
+                    "MODEL": (ready["models"] or [""])[0],
                     "PENSTOCK_UP": json.dumps(ready),
                 }
                 code = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode

@@ -105,11 +105,25 @@ pub enum GatewayError {
     MissingKey,
     /// A key we do not know.
     InvalidKey,
-    /// The body is not announced as JSON.
+    /// The body is not announced as what the API takes.
     UnsupportedMediaType {
         /// As announced; empty if it was not.
         got: String,
+        /// What the API takes.
+        accepted: &'static str,
     },
+    /// The body is compressed.
+    UnsupportedEncoding {
+        /// The `Content-Encoding`.
+        got: String,
+    },
+    /// `/v1/realtime` without a WebSocket's handshake, or with a broken one.
+    NotAWebSocket {
+        /// What is missing, in words.
+        problem: &'static str,
+    },
+    /// A response that some engine may keep: nobody knows which.
+    StoredResponse,
     /// The body is larger than `limits.body_bytes`.
     BodyTooLarge {
         /// The limit in bytes.
@@ -160,7 +174,9 @@ impl GatewayError {
             Self::MethodNotAllowed { .. } => 405,
             Self::HeadTimeout | Self::BodyTimeout => 408,
             Self::BodyTooLarge { .. } => 413,
-            Self::UnsupportedMediaType { .. } => 415,
+            Self::UnsupportedMediaType { .. } | Self::UnsupportedEncoding { .. } => 415,
+            Self::NotAWebSocket { .. } => 426,
+            Self::StoredResponse => 501,
             Self::HeadTooLarge { .. } => 431,
             Self::ClientGone | Self::ClientStalled => 499,
             Self::NoEndpoint { .. } | Self::Saturated { .. } => 503,
@@ -202,6 +218,9 @@ impl GatewayError {
             Self::MissingKey => "missing_api_key",
             Self::InvalidKey => "invalid_api_key",
             Self::UnsupportedMediaType { .. } => "unsupported_media_type",
+            Self::UnsupportedEncoding { .. } => "unsupported_content_encoding",
+            Self::NotAWebSocket { .. } => "websocket_required",
+            Self::StoredResponse => "stored_responses_not_supported",
             Self::BodyTooLarge { .. } => "request_too_large",
             Self::BodyTimeout => "request_timeout",
             Self::BodyFraming => "malformed_body",
@@ -236,12 +255,22 @@ impl GatewayError {
                 "No API key was provided. Send it as `Authorization: Bearer YOUR_KEY`.".into()
             }
             Self::InvalidKey => "The API key is not known here.".into(),
-            Self::UnsupportedMediaType { got } if got.is_empty() => {
-                "The request has no Content-Type; send `Content-Type: application/json`.".into()
+            Self::UnsupportedMediaType { got, accepted } if got.is_empty() => {
+                format!("The request has no Content-Type; send `Content-Type: {accepted}`.")
             }
-            Self::UnsupportedMediaType { got } => {
-                format!("Content-Type {got:?} is not accepted; send `application/json`.")
+            Self::UnsupportedMediaType { got, accepted } => {
+                format!("Content-Type {got:?} is not accepted; send `{accepted}`.")
             }
+            Self::UnsupportedEncoding { got } => {
+                format!("Content-Encoding {got:?} is not accepted; send the body uncompressed.")
+            }
+            Self::NotAWebSocket { problem } => {
+                format!("This URL takes a WebSocket over HTTP/1.1 (wss:// or ws://): {problem}.")
+            }
+            Self::StoredResponse => "Stored responses cannot be fetched, cancelled or deleted here: they are kept by one engine \
+                 of many, if at all. Send the conversation so far in `input`, and use `\"stream\": true` in place of \
+                 `\"background\": true`."
+                .into(),
             Self::BodyTooLarge { limit } => {
                 format!("The request body is larger than the {limit} bytes accepted here.")
             }
@@ -289,41 +318,17 @@ impl GatewayError {
         }
     }
 
-    /// OpenAI's `error.type`.
-    fn openai_type(&self) -> &'static str {
-        match self.status() {
-            401 => "authentication_error",
-            400..=499 => "invalid_request_error",
-            503 => "service_unavailable_error",
-            504 => "timeout_error",
-            _ => "upstream_error",
-        }
-    }
-
-    /// Anthropic's `error.type` (their documented list).
-    fn anthropic_type(&self) -> &'static str {
-        match self.status() {
-            401 => "authentication_error",
-            404 => "not_found_error",
-            413 => "request_too_large",
-            400..=499 => "invalid_request_error",
-            503 => "overloaded_error",
-            504 => "timeout_error",
-            _ => "api_error",
-        }
-    }
-
     /// The body of the answer, as JSON.
     pub fn body(&self, shape: ErrorShape) -> Value {
         match shape {
             ErrorShape::OpenAi => json!({"error": {
                 "message": self.message(),
-                "type": self.openai_type(),
+                "type": openai_type(self.status()),
                 "param": self.param(),
                 "code": self.code(),
             }}),
             ErrorShape::Anthropic => json!({"type": "error", "error": {
-                "type": self.anthropic_type(),
+                "type": anthropic_type(self.status()),
                 "message": self.message(),
             }}),
         }
@@ -335,6 +340,33 @@ impl GatewayError {
             ErrorShape::OpenAi => format!("data: {}\n\n", self.body(shape)),
             ErrorShape::Anthropic => format!("event: error\ndata: {}\n\n", self.body(shape)),
         }
+    }
+}
+
+/// OpenAI's `error.type` for a status.
+pub fn openai_type(status: u16) -> &'static str {
+    match status {
+        401 => "authentication_error",
+        400..=499 => "invalid_request_error",
+        501 => "not_supported_error",
+        503 => "service_unavailable_error",
+        504 => "timeout_error",
+        _ => "upstream_error",
+    }
+}
+
+/// Anthropic's `error.type` for a status (their documented list).
+pub fn anthropic_type(status: u16) -> &'static str {
+    match status {
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        400..=499 => "invalid_request_error",
+        503 | 529 => "overloaded_error",
+        504 => "timeout_error",
+        _ => "api_error",
     }
 }
 

@@ -5,8 +5,9 @@
 //! 1. [`listener`] accepts, speaks TLS and the PROXY protocol where told to; pingora parses the head (HTTP/1.1 or HTTP/2).
 //! 2. [`gateway`]'s `handle` checks the head, finds the route in [`openai`], and asks [`admission`] who is calling.
 //! 3. [`downstream::body`] takes the body whole, within its limits.
-//! 4. [`openai::request`] reads `model` and `stream` out of it in one pass, and the hashes of the prompt's prefixes where a
-//!    routing policy wants them; the bytes stay as they are.
+//! 4. [`openai::request`] reads `model` and `stream` out of it in one pass ([`openai::multipart`] out of a form), and the hashes
+//!    of the prompt's prefixes where a routing policy wants them; the bytes stay as they are, less what
+//!    an untrusted caller may not tell an engine.
 //! 5. [`endpoints`]: one immutable snapshot says where the model can go; [`routing::resolve`] in which order: the targets of
 //!    its route, then its fallbacks.
 //! 6. [`routing`] picks an endpoint by its policy and reserves a place: the ticket, held to the end of the answer.

@@ -35,7 +35,7 @@ async fn the_engine_gets_the_clients_body_byte_for_byte_and_none_of_its_secrets(
     let engine = Engine::answering(json_answer("200 OK", "{}")).await;
     let proxy = Proxy::start(ProxyConfig::default(), &[engine.address]);
     let body = "{ \"unknown\" : [1,  2.50] ,\n\t\"messages\":[], \"model\"\n:\"m\" }";
-    let headers = "connection: close, x-hop\r\nx-hop: 1\r\nauthorization: Bearer s3cret\r\nx-vllm-priority: 0\r\nx-data-parallel-rank: 1\r\ntraceparent: 00-1-2-01\r\n";
+    let headers = "connection: close, x-hop\r\nx-hop: 1\r\nauthorization: Bearer s3cret\r\nx-vllm-priority: 0\r\nx-data-parallel-rank: 1\r\ntraceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\n";
     proxy.exchange(&post_with("/v1/chat/completions?beta=1", headers, body)).await;
     let seen = engine.seen().remove(0);
     assert_eq!(seen.body, body.as_bytes());
@@ -43,7 +43,10 @@ async fn the_engine_gets_the_clients_body_byte_for_byte_and_none_of_its_secrets(
     for secret in ["s3cret", "x-vllm-priority", "x-data-parallel-rank", "x-hop"] {
         assert!(!seen.head.contains(secret), "{secret} in {}", seen.head);
     }
-    assert!(seen.head.contains("traceparent: 00-1-2-01"));
+    assert!(
+        seen.head.contains("traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-")
+            && !seen.head.contains("-00f067aa0ba902b7-")
+    );
     assert!(seen.head.contains("x-request-id: "));
 }
 

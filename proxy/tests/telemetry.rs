@@ -88,7 +88,7 @@ fn stream_with_usage() -> Vec<Step> {
     vec![
         Step::Send(SSE_HEAD.as_bytes().to_vec()),
         event(&delta("one")),
-        Step::Pause(Duration::from_millis(30)),
+        Step::Pause(Duration::from_millis(200)),
         event(&delta("two")),
         event(USAGE),
         Step::Send(format!("{}0\r\n\r\n", chunk("data: [DONE]\n\n")).into_bytes()),
@@ -120,8 +120,8 @@ async fn a_stream_leaves_its_line_and_its_figures() {
         assert_eq!(&line[field], value, "{field} in {line}");
     }
     let ms = |field: &str| line[field].as_f64().unwrap_or_else(|| panic!("no {field} in {line}"));
-    assert!(ms("itl_max_ms") >= 25.0 && ms("itl_mean_ms") <= ms("itl_max_ms"), "{line}");
-    assert!(ms("ttft_ms") > 0.0 && ms("duration_ms") >= ms("ttft_ms") + 25.0, "{line}");
+    assert!(ms("itl_max_ms") >= 100.0 && ms("itl_mean_ms") <= ms("itl_max_ms"), "{line}");
+    assert!(ms("ttft_ms") > 0.0 && ms("duration_ms") >= ms("ttft_ms") + 100.0, "{line}");
     assert!(ms("bytes_out") > 100.0, "{line}");
     let text = line.to_string();
     for secret in ["secret", "whisper", "hidden", hash] {

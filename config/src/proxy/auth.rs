@@ -6,18 +6,35 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AuthConfig {
-    /// Accepted API keys, each `NAME:SHA256_HEX_OF_KEY`; none lets everybody in.
+    /// Accepted API keys, each `NAME:SHA256_HEX_OF_KEY`, with `:trusted` behind it for a caller who may give engines orders
+    /// (see [`super::TrustConfig`]); none lets everybody in.
     pub keys: Vec<String>,
 }
 
-/// Splits one entry of `auth.keys` into the key's name and the SHA-256 of the key.
+/// One entry of `auth.keys`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyEntry {
+    /// The caller's name.
+    pub name: String,
+    /// SHA-256 of the key.
+    pub hash: [u8; 32],
+    /// Whether what this caller sends is not cleaned.
+    pub trusted: bool,
+}
+
+/// Reads one entry of `auth.keys`.
 ///
 /// # Errors
 /// A sentence that names the entry (never a secret: entries hold hashes) and the form that is accepted.
-pub fn parse_key(entry: &str) -> Result<(String, [u8; 32]), String> {
-    let form = "expected NAME:HASH with HASH the 64 hex digits of `printf %s KEY | sha256sum`";
+pub fn parse_key(entry: &str) -> Result<KeyEntry, String> {
+    let form =
+        "expected NAME:HASH or NAME:HASH:trusted, with HASH the 64 hex digits of `printf %s KEY | sha256sum`";
+    let (rest, trusted) = match entry.strip_suffix(":trusted") {
+        Some(rest) => (rest, true),
+        None => (entry, false),
+    };
     let (name, hash) =
-        entry.rsplit_once(':').ok_or_else(|| format!("auth.keys: {entry:?} has no ':'; {form}"))?;
+        rest.rsplit_once(':').ok_or_else(|| format!("auth.keys: {entry:?} has too few ':'; {form}"))?;
     let mut digest = [0u8; 32];
     let valid = !name.is_empty()
         && hash.len() == 64
@@ -32,7 +49,7 @@ pub fn parse_key(entry: &str) -> Result<(String, [u8; 32]), String> {
             }
         });
     if valid {
-        Ok((name.to_owned(), digest))
+        Ok(KeyEntry { name: name.to_owned(), hash: digest, trusted })
     } else {
         Err(format!("auth.keys: {entry:?} is malformed; {form}"))
     }

@@ -28,6 +28,8 @@ pub struct LimitsConfig {
     pub body_total_ms: u64,
     /// Longest time a client may take to accept bytes of an answer.
     pub write_stall_ms: u64,
+    /// Longest silence on a WebSocket, both ways.
+    pub websocket_idle_ms: u64,
     /// Deepest nesting of a JSON body.
     pub json_depth: usize,
 }
@@ -46,6 +48,7 @@ impl Default for LimitsConfig {
             body_idle_ms: 10_000,
             body_total_ms: 120_000,
             write_stall_ms: 30_000,
+            websocket_idle_ms: 300_000,
             json_depth: 128,
         }
     }

@@ -9,6 +9,7 @@ mod listeners;
 mod queue;
 mod routing;
 mod telemetry;
+mod trust;
 mod upstream;
 
 use std::collections::BTreeMap;
@@ -16,7 +17,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    auth::{AuthConfig, parse_key},
+    auth::{AuthConfig, KeyEntry, parse_key},
     discovery::DiscoveryConfig,
     drain::{DrainConfig, UpgradeConfig},
     health::HealthConfig,
@@ -25,6 +26,7 @@ pub use self::{
     queue::QueueConfig,
     routing::{Policy, RoutingConfig},
     telemetry::TelemetryConfig,
+    trust::TrustConfig,
     upstream::{Patience, UpstreamConfig},
 };
 use crate::logging::LogConfig;
@@ -45,6 +47,8 @@ pub struct ProxyConfig {
     pub discovery: DiscoveryConfig,
     /// Who may call.
     pub auth: AuthConfig,
+    /// What callers may not tell an engine.
+    pub trust: TrustConfig,
     /// How much a client may send, and how slowly.
     pub limits: LimitsConfig,
     /// How engines are called.
@@ -86,6 +90,7 @@ impl ProxyConfig {
             ("limits.body_idle_ms", self.limits.body_idle_ms),
             ("limits.body_total_ms", self.limits.body_total_ms),
             ("limits.write_stall_ms", self.limits.write_stall_ms),
+            ("limits.websocket_idle_ms", self.limits.websocket_idle_ms),
             ("limits.json_depth", self.limits.json_depth as u64),
             ("upstream.connect_ms", self.upstream.connect_ms),
             ("upstream.attempts", self.upstream.attempts as u64),
@@ -104,6 +109,7 @@ impl ProxyConfig {
         self.queue.validate()?;
         self.routing.validate()?;
         self.telemetry.validate()?;
+        self.trust.validate()?;
         listeners::validate(&self.public, &self.listeners)?;
         if self.discovery.controlplanes.is_empty() && self.discovery.snapshot_file.is_empty() {
             return Err("discovery.controlplanes is empty, and so is discovery.snapshot_file: \
@@ -126,7 +132,9 @@ mod tests {
     #[test]
     fn a_key_entry_is_a_name_and_a_hash() {
         let entry = format!("alice:{}", "ab".repeat(32));
-        assert_eq!(parse_key(&entry), Ok(("alice".into(), [0xab; 32])));
+        let key = |trusted| KeyEntry { name: "alice".into(), hash: [0xab; 32], trusted };
+        assert_eq!(parse_key(&entry), Ok(key(false)));
+        assert_eq!(parse_key(&format!("{entry}:trusted")), Ok(key(true)));
         for bad in [
             "",
             "alice",
@@ -134,6 +142,8 @@ mod tests {
             ":00",
             &format!("alice:{}", "zz".repeat(32)),
             &format!("a:{}", "é".repeat(32)),
+            &format!("{entry}:other"),
+            ":trusted",
         ] {
             let error = parse_key(bad).expect_err(bad);
             assert!(error.contains("NAME:HASH"), "{error}");
@@ -155,6 +165,14 @@ mod tests {
         };
         assert!(routing(|r| r.load_bound_percent = 99).contains("routing.load_bound_percent is 99"));
         assert!(routing(|r| r.session_header = "a b".into()).contains("routing.session_header"));
+        let trust = |change: fn(&mut TrustConfig)| {
+            let mut config = ProxyConfig::default();
+            change(&mut config.trust);
+            config.validate().expect_err("trust")
+        };
+        assert!(trust(|t| t.remove_headers.push("X-Upper".into())).contains("trust.remove_headers"));
+        assert!(trust(|t| t.remove_fields.push(String::new())).contains("trust.remove_fields"));
+        assert!(trust(|t| t.remove_fields = vec!["x".into(); 65]).contains("65 names"));
         assert!(routing(|r| r.prefix_block_bytes = 1).contains("16 to 1048576"));
     }
 

@@ -133,7 +133,8 @@ impl Known<'_> {
 
 /// Checks what the body of `name` refers to.
 pub fn check(name: &str, body: &RouteBody, known: &Known<'_>) -> Result<(), FieldError> {
-    for (n, target) in body.targets.iter().enumerate().filter(|(_, t)| !known.is_target(&t.model)) {
+    let unknown = body.targets.iter().enumerate().find(|(_, target)| !known.is_target(&target.model));
+    if let Some((n, target)) = unknown {
         let at = format!("targets[{n}].model");
         let message = format!(
             "{at} is {:?}: there is neither a deployment nor an adapter of that name (GET /api/v2/deployments \

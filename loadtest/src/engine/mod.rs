@@ -10,10 +10,13 @@
 //! `request`, then `chat`, `completions`, `responses` or `messages` make a job → `run` takes a place in the `scheduler`
 //! (over the pure `batch`, `kv`) → each granted token: `generation` makes it, the API renders it, `http` writes it.
 //!
+//! Beside it: `other_routes` (embeddings, tokens, health ...), [`audio`], and the WebSocket of `realtime`.
+//!
 //! Pure: [`tokens`], [`generation`], [`template`], [`batch`], [`kv`], [`faults`], `args`, `request`, `render`.
 //! Absent: tools, logprobs, multimodal inputs, beam search, LoRA beyond names, HTTP/2, TLS.
 
 mod args;
+pub mod audio;
 pub mod batch;
 mod chat;
 mod completions;
@@ -27,6 +30,7 @@ pub mod kv;
 mod messages;
 mod metrics;
 mod other_routes;
+mod realtime;
 mod record;
 mod render;
 mod request;

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::{
-    VLLM_VERSION, chat,
+    VLLM_VERSION, audio, chat,
     error::ApiError,
     faults::FaultKind,
     http::{Head, Response},
@@ -29,7 +29,7 @@ const EMBEDDING_LENGTH: u64 = 64;
 pub(super) fn is_inference(path: &str) -> bool {
     path.starts_with("/v1/")
         || path.starts_with("/v2/")
-        || matches!(path, "/score" | "/rerank" | "/tokenize" | "/detokenize")
+        || matches!(path, "/score" | "/rerank" | "/pooling" | "/classify" | "/tokenize" | "/detokenize")
 }
 
 /// Answers a request for anything that does not generate.
@@ -52,6 +52,14 @@ pub(super) async fn answer(engine: &Engine, head: &Head, path: &str, body: Bytes
         ("POST", "/v1/embeddings") => json_answer(embeddings, engine, head, body),
         ("POST", "/v1/rerank" | "/v2/rerank" | "/rerank") => json_answer(rerank, engine, head, body),
         ("POST", "/v1/score" | "/score") => json_answer(score, engine, head, body),
+        ("POST", "/pooling") => json_answer(pooling, engine, head, body),
+        ("POST", "/classify") => json_answer(classify, engine, head, body),
+        ("POST", "/v1/audio/transcriptions" | "/v1/audio/translations") => {
+            audio::transcribe(head, &body, &engine.options)
+        }
+        ("POST", "/v1/audio/speech") => Fields::parse(head, &body)
+            .and_then(|fields| audio::speak(fields, &engine.options))
+            .unwrap_or_else(|error| refused(&error)),
         ("POST", "/tokenize") => json_answer(tokenize, engine, head, body),
         ("POST", "/detokenize") => json_answer(detokenize, engine, head, body),
         ("POST", "/v1/messages/count_tokens") => count_tokens(engine, head, body),
@@ -83,6 +91,12 @@ pub(super) fn exists(path: &str) -> bool {
             | "/rerank"
             | "/v1/score"
             | "/score"
+            | "/pooling"
+            | "/classify"
+            | "/v1/audio/transcriptions"
+            | "/v1/audio/translations"
+            | "/v1/audio/speech"
+            | "/v1/realtime"
             | "/tokenize"
             | "/detokenize"
             | "/health"
@@ -292,6 +306,29 @@ fn score(engine: &Engine, mut fields: Fields) -> Result<Value, ApiError> {
     let data: Vec<Value> = data.collect();
     let prompt_tokens = first.iter().chain(&second).map(|ids| ids.len() as u64).sum();
     Ok(object(engine, "score", "list", &model, data, prompt_tokens))
+}
+
+fn pooling(engine: &Engine, mut fields: Fields) -> Result<Value, ApiError> {
+    let model = fields.model(&engine.options)?;
+    let inputs = inputs(fields.take("input"), "input")?;
+    let vector = |ids: &Vec<u32>| -> Vec<f64> { ids.iter().map(|&id| unit(u64::from(id))).collect() };
+    let data = inputs.iter().enumerate();
+    let data = data.map(|(index, ids)| json!({"index": index, "object": "pooling", "data": vector(ids)}));
+    let prompt_tokens = inputs.iter().map(|ids| ids.len() as u64).sum();
+    Ok(object(engine, "pool", "list", &model, data.collect(), prompt_tokens))
+}
+
+fn classify(engine: &Engine, mut fields: Fields) -> Result<Value, ApiError> {
+    let model = fields.model(&engine.options)?;
+    let inputs = inputs(fields.take("input"), "input")?;
+    let class = |(index, ids): (usize, &Vec<u32>)| {
+        let p = unit(Prefix::of(ids).hash());
+        let label = if p < 0.5 { "LABEL_0" } else { "LABEL_1" };
+        json!({"index": index, "label": label, "probs": [1.0 - p, p], "num_classes": 2})
+    };
+    let prompt_tokens = inputs.iter().map(|ids| ids.len() as u64).sum();
+    let data = inputs.iter().enumerate().map(class).collect();
+    Ok(object(engine, "classify", "list", &model, data, prompt_tokens))
 }
 
 fn tokenize(engine: &Engine, mut fields: Fields) -> Result<Value, ApiError> {

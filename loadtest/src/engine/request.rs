@@ -46,6 +46,11 @@ impl Fields {
         }
     }
 
+    /// Those of a form.
+    pub(super) const fn of(fields: Map<String, Value>) -> Self {
+        Self(fields)
+    }
+
     /// Takes a field out; null counts as absent.
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
         self.0.get_mut(name).map(Value::take).filter(|v| !v.is_null())

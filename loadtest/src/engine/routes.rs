@@ -10,7 +10,7 @@ use super::{
     error::ApiError,
     faults::{Fault, FaultKind},
     http::{BodyError, Conn, Head, Response},
-    messages, other_routes,
+    messages, other_routes, realtime,
     record::{Recorder, unix_us},
     render::Job,
     request::Fields,
@@ -90,7 +90,8 @@ async fn converse(engine: &Engine, conn: &mut Conn, recorder: &Recorder, head: H
     }
     let is_post = head.method() == "POST";
     let generation = Generation::of(path).filter(|_| is_post);
-    let fault = if is_post && other_routes::is_inference(path) || generation.is_some() {
+    let realtime = path == realtime::PATH;
+    let fault = if is_post && other_routes::is_inference(path) || generation.is_some() || realtime {
         engine.take_fault(path)
     } else {
         None
@@ -99,6 +100,9 @@ async fn converse(engine: &Engine, conn: &mut Conn, recorder: &Recorder, head: H
         && let Some(next) = before_response(engine, conn, recorder, fault, keep_alive).await
     {
         return next;
+    }
+    if realtime {
+        return realtime::serve(engine, conn, recorder, &head, fault).await;
     }
     match generation {
         Some(generation) => generate(engine, conn, recorder, generation, head, body, fault).await,

@@ -129,6 +129,7 @@ impl Fleet {
                     state: v1::EndpointState::Ready.into(),
                     zone: "zone-a".into(),
                     node_id: format!("node-{}", number / 8),
+                    ..Default::default()
                 });
             }
         }

@@ -5,16 +5,31 @@
 
 use std::collections::HashMap;
 
-use http::{HeaderMap, header::AUTHORIZATION};
-use penstock_config::proxy::parse_key;
+use http::{
+    HeaderMap,
+    header::{AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL},
+};
+use penstock_config::proxy::{KeyEntry, parse_key};
 use sha2::{Digest, Sha256};
 
 use crate::error::GatewayError;
 
+/// How a browser, which cannot set headers on a WebSocket, sends its key: as a subprotocol with this prefix (OpenAI's form).
+pub const WEBSOCKET_KEY_PREFIX: &str = "openai-insecure-api-key.";
+
 /// The accepted keys. Empty: everybody may enter.
 #[derive(Debug, Default)]
 pub struct KeyRing {
-    names: HashMap<[u8; 32], String>,
+    keys: HashMap<[u8; 32], KeyEntry>,
+}
+
+/// Who is calling.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Caller<'a> {
+    /// The key's name; empty when the gateway is open.
+    pub name: &'a str,
+    /// Whether engines may be told what `[trust]` keeps from them.
+    pub trusted: bool,
 }
 
 impl KeyRing {
@@ -23,33 +38,33 @@ impl KeyRing {
     /// # Errors
     /// The sentence of [`parse_key`] for the first entry that is malformed.
     pub fn new(entries: &[String]) -> Result<Self, String> {
-        let names = entries
-            .iter()
-            .map(|e| parse_key(e).map(|(name, hash)| (hash, name)))
-            .collect::<Result<_, _>>()?;
-        Ok(Self { names })
+        let keys =
+            entries.iter().map(|e| parse_key(e).map(|key| (key.hash, key))).collect::<Result<_, _>>()?;
+        Ok(Self { keys })
     }
 
     /// Whether nobody is asked for a key.
     pub fn is_open(&self) -> bool {
-        self.names.is_empty()
+        self.keys.is_empty()
     }
 
-    /// The caller's name; empty when the gateway is open. `Authorization: Bearer` or, as Anthropic's clients send it,
-    /// `x-api-key`.
+    /// Who is calling, by `Authorization: Bearer`, or `x-api-key` as Anthropic's clients send it, or a WebSocket's
+    /// subprotocol ([`WEBSOCKET_KEY_PREFIX`]).
     ///
     /// # Errors
     /// [`GatewayError::MissingKey`], [`GatewayError::InvalidKey`].
-    pub fn caller(&self, headers: &HeaderMap) -> Result<&str, GatewayError> {
+    pub fn caller(&self, headers: &HeaderMap) -> Result<Caller<'_>, GatewayError> {
         if self.is_open() {
-            return Ok("");
+            return Ok(Caller::default());
         }
         let key = bearer(headers)
             .or_else(|| headers.get("x-api-key").map(|v| v.as_bytes()))
+            .or_else(|| websocket_key(headers))
             .filter(|key| !key.is_empty())
             .ok_or(GatewayError::MissingKey)?;
         let digest: [u8; 32] = Sha256::digest(key).into();
-        self.names.get(&digest).map(String::as_str).ok_or(GatewayError::InvalidKey)
+        let key = self.keys.get(&digest).ok_or(GatewayError::InvalidKey)?;
+        Ok(Caller { name: &key.name, trusted: key.trusted })
     }
 }
 
@@ -57,6 +72,14 @@ fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
     let value = headers.get(AUTHORIZATION)?.as_bytes();
     let (scheme, key) = value.split_at_checked(7)?;
     scheme.eq_ignore_ascii_case(b"bearer ").then(|| key.trim_ascii())
+}
+
+fn websocket_key(headers: &HeaderMap) -> Option<&[u8]> {
+    let protocols = headers.get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    protocols
+        .flat_map(|value| value.split(','))
+        .find_map(|name| name.trim().strip_prefix(WEBSOCKET_KEY_PREFIX))
+        .map(str::as_bytes)
 }
 
 #[cfg(test)]
@@ -67,8 +90,11 @@ mod tests {
 
     fn ring() -> KeyRing {
         let hash: String = Sha256::digest(b"secret").iter().map(|b| format!("{b:02x}")).collect();
-        KeyRing::new(&[format!("alice:{hash}")]).expect("valid")
+        let ours: String = Sha256::digest(b"ours").iter().map(|b| format!("{b:02x}")).collect();
+        KeyRing::new(&[format!("alice:{hash}"), format!("batch:{ours}:trusted")]).expect("valid")
     }
+
+    const ALICE: Result<Caller<'static>, GatewayError> = Ok(Caller { name: "alice", trusted: false });
 
     fn with(name: &'static str, value: &'static str) -> HeaderMap {
         HeaderMap::from_iter([(http::HeaderName::from_static(name), HeaderValue::from_static(value))])
@@ -76,9 +102,18 @@ mod tests {
 
     #[test]
     fn a_known_key_has_a_name() {
-        assert_eq!(ring().caller(&with("authorization", "Bearer secret")), Ok("alice"));
-        assert_eq!(ring().caller(&with("authorization", "bearer  secret")), Ok("alice"));
-        assert_eq!(ring().caller(&with("x-api-key", "secret")), Ok("alice"));
+        assert_eq!(ring().caller(&with("authorization", "Bearer secret")), ALICE);
+        assert_eq!(ring().caller(&with("authorization", "bearer  secret")), ALICE);
+        assert_eq!(ring().caller(&with("x-api-key", "secret")), ALICE);
+    }
+
+    #[test]
+    fn a_key_can_be_trusted_and_come_as_a_subprotocol() {
+        let trusted = Ok(Caller { name: "batch", trusted: true });
+        assert_eq!(ring().caller(&with("authorization", "Bearer ours")), trusted);
+        let protocols = with("sec-websocket-protocol", "realtime, openai-insecure-api-key.secret");
+        assert_eq!(ring().caller(&protocols), ALICE);
+        assert_eq!(ring().caller(&with("sec-websocket-protocol", "realtime")), Err(GatewayError::MissingKey));
     }
 
     #[test]
@@ -91,6 +126,6 @@ mod tests {
 
     #[test]
     fn without_keys_everybody_enters() {
-        assert_eq!(KeyRing::default().caller(&HeaderMap::new()), Ok(""));
+        assert_eq!(KeyRing::default().caller(&HeaderMap::new()), Ok(Caller::default()));
     }
 }

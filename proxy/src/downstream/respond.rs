@@ -1,17 +1,43 @@
 //! Answers that the gateway itself writes: errors, lists of models, and whole answers of engines.
 
 use bytes::Bytes;
-use http::{HeaderValue, StatusCode, Version, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header};
 use penstock_config::proxy::LimitsConfig;
 use pingora_core::protocols::http::ServerSession;
 use pingora_error::Result;
 use pingora_http::ResponseHeader;
 
 use super::body;
-use crate::{error::GatewayError, openai::ErrorShape};
+use crate::{error::GatewayError, openai::ErrorShape, upstream::headers::named_by_connection};
 
-/// The header that names a request; the same id is in our logs and goes to the engine.
+/// The header that names a request; the same id is in our logs and goes to the engine. It is ours: two clients may choose
+/// the same name, and an engine that gets a name twice mixes up two requests.
 pub const REQUEST_ID: &str = "x-request-id";
+
+/// The header that gives a client back the name it chose itself, in this header or in `x-request-id`.
+pub const CLIENT_REQUEST_ID: &str = "x-client-request-id";
+
+/// Longest name of a client's own that it gets back.
+const MAX_CLIENT_ID_BYTES: usize = 128;
+
+/// The name that a client gave its request, if it is one that can be written to a log.
+pub fn client_request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
+    let id = headers.get(CLIENT_REQUEST_ID).or_else(|| headers.get(REQUEST_ID))?;
+    let fine =
+        (1..=MAX_CLIENT_ID_BYTES).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
+    fine.then_some(id)
+}
+
+/// Gives the client its own name of the request back, where it has one. The request's head must have been read.
+///
+/// # Errors
+/// A header that cannot be written; not to be expected of one that was read.
+pub fn echo_client_id(session: &ServerSession, head: &mut ResponseHeader) -> Result<()> {
+    match client_request_id(&session.req_header().headers) {
+        Some(id) => head.insert_header(CLIENT_REQUEST_ID, id),
+        None => Ok(()),
+    }
+}
 
 /// Writes `status` and a whole `body`.
 ///
@@ -30,7 +56,20 @@ pub async fn whole(
     whole_with_head(session, head, body).await
 }
 
-/// Writes a prepared head and a whole `body`; sets the length.
+/// Writes what `OPTIONS` asks for.
+///
+/// # Errors
+/// The client could not be written to.
+pub async fn options(session: &mut ServerSession, allow: &'static str, request_id: &str) -> Result<()> {
+    let mut head = ResponseHeader::build(StatusCode::NO_CONTENT, Some(4))?;
+    head.insert_header(header::ALLOW, allow)?;
+    head.insert_header(REQUEST_ID, request_id)?;
+    echo_client_id(session, &mut head)?;
+    session.write_response_header(Box::new(head)).await?;
+    session.write_response_body(Bytes::new(), true).await
+}
+
+/// Writes a prepared head and a whole `body`; sets the length. `HEAD` gets all but the body.
 ///
 /// # Errors
 /// The client could not be written to.
@@ -39,9 +78,11 @@ pub async fn whole_with_head(
     mut head: ResponseHeader,
     body: Bytes,
 ) -> Result<()> {
+    echo_client_id(session, &mut head)?;
     head.insert_header(header::CONTENT_LENGTH, body.len())?;
+    let head_only = session.req_header().method == Method::HEAD;
     session.write_response_header(Box::new(head)).await?;
-    session.write_response_body(body, true).await
+    session.write_response_body(if head_only { Bytes::new() } else { body }, true).await
 }
 
 /// Renders an error, unless an answer has begun or nobody is there to read it. An upload still coming in is taken in first
@@ -68,7 +109,12 @@ pub async fn error(
         return last_words(session, error, shape, request_id).await;
     }
     session.set_close_on_response_before_downstream_finish(false);
-    whole_with_head(session, error_head(error, request_id)?, error_body(error, shape)).await?;
+    let mut head = error_head(error, request_id)?;
+    // HTTP/2 knows no such field, nor the change.
+    if matches!(error, GatewayError::NotAWebSocket { .. }) && !session.is_http2() {
+        head.insert_header(header::UPGRADE, "websocket")?;
+    }
+    whole_with_head(session, head, error_body(error, shape)).await?;
     body::discard_rest(session, limits).await;
     Ok(())
 }
@@ -84,7 +130,11 @@ pub async fn last_words(
     request_id: &str,
 ) -> Result<()> {
     session.set_keepalive(None);
-    whole_with_head(session, error_head(error, request_id)?, error_body(error, shape)).await
+    let body = error_body(error, shape);
+    let mut head = error_head(error, request_id)?;
+    head.insert_header(header::CONTENT_LENGTH, body.len())?;
+    session.write_response_header(Box::new(head)).await?;
+    session.write_response_body(body, true).await
 }
 
 fn error_body(error: &GatewayError, shape: ErrorShape) -> Bytes {
@@ -98,6 +148,9 @@ fn error_head(error: &GatewayError, request_id: &str) -> Result<ResponseHeader> 
     if let Some(seconds) = error.retry_after_s() {
         head.insert_header(header::RETRY_AFTER, seconds)?;
     }
+    if let GatewayError::UnsupportedEncoding { .. } = error {
+        head.insert_header(header::ACCEPT_ENCODING, "identity")?;
+    }
     if let GatewayError::MethodNotAllowed { allow } = error {
         head.insert_header(header::ALLOW, *allow)?;
     }
@@ -107,31 +160,48 @@ fn error_head(error: &GatewayError, request_id: &str) -> Result<ResponseHeader> 
     Ok(head)
 }
 
-/// Headers of an engine's answer that are its connection's business, not the client's. `date` and `connection` are written
-/// anew; `server` and an engine's own request id would tell about the inside.
-const NOT_FORWARDED: [header::HeaderName; 10] = [
-    header::CONNECTION,
-    header::TRANSFER_ENCODING,
-    header::CONTENT_LENGTH,
-    header::UPGRADE,
-    header::TE,
-    header::TRAILER,
-    header::PROXY_AUTHENTICATE,
-    header::DATE,
-    header::SERVER,
-    header::HeaderName::from_static(REQUEST_ID),
+/// Headers of an engine's answer that are its connection's business, or the inside's, and not the client's. `date` and
+/// `connection` are written anew; what `Connection` names goes as well.
+const NOT_FORWARDED: &[&str] = &[
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "proxy-authenticate",
+    "proxy-authentication-info",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "content-length",
+    "upgrade",
+    "date",
+    "server",
+    "via",
+    "x-powered-by",
+    // The engine's own name of the request, its load, and what it would like from whom it takes for its client.
+    REQUEST_ID,
+    CLIENT_REQUEST_ID,
+    "endpoint-load-metrics",
+    "www-authenticate",
+    "set-cookie",
 ];
 
-/// The head for the client, made from the engine's. The caller sets the framing.
+/// The head for the client, made from the engine's. The caller sets the framing; that of a WebSocket is set here.
 ///
 /// # Errors
 /// A header that cannot be written; not to be expected of one that was read.
 pub fn head_from_engine(engine: &ResponseHeader, request_id: &str) -> Result<ResponseHeader> {
     let mut head = ResponseHeader::build(engine.status, Some(engine.headers.len() + 4))?;
+    let named = named_by_connection(&engine.headers);
     for (name, value) in &engine.headers {
-        if !NOT_FORWARDED.contains(name) && name.as_str() != "keep-alive" {
+        let stays =
+            |name: &str| NOT_FORWARDED.contains(&name) || named.iter().any(|n| n.eq_ignore_ascii_case(name));
+        if !stays(name.as_str()) {
             head.append_header(name.clone(), value.clone())?;
         }
+    }
+    if engine.status == StatusCode::SWITCHING_PROTOCOLS {
+        head.insert_header(header::CONNECTION, "Upgrade")?;
+        head.insert_header(header::UPGRADE, "websocket")?;
     }
     head.insert_header(REQUEST_ID, request_id)?;
     Ok(head)
@@ -161,4 +231,51 @@ pub fn is_event_stream(head: &ResponseHeader) -> bool {
             .headers
             .get(header::CONTENT_TYPE)
             .is_some_and(|v| v.as_bytes().to_ascii_lowercase().starts_with(b"text/event-stream"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_belongs_to_the_engines_connection_stays_there() {
+        let mut engine = ResponseHeader::build(200, None).expect("a head");
+        for (name, value) in [
+            ("connection", "close, X-Inside"),
+            ("x-inside", "1"),
+            ("keep-alive", "timeout=5"),
+            ("transfer-encoding", "chunked"),
+            ("content-length", "3"),
+            ("server", "uvicorn"),
+            ("x-request-id", "theirs"),
+            ("endpoint-load-metrics", "TEXT x=1"),
+            ("set-cookie", "a=1"),
+            ("upgrade", "h2c"),
+            ("content-type", "application/json"),
+            ("x-kept", "1"),
+            ("x-kept", "2"),
+        ] {
+            engine.append_header(name, value).expect("a header");
+        }
+        let head = head_from_engine(&engine, "ours").expect("a head");
+        let mut lines: Vec<_> =
+            head.headers.iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap_or("?"))).collect();
+        lines.sort_unstable();
+        assert_eq!(lines, ["content-type: application/json", "x-kept: 1", "x-kept: 2", "x-request-id: ours"]);
+    }
+
+    #[test]
+    fn a_clients_own_id_is_given_back_if_it_can_be_written() {
+        let id = |pairs: &[(&'static str, &str)]| {
+            let pairs =
+                pairs.iter().map(|(n, v)| (header::HeaderName::from_static(n), v.parse().expect("a value")));
+            let headers: HeaderMap = pairs.collect();
+            client_request_id(&headers).map(|v| v.to_str().unwrap_or("?").to_owned())
+        };
+        assert_eq!(id(&[("x-request-id", "a-1")]).as_deref(), Some("a-1"));
+        assert_eq!(id(&[("x-request-id", "a"), ("x-client-request-id", "b")]).as_deref(), Some("b"));
+        for bad in ["", "two words", "caf\u{e9}", &"x".repeat(129)] {
+            assert_eq!(id(&[("x-request-id", bad)]), None, "{bad}");
+        }
+    }
 }

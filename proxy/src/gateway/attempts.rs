@@ -9,7 +9,7 @@ use penstock_config::proxy::Patience;
 use pingora_core::protocols::http::ServerSession;
 use tokio::time::{Instant, sleep_until};
 
-use super::Gateway;
+use super::{Done, Gateway};
 use crate::{
     admission::queue::{Freed, Full, Number, Waiting},
     downstream::{self, respond},
@@ -24,6 +24,7 @@ use crate::{
     },
     streaming::relay::{self, RelayContext},
     upstream::{
+        answers,
         client::{Answer, Failed, Open, Whole},
         request::EngineRequest,
         retry::{self, Next},
@@ -36,7 +37,7 @@ const MODEL: &str = "x-penstock-model";
 /// What came of asking a target's engines.
 pub(super) enum Outcome {
     /// The client has its answer, or the beginning of one.
-    Answered,
+    Answered(Done),
     /// It has seen nothing; the last failure, if any engine was asked.
     Unanswered(Option<Failed>),
     /// It has seen nothing, and each engine is at its limit.
@@ -93,6 +94,10 @@ pub(super) struct Place {
 }
 
 impl Place {
+    pub(super) fn ticket(&self) -> &Ticket {
+        &self.ticket
+    }
+
     fn endpoint(&self) -> &Arc<Endpoint> {
         self.ticket.endpoint()
     }
@@ -146,8 +151,10 @@ impl Gateway {
             let failed = match answered {
                 Ok(mut answer) => {
                     name_model(&mut answer, model, target);
-                    self.hand_on(session, record, answer, place, patience).await?;
-                    return Ok(Outcome::Answered);
+                    return self
+                        .hand_on(session, record, answer, place, patience)
+                        .await
+                        .map(Outcome::Answered);
                 }
                 Err(failed) => failed,
             };
@@ -263,7 +270,7 @@ impl Gateway {
         answer: Answer,
         place: Place,
         patience: Patience,
-    ) -> Result<(), GatewayError> {
+    ) -> Result<Done, GatewayError> {
         record.begun();
         match answer {
             Answer::Whole(whole) => {
@@ -273,6 +280,10 @@ impl Gateway {
                 self.write_whole(session, record, *whole).await
             }
             Answer::Open(open) => self.stream(session, record, *open, place, patience).await,
+            Answer::Upgraded(upgraded) => {
+                self.note_beginning(&place.ticket, StatusCode::OK, false);
+                self.upgrade(session, record, *upgraded, place).await
+            }
         }
     }
 
@@ -283,7 +294,7 @@ impl Gateway {
         open: Open,
         place: Place,
         patience: Patience,
-    ) -> Result<(), GatewayError> {
+    ) -> Result<Done, GatewayError> {
         record.status(open.head.status.as_u16());
         self.note_beginning(&place.ticket, open.head.status, open.events.is_some());
         let pulse = place.ticket.pulse(self.started);
@@ -310,19 +321,21 @@ impl Gateway {
         if let Some(connection) = relayed.connection {
             self.engines.release(connection, place.endpoint()).await;
         }
-        relayed.outcome
+        relayed.outcome.map(|()| Done::Answered)
     }
 
     async fn write_whole(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
-        whole: Whole,
-    ) -> Result<(), GatewayError> {
+        mut whole: Whole,
+    ) -> Result<Done, GatewayError> {
+        answers::normalise(&mut whole, record.shape());
         record.status(whole.head.status.as_u16());
         record.whole(&whole.body);
         self.metrics.bytes_out.inc_by(whole.body.len() as u64);
-        respond::whole_with_head(session, whole.head, whole.body).await.map_err(|_| GatewayError::ClientGone)
+        let written = respond::whole_with_head(session, whole.head, whole.body).await;
+        written.map(|()| Done::Answered).map_err(|_| GatewayError::ClientGone)
     }
 
     /// No attempt is left: the engine's own error answer if there is one, else ours.
@@ -332,7 +345,7 @@ impl Gateway {
         record: &mut Record<'_>,
         model: &str,
         last: Option<Failed>,
-    ) -> Result<(), GatewayError> {
+    ) -> Result<Done, GatewayError> {
         match last {
             Some(Failed { answer: Some(whole), .. }) => self.write_whole(session, record, *whole).await,
             Some(failed) => Err(GatewayError::Upstream(failed.failure)),
@@ -340,7 +353,7 @@ impl Gateway {
         }
     }
 
-    fn note_failure(&self, ticket: &Ticket, failed: &Failed) {
+    pub(super) fn note_failure(&self, ticket: &Ticket, failed: &Failed) {
         let endpoint = ticket.endpoint();
         self.metrics.attempt_failures.with_label_values(&[failed.failure.label()]).inc();
         tracing::debug!(
@@ -365,7 +378,7 @@ impl Gateway {
         status.is_success()
     }
 
-    fn note_end(&self, ticket: &Ticket) {
+    pub(super) fn note_end(&self, ticket: &Ticket) {
         let change = ticket.finished(self.now_ms(), &self.health_rules);
         health::report(&self.metrics, ticket.endpoint(), change, "");
     }
@@ -377,6 +390,7 @@ fn name_model(answer: &mut Answer, model: &str, target: &Target) {
         let head = match answer {
             Answer::Whole(whole) => &mut whole.head,
             Answer::Open(open) => &mut open.head,
+            Answer::Upgraded(upgraded) => &mut upgraded.head,
         };
         // A name that no header can hold is not worth the answer.
         head.insert_header(MODEL, &*target.pool).ok();

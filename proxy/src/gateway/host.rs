@@ -13,7 +13,7 @@ use pingora_core::{
 };
 use pingora_error::ErrorType;
 
-use super::Gateway;
+use super::{Done, Gateway};
 use crate::{
     downstream::{peer::Peer, respond},
     drain,
@@ -124,7 +124,12 @@ impl Gateway {
             let keepalive = self.config.public.keepalive_s;
             session.set_keepalive((keepalive > 0 && !*shutdown.borrow()).then_some(keepalive));
         }
-        if let Err(error) = self.handle(&mut session, &mut record, &host.peer).await {
+        let handled = self.handle(&mut session, &mut record, &host.peer).await;
+        if let Ok(Done::Upgraded(tunnel)) = handled {
+            self.tunnel(session, &mut record, *tunnel).await;
+            return None;
+        }
+        if let Err(error) = handled {
             record.failed(&error);
             let shape = record.shape();
             respond::error(&mut session, &error, shape, record.request_id(), limits).await.ok()?;

@@ -7,44 +7,40 @@
 mod attempts;
 mod host;
 mod models;
+mod realtime;
+mod take;
+mod targets;
 
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use http::Method;
 use penstock_config::proxy::{LimitsConfig, ProxyConfig};
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
 use tokio::time::Instant;
 
-use self::attempts::Outcome;
 pub use self::host::Host;
 use crate::{
     admission::auth::KeyRing,
-    downstream::{
-        body::{self, BodyBudget},
-        peer::Peer,
-        respond,
-    },
+    downstream::{body::BodyBudget, peer::Peer, respond},
     drain::Lifecycle,
     endpoints::{EndpointTable, Pool, Snapshot, table::Target},
     error::GatewayError,
     health,
-    openai::{
-        self, Route,
-        request::{RequestFacts, ScanLimits},
-    },
+    openai::{self, Route, request::ScanLimits},
     record::Record,
-    routing::{
-        PickRules,
-        policy::Asked,
-        prefix::Chain,
-        resolve::{self, Step},
-    },
+    routing::PickRules,
     telemetry::{Telemetry, access_log::AccessLog, metrics::Metrics},
-    upstream::{
-        client::EngineClient,
-        request::{EngineRequest, forwarded_headers},
-    },
+    upstream::client::EngineClient,
 };
+
+/// What has become of a request when [`Gateway::handle`] is done with it.
+enum Done {
+    /// It has been answered.
+    Answered,
+    /// Client and engine have agreed to a WebSocket; the connection is the tunnel's now.
+    Upgraded(Box<realtime::Tunnel>),
+}
 
 /// Everything requests share.
 #[derive(Debug)]
@@ -76,6 +72,12 @@ impl Gateway {
     /// A sentence about a setting that cannot be used.
     pub fn new(config: ProxyConfig) -> Result<Self, String> {
         config.validate()?;
+        if let Some(name) = config.trust.remove_fields.iter().find(|name| openai::request::is_acted_on(name))
+        {
+            return Err(format!(
+                "trust.remove_fields has {name:?}, which the gateway reads itself; remove it there"
+            ));
+        }
         let mut options = HttpServerOptions::default();
         // Listeners find out by themselves who speaks HTTP/2; pingora, asked to, waits for 24 bytes without a deadline.
         options.h2c = false;
@@ -134,87 +136,50 @@ impl Gateway {
         self.keys.is_open()
     }
 
-    /// From a parsed head to the end of the answer.
+    /// From a parsed head to the end of the answer, or to the beginning of a tunnel.
     async fn handle(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
         peer: &Peer,
-    ) -> Result<(), GatewayError> {
-        tracing::trace!(client = %peer.address, tls = peer.tls, "request");
+    ) -> Result<Done, GatewayError> {
         self.check_head(session)?;
         let head = session.req_header();
         let target =
             head.uri.path_and_query().map_or_else(|| head.uri.path().to_owned(), ToString::to_string);
         let path = target.split_once('?').map_or(&*target, |(path, _)| path);
-        if path == "/healthz" && head.method == http::Method::GET {
+        if path == "/healthz" && matches!(head.method, Method::GET | Method::HEAD) {
             record.unlogged();
             return self.say(session, record, "text/plain", "ok\n".into()).await;
         }
         let route = openai::route(&head.method, path);
         record.route(route.label(), route.shape());
-        record.caller(self.keys.caller(&head.headers)?);
-        let (api, engine_path) = match route {
-            Route::Inference { api, path } => (api, path),
-            Route::Models => return self.say(session, record, "application/json", self.models()).await,
+        if let Route::Options { allow } = route {
+            record.status(204);
+            let said = respond::options(session, allow, record.request_id()).await;
+            return said.map(|()| Done::Answered).map_err(|_| GatewayError::ClientGone);
+        }
+        let from = take::Source { peer, caller: self.keys.caller(&head.headers)? };
+        record.caller(from.caller.name);
+        let asked_for = take::Url { path, query: &target[path.len()..] };
+        match route {
+            Route::Inference { api, path } => {
+                let asked_for = take::Url { path, ..asked_for };
+                self.inference(session, record, api, asked_for, from).await
+            }
+            Route::Realtime => self.realtime(session, record, asked_for, from).await,
+            Route::Models => self.say(session, record, "application/json", self.models()).await,
             Route::Model { id } => {
                 let model = self.model(&id)?;
-                return self.say(session, record, "application/json", model).await;
+                self.say(session, record, "application/json", model).await
             }
-            Route::MethodNotAllowed { allowed, .. } => {
-                return Err(GatewayError::MethodNotAllowed { allow: allowed });
-            }
-            Route::NotFound { .. } => return Err(GatewayError::UnknownPath { path: path.to_owned() }),
-        };
-        check_content_type(session)?;
-        let held = body::read(session, &self.config.limits, &self.bodies).await?;
-        record.body(held.bytes.len());
-        let mut chain = self.pick_rules.chain();
-        let facts = openai::request::scan_with(&held.bytes, &self.scan_limits, chain.as_mut())
-            .map_err(GatewayError::Body)?;
-        let query = &target[path.len()..];
-        let mut request = EngineRequest {
-            api,
-            stream: facts.stream,
-            request_id: record.request_id().to_owned(),
-            target: [engine_path, query].concat(),
-            headers: forwarded_headers(&session.req_header().headers, record.request_id()),
-            body: Bytes::new(),
-        };
-        let user = facts.user_range.clone().and_then(|range| held.bytes.get(range));
-        let (header, cookie) = (&*self.config.routing.session_header, &*self.config.routing.session_cookie);
-        let headers = &session.req_header().headers;
-        let affinity = self.pick_rules.key.session(headers, header, cookie, user);
-        let prefix = chain.map(Chain::hashes).unwrap_or_default();
-        let asked = Asked { session: affinity, prefix: &prefix, adapter: None };
-        let places = self.places(&facts.model, affinity)?;
-        record.model(&facts.model, self.table.load().version);
-        record.stream(facts.stream);
-        // Whoever has room now goes first; only when nobody has is it worth to wait, and then for who should have answered.
-        let alone = places.len() == 1;
-        let (mut last, mut full) = (None, None);
-        for Step { target, fallback } in places {
-            self.metrics.routed(&facts.model, &target.pool, fallback);
-            request.body = body_for_engine(&held.bytes, &facts, &target.served_model);
-            let asked = Asked { adapter: target.adapter.as_deref(), ..asked };
-            let place = (&*facts.model, &*target);
-            match self.attempts(session, record, place, &asked, &request, alone).await? {
-                Outcome::Answered => return Ok(()),
-                Outcome::Unanswered(failed) => last = failed.or(last),
-                Outcome::Saturated => full = full.or(Some(target)),
+            Route::StoredResponse => Err(GatewayError::StoredResponse),
+            Route::MethodNotAllowed { allow, .. } => Err(GatewayError::MethodNotAllowed { allow }),
+            // Options were answered above.
+            Route::NotFound { .. } | Route::Options { .. } => {
+                Err(GatewayError::UnknownPath { path: path.to_owned() })
             }
         }
-        if let Some(target) = full {
-            request.body = body_for_engine(&held.bytes, &facts, &target.served_model);
-            let asked = Asked { adapter: target.adapter.as_deref(), ..asked };
-            let place = (&*facts.model, &*target);
-            match self.attempts(session, record, place, &asked, &request, true).await? {
-                Outcome::Answered => return Ok(()),
-                Outcome::Unanswered(failed) => last = failed.or(last),
-                Outcome::Saturated => {}
-            }
-        }
-        self.give_up(session, record, &facts.model, last).await
     }
 
     fn check_head(&self, session: &ServerSession) -> Result<(), GatewayError> {
@@ -230,14 +195,6 @@ impl Gateway {
         if snapshot.loaded { Ok(snapshot) } else { Err(GatewayError::NotReady) }
     }
 
-    /// Who may answer a request for `model`, in the order in which they are asked.
-    fn places(&self, model: &str, session: Option<u64>) -> Result<Vec<Step>, GatewayError> {
-        let snapshot = self.snapshot()?;
-        let draw = session.unwrap_or_else(|| fastrand::u64(..));
-        resolve::resolve(&snapshot.routes, model, self.pick_rules.key, draw)
-            .ok_or_else(|| GatewayError::UnknownModel { model: model.to_owned() })
-    }
-
     /// As it is now; `None` once it is gone.
     fn pool(&self, target: &Target) -> Result<Option<Arc<Pool>>, GatewayError> {
         Ok(self.snapshot()?.pools.get(&*target.pool).map(Arc::clone))
@@ -249,29 +206,11 @@ impl Gateway {
         record: &mut Record<'_>,
         content_type: &'static str,
         body: Bytes,
-    ) -> Result<(), GatewayError> {
+    ) -> Result<Done, GatewayError> {
         record.status(200);
         respond::whole(session, 200, content_type, record.request_id(), body)
             .await
-            .map_err(|_| GatewayError::ClientGone)
+            .map_err(|_| GatewayError::ClientGone)?;
+        Ok(Done::Answered)
     }
-}
-
-fn check_content_type(session: &ServerSession) -> Result<(), GatewayError> {
-    let value = session.get_header_bytes(http::header::CONTENT_TYPE);
-    let essence = value.split(|b| *b == b';').next().unwrap_or_default().trim_ascii();
-    let is_json = essence.eq_ignore_ascii_case(b"application/json")
-        || (essence.len() > 5 && essence[essence.len() - 5..].eq_ignore_ascii_case(b"+json"));
-    if is_json {
-        return Ok(());
-    }
-    Err(GatewayError::UnsupportedMediaType { got: String::from_utf8_lossy(essence).into_owned() })
-}
-
-/// The client's bytes; only the value of `model` is replaced, where the engines know another name.
-fn body_for_engine(body: &Bytes, facts: &RequestFacts, served_model: &str) -> Bytes {
-    if facts.model == served_model {
-        return body.clone();
-    }
-    openai::request::splice(body, facts.model_range.clone(), &openai::request::json_string(served_model))
 }

@@ -1,3 +1,5 @@
-//! Handing on an answer that goes on: [`relay`].
+//! An answer on its way to the client: events ([`relay`]), or a WebSocket's bytes both ways ([`tunnel`], [`websocket`]).
 
 pub mod relay;
+pub mod tunnel;
+pub mod websocket;

@@ -21,7 +21,7 @@ use crate::{
     downstream::{self, respond},
     error::{GatewayError, UpstreamFailure},
     health::Pulse,
-    openai::{ErrorShape, usage::StreamFacts},
+    openai::{ErrorShape, error_body, usage::StreamFacts},
     telemetry::metrics::Metrics,
     upstream::client::{Events, Open},
 };
@@ -118,6 +118,7 @@ async fn begin(
             .and_then(|()| head.insert_header("x-accel-buffering", "no")),
         None => Ok(()),
     });
+    let framed = framed.and_then(|()| respond::echo_client_id(session, &mut head));
     framed.map_err(|_| GatewayError::Upstream(UpstreamFailure::Garbage))?;
     session.write_response_header(Box::new(head)).await.map_err(|e| write_error(&e))?;
     context.metrics.events.inc_by(events.map_or(0, |e| e.facts.events));
@@ -156,11 +157,14 @@ async fn copy(
         let gap = last_read.saturating_duration_since(before);
         pace.reading += gap;
         pace.longest_gap = pace.longest_gap.max(gap);
-        let (ready, after) = take_what_is_there(connection, chunk, events.as_deref_mut())?;
+        let (mut ready, after) = take_what_is_there(connection, chunk, events.as_deref_mut())?;
         if let Some(events) = events.as_deref_mut() {
-            let before = events.facts.events;
+            let (before, sound) = (events.facts.events, events.facts.error.is_none());
             events.facts.observe(&ready);
             context.metrics.events.inc_by(events.facts.events - before);
+            if sound && events.facts.error.is_some() {
+                ready = error_body::normalise_events(&ready, context.shape).unwrap_or(ready);
+            }
         }
         if !ready.is_empty() {
             write(session, ready, context, pace).await?;

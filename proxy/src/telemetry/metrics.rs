@@ -112,6 +112,8 @@ pub struct Metrics {
     pub client_disconnects: IntCounter,
     /// Error frames engines sent inside a 200.
     pub inband_errors: IntCounter,
+    /// Members of bodies taken out because their callers are not trusted.
+    pub untrusted_fields: IntCounter,
     /// Clients' connections and certificates.
     pub listeners: ListenerMetrics,
     /// Binary upgrades by how they ended: done, failed.
@@ -276,6 +278,10 @@ impl Metrics {
             inband_errors: make.counter(
                 "penstock_proxy_inband_errors_total",
                 "Error frames that engines sent inside a 200.",
+            )?,
+            untrusted_fields: make.counter(
+                "penstock_proxy_untrusted_fields_removed_total",
+                "Fields of [trust] taken out of bodies whose callers are not trusted; neighbours count once.",
             )?,
             listeners: ListenerMetrics::new(&make)?,
             upgrades: make.counters(

@@ -8,7 +8,8 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::StatusCode;
+use futures_util::FutureExt;
+use http::{StatusCode, header};
 use penstock_config::proxy::UpstreamConfig;
 use pingora_core::{
     connectors::{ConnectorOptions, http::Connector},
@@ -19,12 +20,13 @@ use pingora_http::ResponseHeader;
 use prometheus::IntCounter;
 use tokio::time::{Instant, timeout_at};
 
-use super::request::EngineRequest;
+use super::{answers, request::EngineRequest};
 use crate::{
     downstream::respond,
     endpoints::Endpoint,
     error::UpstreamFailure,
     openai::{event::EventSplitter, usage::StreamFacts},
+    streaming::tunnel::End,
 };
 
 /// An engine's answer, or its beginning.
@@ -34,6 +36,17 @@ pub enum Answer {
     Whole(Box<Whole>),
     /// More follows on the connection.
     Open(Box<Open>),
+    /// The engine has changed to a WebSocket.
+    Upgraded(Box<Upgraded>),
+}
+
+/// An engine's consent to a WebSocket.
+#[derive(Debug)]
+pub struct Upgraded {
+    /// For the client.
+    pub head: ResponseHeader,
+    /// The connection, and what has come on it already.
+    pub engine: End,
 }
 
 /// A whole answer.
@@ -156,7 +169,7 @@ impl EngineClient {
         let deadline = Instant::now() + first_byte;
         let begun = async {
             let head = exchange(&mut connection, endpoint, request).await.map_err(|e| lost(&e, origin))?;
-            self.beginning(connection, head, endpoint, request.stream).await
+            self.beginning(connection, head, endpoint, request).await
         };
         timeout_at(deadline, begun).await.unwrap_or_else(|_| {
             Err(Failed::new(UpstreamFailure::FirstByteTimeout, format!("nothing within {first_byte:?}")))
@@ -186,9 +199,12 @@ impl EngineClient {
         mut connection: Http1Session,
         head: ResponseHeader,
         endpoint: &Endpoint,
-        stream_asked: bool,
+        request: &EngineRequest,
     ) -> Result<Answer, Failed> {
         let status = head.status;
+        if status == StatusCode::SWITCHING_PROTOCOLS {
+            return upgraded(connection, head, request);
+        }
         if respond::is_event_stream(&head) {
             let mut events = Events::default();
             let first = first_events(&mut connection, &mut events).await?;
@@ -199,18 +215,25 @@ impl EngineClient {
             return Ok(Answer::Open(Box::new(Open { head, first: body, connection, events: None })));
         }
         self.release(connection, endpoint).await;
-        let whole = Box::new(Whole { head, body });
-        match status {
+        let mut whole = Box::new(Whole { head, body });
+        match answers::judge(&mut whole, request) {
+            Ok(()) => {}
+            Err(detail) => {
+                let failure = UpstreamFailure::BeforeFirstByte;
+                return Err(Failed { failure, detail, answer: Some(whole) });
+            }
+        }
+        match whole.head.status {
             StatusCode::SERVICE_UNAVAILABLE => {
                 Err(Failed { failure: UpstreamFailure::Busy, detail: "503".into(), answer: None })
             }
             // 501 is an answer: what was asked for does not exist, here or elsewhere.
-            _ if status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED => Err(Failed {
+            status if status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED => Err(Failed {
                 failure: UpstreamFailure::BeforeFirstByte,
                 detail: format!("answered {status}"),
                 answer: Some(whole),
             }),
-            StatusCode::OK if stream_asked && whole.body.is_empty() => {
+            StatusCode::OK if request.stream && whole.body.is_empty() => {
                 Err(Failed::new(UpstreamFailure::Garbage, "an empty 200 where a stream was asked for"))
             }
             _ => Ok(Answer::Whole(whole)),
@@ -237,15 +260,39 @@ async fn exchange(
     request: &EngineRequest,
 ) -> Result<ResponseHeader, BError> {
     connection.write_request_header(Box::new(request.head(&endpoint.address)?)).await?;
-    connection.write_body(&request.body).await?;
-    connection.finish_body().await?;
+    // A WebSocket's handshake has no body; what would end one could end what follows the engine's consent (pingora #946).
+    if !request.upgrades() {
+        connection.write_body(&request.body).await?;
+        connection.finish_body().await?;
+    }
     loop {
         connection.read_response().await?;
         let Some(head) = connection.resp_header() else { continue };
-        if !head.status.is_informational() {
+        if !head.status.is_informational() || head.status == StatusCode::SWITCHING_PROTOCOLS {
             return respond::head_from_engine(head, &request.request_id);
         }
     }
+}
+
+/// The connection as bytes, once the engine has consented to a WebSocket that was asked for.
+fn upgraded(
+    mut connection: Http1Session,
+    head: ResponseHeader,
+    request: &EngineRequest,
+) -> Result<Answer, Failed> {
+    let websocket = connection
+        .get_header(header::UPGRADE)
+        .is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"websocket"));
+    if !request.upgrades() || !websocket {
+        return Err(Failed::new(UpstreamFailure::Garbage, "a change of protocol that nobody asked for"));
+    }
+    // Frames may have come in the same read as the head.
+    let first = match connection.read_body_bytes().now_or_never() {
+        Some(Ok(Some(first))) => first,
+        _ => Bytes::new(),
+    };
+    let engine = End { stream: connection.into_inner(), first };
+    Ok(Answer::Upgraded(Box::new(Upgraded { head, engine })))
 }
 
 async fn first_events(connection: &mut Http1Session, events: &mut Events) -> Result<Bytes, Failed> {

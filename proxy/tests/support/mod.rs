@@ -75,6 +75,11 @@ impl Proxy {
         Self { address, gateway, listeners, watched }
     }
 
+    /// Routes the model "m" to these engines from now on.
+    pub fn route_to(&self, engines: &[SocketAddr]) {
+        self.gateway.table.apply(&state(engines));
+    }
+
     /// Sends `request` on a connection of its own and reads until the gateway closes it.
     pub async fn exchange(&self, request: &[u8]) -> String {
         let mut client = Client::connect(self.address).await;
@@ -199,7 +204,15 @@ impl Engine {
 
     /// The same with a look at the request.
     pub async fn replying(script: impl Fn(usize, &Seen) -> Vec<Step> + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::replying_at("127.0.0.1:0", script).await
+    }
+
+    /// The same at an address.
+    pub async fn replying_at(
+        address: &str,
+        script: impl Fn(usize, &Seen) -> Vec<Step> + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (seen, closed_at) = (Arc::<Mutex<Vec<Seen>>>::default(), Arc::<Mutex<Vec<Instant>>>::default());
         let connections = Arc::<AtomicUsize>::default();

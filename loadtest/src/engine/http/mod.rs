@@ -190,6 +190,11 @@ impl Conn {
         std::future::poll_fn(|cx| self.poll_gone(cx)).await;
     }
 
+    /// The stream beneath, and what has been read from it beyond the request: for a protocol that takes over.
+    pub(super) fn raw(&mut self) -> (&mut TcpStream, Vec<u8>) {
+        (&mut self.stream, self.inbox.split().to_vec())
+    }
+
     /// Makes the coming drop of the connection a TCP reset. What is in `out` is not sent.
     pub(super) fn reset(&mut self) {
         self.out.clear();

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::openai::multipart::FormError;
+
 /// What is wrong with a request body. `Display` is the sentence that the client gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ScanError {
@@ -28,6 +30,12 @@ pub enum ScanError {
     },
     /// There is no `model` at the top level.
     MissingModel,
+    /// There is no `model` in a URL that must name one.
+    MissingModelInUrl,
+    /// There is no `model` among the fields of a form.
+    MissingModelInForm,
+    /// The body is not the form that its content type announces.
+    NotAForm(FormError),
     /// `model` is there and is not a string.
     ModelNotString,
     /// `model` is longer than any name we serve may be.
@@ -51,11 +59,17 @@ impl ScanError {
     #[must_use]
     pub const fn param(&self) -> Option<&'static str> {
         match self {
-            Self::MissingModel | Self::ModelNotString | Self::ModelNameTooLong { .. } => Some("model"),
+            Self::MissingModel
+            | Self::MissingModelInUrl
+            | Self::MissingModelInForm
+            | Self::ModelNotString
+            | Self::ModelNameTooLong { .. } => Some("model"),
             Self::DuplicateKey(field) | Self::WrongType { field, .. } => Some(field),
-            Self::InvalidUtf8 { .. } | Self::NotJson { .. } | Self::NotAnObject | Self::TooDeep { .. } => {
-                None
-            }
+            Self::InvalidUtf8 { .. }
+            | Self::NotJson { .. }
+            | Self::NotAnObject
+            | Self::NotAForm(_)
+            | Self::TooDeep { .. } => None,
         }
     }
 
@@ -67,7 +81,8 @@ impl ScanError {
             Self::NotJson { .. } => "invalid_json",
             Self::NotAnObject => "not_an_object",
             Self::TooDeep { .. } => "nested_too_deep",
-            Self::MissingModel => "missing_model",
+            Self::MissingModel | Self::MissingModelInUrl | Self::MissingModelInForm => "missing_model",
+            Self::NotAForm(_) => "invalid_form",
             Self::ModelNotString => "invalid_model",
             Self::ModelNameTooLong { .. } => "model_name_too_long",
             Self::DuplicateKey(_) => "duplicate_key",
@@ -105,10 +120,17 @@ impl fmt::Display for ScanError {
                 write!(f, "The request body nests arrays and objects deeper than {limit} levels.")
             }
             Self::MissingModel => f.write_str("The request body has no \"model\"; name the model to use."),
+            Self::MissingModelInUrl => {
+                f.write_str("The URL names no model; add it as a parameter: ?model=NAME.")
+            }
+            Self::MissingModelInForm => {
+                f.write_str("The form has no field \"model\"; name the model to use.")
+            }
+            Self::NotAForm(error) => write!(f, "The request body is not valid multipart/form-data: {error}."),
             Self::ModelNotString => f.write_str("\"model\" must be a string."),
             Self::ModelNameTooLong { limit } => write!(f, "\"model\" is longer than {limit} bytes."),
             Self::DuplicateKey(field) => {
-                write!(f, "\"{field}\" is given more than once at the top level; give it once.")
+                write!(f, "\"{field}\" is given more than once; give it once.")
             }
             Self::WrongType { field, expected } => write!(f, "\"{field}\" must be {expected}."),
         }

@@ -2,6 +2,8 @@ use proptest::prelude::*;
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value as Json, json};
 
+use bytes::Bytes;
+
 use super::*;
 
 fn facts(body: &str) -> RequestFacts {
