@@ -181,6 +181,42 @@ pub(crate) struct Node {
     pub(crate) gpus: Vec<Value>,
     pub(crate) agent_version: String,
     pub(crate) engines: u32,
+    pub(crate) role: String,
+    pub(crate) cordoned: bool,
+    pub(crate) maintenance: bool,
+}
+
+/// One state that a deployment had.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Revision {
+    pub(crate) number: u64,
+    pub(crate) unix_s: u64,
+    pub(crate) rolled_back_to: Option<u64>,
+    pub(crate) changes: Vec<Difference>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Revisions {
+    pub(crate) revisions: Vec<Revision>,
+}
+
+/// A field that differs between two revisions; null: it was, or is, not there.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Difference {
+    pub(crate) field: String,
+    pub(crate) before: Value,
+    pub(crate) after: Value,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Differences {
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+    pub(crate) changes: Vec<Difference>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -302,15 +338,59 @@ impl ControlPlane {
         self.call(Method::POST, &["api", "v2", "endpoints", endpoint, "undrain"], None::<&()>).await
     }
 
+    /// `word`: "cordon", "maintenance" or "uncordon".
+    pub(crate) async fn speak_of_node(
+        &self,
+        node: &str,
+        word: &str,
+        reason: Option<&str>,
+    ) -> Result<Reply<Node>, ApiError> {
+        let body = reason.map(|reason| serde_json::json!({ "reason": reason }));
+        self.call(Method::POST, &["api", "v2", "nodes", node, word], body.as_ref()).await
+    }
+
+    pub(crate) async fn revisions(&self, model: &str) -> Result<Reply<Revisions>, ApiError> {
+        self.call(Method::GET, &["api", "v2", "revisions", model], None::<&()>).await
+    }
+
+    pub(crate) async fn diff(
+        &self,
+        model: &str,
+        from: Option<u64>,
+        to: Option<u64>,
+    ) -> Result<Reply<Differences>, ApiError> {
+        let given = [("from", from), ("to", to)].into_iter().filter_map(|(key, n)| Some((key, n?)));
+        let query: Vec<(&str, u64)> = given.collect();
+        self.call_with(Method::GET, &["api", "v2", "diff", model], &query, None::<&()>).await
+    }
+
+    pub(crate) async fn rollback(&self, model: &str, to: Option<u64>) -> Result<Reply<Deployment>, ApiError> {
+        let body = to.map(|to| serde_json::json!({ "to": to }));
+        self.call(Method::POST, &["api", "v2", "rollback", model], body.as_ref()).await
+    }
+
     async fn call<T: DeserializeOwned>(
         &self,
         method: Method,
         path: &[&str],
         body: Option<&impl Serialize>,
     ) -> Result<Reply<T>, ApiError> {
+        self.call_with(method, path, &[], body).await
+    }
+
+    async fn call_with<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &[&str],
+        query: &[(&str, u64)],
+        body: Option<&impl Serialize>,
+    ) -> Result<Reply<T>, ApiError> {
         let mut url = self.base.clone();
         if let Ok(mut segments) = url.path_segments_mut() {
             segments.clear().extend(path); // percent-encodes each: a model's name may hold '/'
+        }
+        for (key, value) in query {
+            url.query_pairs_mut().append_pair(key, &value.to_string());
         }
         let call = format!("{method} {url}");
         let request = self.client.request(method, url);

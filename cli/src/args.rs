@@ -46,6 +46,18 @@ pub(crate) enum Command {
     Drain(EndpointArgs),
     /// Put a drained endpoint back into use
     Undrain(EndpointArgs),
+    /// What a deployment was: its revisions, newest first, each with what it changed
+    History(ModelArgs),
+    /// What differs between two revisions of a deployment [default: the last change]
+    Diff(DiffArgs),
+    /// Make a deployment what it was before its last change, or at an earlier revision
+    Rollback(RollbackArgs),
+    /// Start nothing new on a node until `uncordon`; what runs there stays
+    Cordon(NodeArgs),
+    /// Start nothing new on a node and move away what runs there, within each deployment's budget, until `uncordon`
+    Maintenance(NodeArgs),
+    /// Put a cordoned node, or one in maintenance, back into use
+    Uncordon(NodeArgs),
     /// Engines: where each runs and in what state
     Endpoints(EndpointsArgs),
     /// Nodes: machines with GPUs, each with an agent
@@ -264,6 +276,56 @@ pub(crate) struct RouteDeleteArgs {
 pub(crate) struct EndpointArgs {
     /// Endpoint's id, as `penstock endpoints` shows it
     pub(crate) endpoint_id: String,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
+/// `penstock history`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ModelArgs {
+    /// Model whose deployment it is
+    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
+/// `penstock diff`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DiffArgs {
+    /// Model whose deployment it is
+    pub(crate) model: String,
+    /// Revision to start from [default: the one before --to]
+    #[arg(long, value_name = "N")]
+    pub(crate) from: Option<u64>,
+    /// Revision to end at [default: the present one]
+    #[arg(long, value_name = "N")]
+    pub(crate) to: Option<u64>,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
+/// `penstock rollback`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RollbackArgs {
+    /// Model whose deployment it is
+    pub(crate) model: String,
+    /// Revision to go back to [default: the one before the last change]
+    #[arg(long, value_name = "N")]
+    pub(crate) to: Option<u64>,
+    #[command(flatten)]
+    pub(crate) wait: Wait,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
+/// `penstock cordon`, `maintenance` and `uncordon`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct NodeArgs {
+    /// Node's name, as `penstock nodes` shows it
+    pub(crate) node: String,
+    /// Why, for other operators
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
     #[command(flatten)]
     pub(crate) remote: Remote,
 }

@@ -97,11 +97,32 @@ pub struct ReconcileConfig {
     pub tick_ms: u64,
     /// Shortest pause between two looks, in milliseconds, so that a burst of changes is planned once.
     pub coalesce_ms: u64,
+    /// Most replicas that are started per tick; 1 to 100,000.
+    pub max_starts: usize,
+    /// Most replicas that are stopped per tick; 1 to 100,000.
+    pub max_stops: usize,
+    /// A store that could not be followed for longer, in milliseconds, is not acted upon; 0: it always is.
+    pub max_view_age_ms: u64,
+    /// An engine that was started again so often without getting ready is placed elsewhere; 0: never.
+    pub replace_after_restarts: u32,
+    /// Whether replicas are moved to even out zones, where their deployments allow it.
+    pub rebalance: bool,
+    /// Seconds between two moves; 1 to 2,592,000.
+    pub rebalance_interval_s: u64,
 }
 
 impl Default for ReconcileConfig {
     fn default() -> Self {
-        Self { tick_ms: 1_000, coalesce_ms: 20 }
+        Self {
+            tick_ms: 1_000,
+            coalesce_ms: 20,
+            max_starts: 200,
+            max_stops: 50,
+            max_view_age_ms: 15_000,
+            replace_after_restarts: 5,
+            rebalance: false,
+            rebalance_interval_s: 86_400,
+        }
     }
 }
 
@@ -175,6 +196,16 @@ impl ControlPlaneConfig {
             ("fleet.deregister_ack_wait_ms", self.fleet.deregister_ack_wait_ms, 0, 60_000),
             ("reconcile.tick_ms", self.reconcile.tick_ms, 50, 600_000),
             ("reconcile.coalesce_ms", self.reconcile.coalesce_ms, 1, 10_000),
+            ("reconcile.max_starts", self.reconcile.max_starts as u64, 1, 100_000),
+            ("reconcile.max_stops", self.reconcile.max_stops as u64, 1, 100_000),
+            ("reconcile.max_view_age_ms", self.reconcile.max_view_age_ms, 0, 86_400_000),
+            (
+                "reconcile.replace_after_restarts",
+                u64::from(self.reconcile.replace_after_restarts),
+                0,
+                1_000_000,
+            ),
+            ("reconcile.rebalance_interval_s", self.reconcile.rebalance_interval_s, 1, 2_592_000),
             ("xds.push_coalesce_ms", self.xds.push_coalesce_ms, 0, 10_000),
             ("xds.nack_retry_ms", self.xds.nack_retry_ms, 100, 3_600_000),
             ("xds.load_push_ms", self.xds.load_push_ms, 10, 250),

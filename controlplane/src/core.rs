@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    demand::Demands,
     fleet::roster::Roster,
     leadership::Leadership,
     metrics::Metrics,
@@ -31,6 +32,8 @@ pub struct Core {
     pub views: watch::Receiver<Arc<View>>,
     /// What nodes say.
     pub roster: Roster,
+    /// Models that somebody waits for.
+    pub demands: Demands,
     /// What proxies get.
     pub hub: Hub,
     /// What engines last said of their load.

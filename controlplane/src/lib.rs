@@ -16,6 +16,7 @@
 
 pub mod admin;
 pub mod core;
+pub mod demand;
 pub mod fleet;
 pub mod leadership;
 pub mod metrics;

@@ -41,6 +41,12 @@ pub struct Metrics {
     pub deregistrations: IntCounter,
     /// Decisions of the plan by `action`.
     pub plan_actions: IntCounterVec,
+    /// Models whose rollout got nothing done for as long as they allow.
+    pub plan_stalled: IntGauge,
+    /// 1 while nothing is changed because the store is not followed.
+    pub plan_held: IntGauge,
+    /// Plans that had more to start or stop than one may.
+    pub plan_capped: IntCounter,
     /// Passes of reconcile by `outcome`.
     pub reconciles: IntCounterVec,
     /// How long a pass took, store writes included.
@@ -114,7 +120,18 @@ impl Metrics {
                 "plan_actions_total",
                 "Decisions of the plan.",
                 "action",
-                &["place", "withdraw", "forget"],
+                &["place", "withdraw", "forget", "scale", "move"],
+            )?,
+            plan_stalled: gauge(&r, "plan_stalled", "Models whose rollout is stalled.")?,
+            plan_held: gauge(
+                &r,
+                "plan_held",
+                "1 while nothing is changed because the store is not followed.",
+            )?,
+            plan_capped: counter(
+                &r,
+                "plan_capped_total",
+                "Plans that had more to start or stop than one may.",
             )?,
             reconciles: counters(
                 &r,

@@ -195,6 +195,7 @@ async fn with_store(
         leadership,
         views: keeper.subscribe(),
         roster: Roster::default(),
+        demands: Default::default(),
         hub: Hub::default(),
         loads: Loads::default(),
         reports: watch::Sender::default(),

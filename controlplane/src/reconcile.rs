@@ -15,10 +15,10 @@ use tokio::sync::watch;
 use crate::{
     core::Core,
     fleet::liveness::Liveness,
-    model::NodeObserved,
-    plan::{Action, Desired, NodeSeen, Observed, Plan, Rules, plan},
+    model::{NodeObserved, Phase},
+    plan::{Action, Demand, Desired, Load, NodeSeen, Observed, Plan, Rules, memory::Memory, plan, scale},
     store::{Compare, StoreError, Txn, TxnOutcome, keys},
-    view::View,
+    view::{ModelView, View},
 };
 
 /// How long the last word of an engine's load is kept: past any use that a proxy has for it.
@@ -29,6 +29,12 @@ const LOAD_KEPT: Duration = Duration::from_secs(60);
 pub struct Reports {
     /// Sentences by model.
     pub waiting: BTreeMap<String, Vec<String>>,
+    /// How many replicas each deployed model shall have: the operator's number, or what autoscaling makes of it.
+    pub wanted: BTreeMap<String, u32>,
+    /// Models whose rollout is stalled.
+    pub stalled: BTreeSet<String>,
+    /// Why nothing is changed at the moment, if that is so.
+    pub held: Option<String>,
 }
 
 /// Whether everything that was planned is in the store.
@@ -42,50 +48,148 @@ enum Committed {
 pub async fn run(core: Arc<Core>) {
     let mut views = core.views.clone();
     let mut roster: watch::Receiver<u64> = core.roster.changes();
-    let mut liveness = Liveness::default();
+    let mut demands = core.demands.changes();
+    let mut since = Since::default();
     let tick = Duration::from_millis(core.config.reconcile.tick_ms);
     loop {
         views.mark_unchanged();
         roster.mark_unchanged();
+        demands.mark_unchanged();
         let started = Instant::now();
-        let outcome = pass(&core, &mut liveness, started).await;
+        let outcome = pass(&core, &mut since, started).await;
         core.metrics.reconcile_seconds.observe(started.elapsed().as_secs_f64());
-        let label = outcome.unwrap_or_else(|error| {
+        let (label, is_capped) = outcome.unwrap_or_else(|error| {
             tracing::warn!(%error, "a pass of reconcile failed; the next one tries again");
-            "error"
+            ("error", false)
         });
         core.metrics.reconciles.with_label_values(&[label]).inc();
-        tokio::time::sleep(Duration::from_millis(core.config.reconcile.coalesce_ms)).await;
+        // A plan that hit its caps was all for this tick: else the caps would bound nothing.
+        let pause = if is_capped { tick } else { Duration::from_millis(core.config.reconcile.coalesce_ms) };
+        tokio::time::sleep(pause).await;
         tokio::select! {
             changed = views.changed() => if changed.is_err() { return },
             _ = roster.changed() => {}
+            _ = demands.changed() => {}
             () = tokio::time::sleep(tick) => {}
         }
     }
 }
 
-/// One look, one plan. Returns its metric label.
-async fn pass(core: &Core, liveness: &mut Liveness, now: Instant) -> Result<&'static str, StoreError> {
+/// Since when things are so: what a pass leaves to the next one. An empty one postpones and never hastens.
+#[derive(Debug, Default)]
+struct Since {
+    liveness: Liveness,
+    memory: Memory,
+}
+
+/// One look, one plan. Returns its metric label, and whether it hit a cap.
+async fn pass(core: &Core, since: &mut Since, now: Instant) -> Result<(&'static str, bool), StoreError> {
     let view = core.view();
     core.loads.prune(LOAD_KEPT, now);
     core.roster.prune(|node| view.nodes.contains_key(node) || view.by_node.contains_key(node));
     let nodes = core.roster.nodes();
     let named: BTreeSet<&str> = view.by_node.keys().map(String::as_str).collect();
-    let lost = liveness.update(&named, |node| view.nodes.contains_key(node), now);
+    let lost = since.liveness.update(&named, |node| view.nodes.contains_key(node), now);
+    let present = view.nodes.iter().map(|(name, node)| (name.as_str(), node.value.zone.as_str()));
+    let zones = since.memory.zones(present, &lost.keys().copied().collect());
     let desired = desired(&view);
-    let observed = observed(&view, &nodes, &lost, core.report_interval());
-    let rules = Rules { lost_grace: Duration::from_millis(core.config.fleet.lost_grace_ms) };
-    let plan = plan(&desired, &observed, &rules, now);
+    let mut observed = observed(&view, &nodes, &lost, &zones, core.report_interval());
+    observed.view_age = view.unfollowed_since.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+    let settings = &core.config.reconcile;
+    let interval = Duration::from_secs(settings.rebalance_interval_s);
+    let is_due = settings.rebalance && since.memory.rebalance_due(interval, now);
+    observed.rebalance = is_due.then_some(interval);
+    remember(&mut observed, &mut since.memory, &view, &nodes, &core.demands.now(now), core, now);
+    let plan = plan(&desired, &observed, &rules(core), now);
+    since.memory.planned(&plan, now);
     for action in &plan.actions {
         announce(core, action);
     }
+    core.metrics.plan_stalled.set(i64::try_from(plan.stalled.len()).unwrap_or(i64::MAX));
+    core.metrics.plan_held.set(i64::from(plan.held.is_some()));
+    core.metrics.plan_capped.inc_by(u64::from(plan.is_capped));
     let label = if plan.changes.is_empty() { "settled" } else { "changed" };
     let committed = commit(core, &view, &plan).await?;
-    core.reports.send_replace(Arc::new(Reports { waiting: plan.report }));
+    let is_capped = plan.is_capped;
+    let wanted = desired.deployments.iter().map(|(name, deployment)| {
+        let after = plan.changes.get(*name).map(|change| change.as_ref().and_then(|p| p.scaled_to));
+        let before = desired.placements.get(name).and_then(|p| p.scaled_to);
+        ((*name).to_owned(), scale::present(deployment, after.unwrap_or(before)))
+    });
+    let wanted = wanted.collect();
+    let reports = Reports { waiting: plan.report, wanted, stalled: plan.stalled, held: plan.held };
+    core.reports.send_replace(Arc::new(reports));
     Ok(match committed {
-        Committed::All => label,
-        Committed::Outrun => "conflict",
+        Committed::All => (label, is_capped),
+        Committed::Outrun => ("conflict", is_capped),
     })
+}
+
+fn rules(core: &Core) -> Rules {
+    let settings = &core.config.reconcile;
+    Rules {
+        lost_grace: Duration::from_millis(core.config.fleet.lost_grace_ms),
+        replace_after_restarts: settings.replace_after_restarts,
+        max_starts: settings.max_starts,
+        max_stops: settings.max_stops,
+        max_view_age: Duration::from_millis(settings.max_view_age_ms),
+    }
+}
+
+/// Notes since when each model stands as it does.
+fn remember<'a>(
+    observed: &mut Observed<'a>,
+    memory: &mut Memory,
+    view: &'a View,
+    nodes: &BTreeMap<String, NodeObserved>,
+    demands: &BTreeMap<String, Demand>,
+    core: &Core,
+    now: Instant,
+) {
+    // A report under way, and one lost.
+    let fresh = core.report_interval() * 3;
+    for (name, model) in &view.models {
+        let Some(deployment) = model.deployment.as_ref().map(|stored| &stored.value) else { continue };
+        let placement = model.placement.as_ref().map(|stored| &stored.value);
+        let is_ready = |id: &str, generation| {
+            model.endpoints.get(id).is_some_and(|endpoint| endpoint.generation == generation)
+        };
+        let load = match deployment.policy.autoscaling {
+            Some(_) => load(model, nodes, fresh, now),
+            None => Load::default(),
+        };
+        let demand = demands.get(name).copied();
+        let seen = memory.model(deployment, placement, is_ready, &load, demand, now);
+        observed.models.insert(name, seen);
+    }
+    memory.retain(|name| observed.models.contains_key(name));
+}
+
+/// What the ready replicas of a model do, by the last reports of their nodes. Engines do not report the time to the
+/// first token yet.
+fn load(model: &ModelView, nodes: &BTreeMap<String, NodeObserved>, fresh: Duration, now: Instant) -> Load {
+    let mut load = Load::default();
+    let active = model.placement.iter().flat_map(|stored| &stored.value.assignments);
+    for a in active.filter(|a| a.phase == Phase::Active) {
+        let ready = model.endpoints.get(&a.replica_id).is_some_and(|e| e.generation == a.generation);
+        if !ready {
+            continue;
+        }
+        let node = nodes.get(&a.node_id).filter(|node| {
+            let age = node.reported_at.map(|at| now.saturating_duration_since(at));
+            node.connected && age.is_some_and(|age| age <= fresh)
+        });
+        let engine = node.and_then(|node| node.engines.get(&a.replica_id));
+        match engine.filter(|engine| engine.generation == a.generation && engine.says_load) {
+            Some(engine) => {
+                load.reporting += 1;
+                load.running += u64::from(engine.running);
+                load.waiting += u64::from(engine.waiting);
+            }
+            None => load.silent += 1,
+        }
+    }
+    load
 }
 
 fn desired(view: &View) -> Desired<'_> {
@@ -105,15 +209,32 @@ fn observed<'a>(
     view: &'a View,
     nodes: &'a BTreeMap<String, NodeObserved>,
     lost: &BTreeMap<&'a str, Instant>,
+    zones: &'a BTreeMap<String, String>,
     settle: Duration,
 ) -> Observed<'a> {
     let mut observed = Observed::default();
+    let policy = |name: &str| view.node_policies.get(name).map(|stored| &stored.value);
     for (name, node) in &view.nodes {
-        let seen = NodeSeen { lost_since: None, zone: &node.value.zone, gpus: &node.value.gpus };
+        let live = nodes.get(name).filter(|live| live.connected);
+        let used = live.into_iter().flat_map(|live| &live.gpus);
+        let seen = NodeSeen {
+            lost_since: None,
+            zone: &node.value.zone,
+            region: &node.value.region,
+            labels: Some(&node.value.labels),
+            policy: policy(name),
+            gpus: &node.value.gpus,
+            used_mib: used.map(|gpu| (gpu.uuid.as_str(), gpu.memory_used_mib)).collect(),
+        };
         observed.nodes.insert(name, seen);
     }
     for (name, since) in lost {
-        observed.nodes.insert(name, NodeSeen { lost_since: Some(*since), zone: "", gpus: &[] });
+        let zone = zones.get(*name).map_or("", String::as_str);
+        let (lost_since, policy) = (Some(*since), policy(name));
+        observed.nodes.insert(name, NodeSeen { lost_since, zone, policy, ..NodeSeen::default() });
+    }
+    for model in view.models.values() {
+        observed.drained.extend(model.drains.iter().map(String::as_str));
     }
     for endpoint in view.models.values().flat_map(|model| model.endpoints.values()) {
         observed.registered.insert(&endpoint.replica_id, endpoint.generation);
@@ -188,6 +309,14 @@ fn announce(core: &Core, action: &Action) {
         Action::Forget { replica_id } => {
             tracing::info!(replica_id, "ended");
             "forget"
+        }
+        Action::Scale { model, from, to, reason } => {
+            tracing::info!(model, from, to, reason, "scaled");
+            "scale"
+        }
+        Action::Move { replica_id, node_id, reason } => {
+            tracing::info!(replica_id, node_id, reason, "to be moved");
+            "move"
         }
     };
     core.metrics.plan_actions.with_label_values(&[label]).inc();

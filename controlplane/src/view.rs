@@ -9,7 +9,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::StreamExt;
@@ -19,7 +19,9 @@ use tokio::sync::watch;
 use crate::{
     leadership::number,
     metrics::Metrics,
-    model::{Assignment, Deployment, Node, Phase, Placement, RegisteredEndpoint, Route, desired::Drain},
+    model::{
+        Assignment, Deployment, Node, NodePolicy, Phase, Placement, RegisteredEndpoint, Route, desired::Drain,
+    },
     store::{Entry, Event, LeaseId, Revision, Store, StoreError, keys},
 };
 
@@ -87,12 +89,16 @@ pub struct View {
     pub routes: BTreeMap<String, Arc<Stored<Route>>>,
     /// Nodes that are present.
     pub nodes: BTreeMap<String, Arc<Stored<Node>>>,
+    /// What operators say of nodes, present or not.
+    pub node_policies: BTreeMap<String, Arc<Stored<NodePolicy>>>,
     /// Assignments by node.
     pub by_node: BTreeMap<String, Arc<NodeAssignments>>,
     /// The last generation given out.
     pub last_generation: u64,
     /// Revision of the key that holds it; 0 if there is none yet.
     pub generation_revision: Revision,
+    /// None: the store is followed. Else since when it is not: what is here may have passed.
+    pub unfollowed_since: Option<Instant>,
 }
 
 /// What a key stands for; remembered because a deletion names only the key.
@@ -103,6 +109,7 @@ enum Slot {
     Endpoint(String, String),
     Drain(String, String),
     Node(String),
+    NodePolicy(String),
     Route(String),
     Generation,
 }
@@ -147,6 +154,11 @@ impl Builder {
             let name = node.value.node_id.clone();
             self.view.nodes.insert(name.clone(), Arc::new(node));
             Slot::Node(name)
+        } else if key.starts_with(keys::NODE_POLICIES) {
+            let policy: Stored<NodePolicy> = read(entry)?;
+            let name = policy.value.node_id.clone();
+            self.view.node_policies.insert(name.clone(), Arc::new(policy));
+            Slot::NodePolicy(name)
         } else if key == keys::GENERATION {
             self.view.last_generation = number(&entry.value, key)?;
             self.view.generation_revision = entry.mod_revision;
@@ -165,6 +177,7 @@ impl Builder {
             Some(Slot::Endpoint(name, id)) => drop(self.model(&name).endpoints.remove(&id)),
             Some(Slot::Drain(name, id)) => drop(self.model(&name).drains.remove(&id)),
             Some(Slot::Node(name)) => drop(self.view.nodes.remove(&name)),
+            Some(Slot::NodePolicy(name)) => drop(self.view.node_policies.remove(&name)),
             Some(Slot::Route(name)) => drop(self.view.routes.remove(&name)),
             Some(Slot::Generation) => (self.view.last_generation, self.view.generation_revision) = (0, 0),
             None => {}
@@ -235,6 +248,10 @@ impl ViewKeeper {
                 Ok(()) => pause = Duration::from_millis(50),
                 Err(error) => {
                     tracing::warn!(%error, "the store cannot be followed; the last view stands");
+                    if self.builder.view.unfollowed_since.is_none() {
+                        self.builder.view.unfollowed_since = Some(Instant::now());
+                        self.publish();
+                    }
                     tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
                     pause = (pause * 2).min(Duration::from_secs(5));
                 }

@@ -71,5 +71,16 @@ fn read_device(device: &Device<'_>) -> Result<v1::Gpu, NvmlError> {
         utilization_percent: device.utilization_rates().map(|u| u.gpu).unwrap_or_default(),
         temperature_c: device.temperature(TemperatureSensor::Gpu).unwrap_or_default(),
         fault: String::new(),
+        numa_node: device.pci_info().ok().and_then(|pci| numa_node(&pci.bus_id)),
+        link_group: String::new(),
     })
+}
+
+/// The NUMA node of a PCI device, as the kernel has it; None where it does not say (it writes -1 then).
+fn numa_node(bus_id: &str) -> Option<u32> {
+    // NVML writes 00000000:3B:00.0, the kernel 0000:3b:00.0.
+    let (domain, rest) = bus_id.split_once(':')?;
+    let domain = domain.get(domain.len().checked_sub(4)?..)?;
+    let path = format!("/sys/bus/pci/devices/{domain}:{rest}/numa_node").to_ascii_lowercase();
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
 }

@@ -2,6 +2,8 @@
 
 mod deployments;
 mod explain;
+mod nodes;
+mod revisions;
 mod routes;
 pub(crate) mod simulate;
 mod story;
@@ -40,6 +42,12 @@ async fn run(command: Command) -> Result<(), ApiError> {
         Command::Route { command } => routes::change(&command).await,
         Command::Scale(args) => deployments::scale(&args).await,
         Command::Delete(args) => deployments::delete(&args).await,
+        Command::History(args) => revisions::history(&args).await,
+        Command::Diff(args) => revisions::diff(&args).await,
+        Command::Rollback(args) => revisions::rollback(&args).await,
+        Command::Cordon(args) => nodes::speak(&args, "cordon").await,
+        Command::Maintenance(args) => nodes::speak(&args, "maintenance").await,
+        Command::Uncordon(args) => nodes::speak(&args, "uncordon").await,
         Command::Drain(args) => deployments::drain(&args, true).await,
         Command::Undrain(args) => deployments::drain(&args, false).await,
         Command::Explain(args) => explain::run(&args).await,

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::connect;
 use crate::{
-    api::{ApiError, Deployment, Endpoint},
+    api::{ApiError, Deployment, Endpoint, Node},
     args::{EndpointsArgs, Format, Remote},
     output::{say, show, table},
 };
@@ -98,20 +98,36 @@ pub(crate) fn endpoint_table(endpoints: &[Endpoint]) -> String {
 
 pub(crate) async fn nodes(remote: &Remote) -> Result<(), ApiError> {
     let reply = connect(remote)?.nodes().await?;
-    show(remote.output, &reply.json, || {
-        let rows = reply.value.nodes.iter().map(|n| {
-            [
-                n.node_id.clone(),
-                n.state.clone(),
-                n.zone.clone(),
-                n.gpus.len().to_string(),
-                n.engines.to_string(),
-                n.agent_version.clone(),
-            ]
-        });
-        table(["NODE", "STATE", "ZONE", "GPUS", "ENGINES", "AGENT"], rows)
-    })?;
+    show(remote.output, &reply.json, || node_table(&reply.value.nodes))?;
     Ok(())
+}
+
+pub(super) fn node_table(nodes: &[Node]) -> String {
+    let rows = nodes.iter().map(|n| {
+        [
+            n.node_id.clone(),
+            node_state(n),
+            n.zone.clone(),
+            n.gpus.len().to_string(),
+            n.engines.to_string(),
+            n.agent_version.clone(),
+        ]
+    });
+    table(["NODE", "STATE", "ZONE", "GPUS", "ENGINES", "AGENT"], rows)
+}
+
+/// "ready", and what keeps new engines away.
+fn node_state(node: &Node) -> String {
+    let mut state = node.state.clone();
+    if !node.role.is_empty() && node.role != "worker" {
+        state.push_str(&format!(", {}", node.role));
+    }
+    if node.maintenance {
+        state.push_str(", maintenance");
+    } else if node.cordoned {
+        state.push_str(", cordoned");
+    }
+    state
 }
 
 pub(crate) async fn proxies(remote: &Remote) -> Result<(), ApiError> {

@@ -61,6 +61,7 @@ pub(super) async fn status(State(core): State<Arc<Core>>) -> Json<Value> {
         "models": deployed,
         "endpoints_ready": ready,
         "nodes": view.nodes.len(),
+        "held": core.reports.borrow().held,
         "proxies": core.hub.subscribers().len(),
         "readyz": { "ready": reasons.is_empty(), "reasons": reasons },
     }))

@@ -2,21 +2,26 @@
 
 use std::{
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use axum::{
     Json,
     body::Bytes,
-    extract::{State, rejection::BytesRejection},
+    extract::{
+        Path, State,
+        rejection::{BytesRejection, PathRejection},
+    },
     http::{HeaderMap, StatusCode, Uri},
 };
 use serde_json::{Value, json};
 
-use super::{body, error::ApiError, show};
+use super::{body, error::ApiError, revisions, show};
 use crate::{
     core::Core,
     model::{Deployment, validate},
+    plan::scale,
+    reconcile::Reports,
     store::{Compare, Entry, Revision, Txn, TxnOutcome, keys},
 };
 
@@ -24,7 +29,7 @@ const PREFIX: &str = "/api/v2/deployments/";
 /// Tries before a write that is overtaken again and again is given back to the caller.
 const ATTEMPTS: usize = 16;
 
-type Answer = Result<(StatusCode, Json<Value>), ApiError>;
+pub(super) type Answer = Result<(StatusCode, Json<Value>), ApiError>;
 
 /// The model in the path; its slashes may be raw or encoded.
 fn model_in(uri: &Uri) -> Result<String, ApiError> {
@@ -44,9 +49,8 @@ pub(super) async fn list(State(core): State<Arc<Core>>) -> Json<Value> {
     let shown: Vec<Value> = deployed
         .map(|(name, model, stored)| {
             let endpoints = show::endpoints(&view, name, model, &nodes);
-            let waiting = reports.waiting.get(name).cloned().unwrap_or_default();
             let adapters = show::adapters(&view, model);
-            shown(&stored.value, stored.mod_revision, show::status(&endpoints, waiting), &adapters)
+            shown(&stored.value, stored.mod_revision, status(&stored.value, &endpoints, &reports), &adapters)
         })
         .collect();
     Json(json!({ "deployments": shown }))
@@ -80,7 +84,6 @@ pub(super) async fn put(
     let name = model_in(&uri)?;
     let asked = body(&headers, bytes)?;
     let asked = validate::deployment_body(&name, &asked, core.config.limits.max_replicas)?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let change = |before: Option<Deployment>| {
         if before.is_none() {
             let deployed = core.view().models.values().filter(|m| m.deployment.is_some()).count();
@@ -102,10 +105,11 @@ pub(super) async fn put(
             model: name.clone(),
             replicas: asked.replicas,
             spec: asked.spec.clone(),
-            created_unix_s: before.map_or(i64::try_from(now).unwrap_or(0), |d| d.created_unix_s),
+            created_unix_s: before.map_or_else(unix_now, |d| d.created_unix_s),
+            policy: asked.policy.clone(),
         })
     };
-    let (created, deployment, revision) = write(&core, &name, change).await?;
+    let (created, deployment, revision) = write(&core, &name, None, change).await?;
     let status = if created { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, Json(with_status(&core, &deployment, revision))))
 }
@@ -117,12 +121,26 @@ pub(super) async fn patch(
     bytes: Result<Bytes, BytesRejection>,
 ) -> Answer {
     let name = model_in(&uri)?;
-    let replicas = validate::scale_body(&body(&headers, bytes)?, core.config.limits.max_replicas)?;
+    let asked = validate::patch_body(&body(&headers, bytes)?, core.config.limits.max_replicas)?;
     let change = |before: Option<Deployment>| {
-        before.map(|before| Deployment { replicas, ..before }).ok_or_else(|| unknown(&name))
+        let mut deployment = before.ok_or_else(|| unknown(&name))?;
+        deployment.replicas = asked.replicas.unwrap_or(deployment.replicas);
+        let rollout = &mut deployment.policy.rollout;
+        rollout.paused = asked.paused.unwrap_or(rollout.paused);
+        Ok(deployment)
     };
-    let (_, deployment, revision) = write(&core, &name, change).await?;
-    Ok((StatusCode::OK, Json(with_status(&core, &deployment, revision))))
+    self::change(&core, &name, None, change).await
+}
+
+/// Changes a deployment and answers with what it is then. `rolled_back_to`: the revision that the change comes from.
+pub(super) async fn change(
+    core: &Core,
+    name: &str,
+    rolled_back_to: Option<u64>,
+    change: impl Fn(Option<Deployment>) -> Result<Deployment, ApiError>,
+) -> Answer {
+    let (_, deployment, revision) = write(core, name, rolled_back_to, change).await?;
+    Ok((StatusCode::OK, Json(with_status(core, &deployment, revision))))
 }
 
 pub(super) async fn delete(State(core): State<Arc<Core>>, uri: Uri) -> Answer {
@@ -132,7 +150,10 @@ pub(super) async fn delete(State(core): State<Arc<Core>>, uri: Uri) -> Answer {
         let entry = core.store.get(&key).await?.ok_or_else(|| unknown(&name))?;
         let deployment = parse(&entry)?;
         let last = with_status(&core, &deployment, entry.mod_revision);
-        let txn = Txn::new().when(Compare::ModRevision(key.clone(), entry.mod_revision)).delete(key.clone());
+        let txn = Txn::new()
+            .when(Compare::ModRevision(key.clone(), entry.mod_revision))
+            .delete(key.clone())
+            .delete(keys::revisions(&name));
         if let TxnOutcome::Committed { revision } = core.commit(txn).await? {
             tracing::info!(model = name, revision, "a deployment was deleted");
             core.seen(revision).await;
@@ -142,10 +163,33 @@ pub(super) async fn delete(State(core): State<Arc<Core>>, uri: Uri) -> Answer {
     Err(ApiError::conflict())
 }
 
+/// Somebody waits for a model that sleeps: it gets a replica again. Says how many it shall have now.
+pub(super) async fn wake(
+    State(core): State<Arc<Core>>,
+    model: Result<Path<String>, PathRejection>,
+    headers: HeaderMap,
+    bytes: Result<Bytes, BytesRejection>,
+) -> Answer {
+    let Ok(Path(name)) = model else { return Err(ApiError::not_found("the model's name is not UTF-8")) };
+    validate::model_name(&name)?;
+    let queued = match bytes.as_ref().is_ok_and(Bytes::is_empty) {
+        true => 1,
+        false => validate::wake_body(&body(&headers, bytes)?)?,
+    };
+    let view = core.view();
+    let model = view.models.get(&name);
+    let stored = model.and_then(|m| m.deployment.as_ref()).ok_or_else(|| unknown(&name))?;
+    core.demands.ask(&name, queued, Instant::now());
+    let scaled_to = model.and_then(|m| m.placement.as_ref()).and_then(|p| p.value.scaled_to);
+    let wanted = scale::present(&stored.value, scaled_to);
+    Ok((StatusCode::ACCEPTED, Json(json!({ "model": name, "queued": queued, "wanted": wanted }))))
+}
+
 /// Replaces the deployment by what `change` makes of it; one that stays the same is not written.
 async fn write(
     core: &Core,
     name: &str,
+    rolled_back_to: Option<u64>,
     change: impl Fn(Option<Deployment>) -> Result<Deployment, ApiError>,
 ) -> Result<(bool, Deployment, Revision), ApiError> {
     let key = keys::deployment(name);
@@ -158,7 +202,17 @@ async fn write(
             return Ok((false, deployment, at));
         }
         let value = serde_json::to_vec(&deployment).map_err(internal)?;
-        let txn = Txn::new().when(Compare::ModRevision(key.clone(), at)).put(key.clone(), value);
+        let mut txn = Txn::new().when(Compare::ModRevision(key.clone(), at)).put(key.clone(), value);
+        let (history, history_at) = revisions::read(core, name).await?;
+        // Of one that was there before there were revisions, the former state is the first.
+        let history = match before.as_ref().filter(|_| history.revisions.is_empty()) {
+            Some(before) => history.with(before, None, before.created_unix_s).unwrap_or(history),
+            None => history,
+        };
+        if let Some(history) = history.with(&deployment, rolled_back_to, unix_now()) {
+            let (key, value) = (keys::revisions(name), serde_json::to_vec(&history).map_err(internal)?);
+            txn = txn.when(Compare::ModRevision(key.clone(), history_at)).put(key, value);
+        }
         if let TxnOutcome::Committed { revision } = core.commit(txn).await? {
             tracing::info!(
                 model = name,
@@ -171,6 +225,11 @@ async fn write(
         }
     }
     Err(ApiError::conflict())
+}
+
+fn unix_now() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    i64::try_from(now).unwrap_or(0)
 }
 
 fn parse(entry: &Entry) -> Result<Deployment, ApiError> {
@@ -189,8 +248,21 @@ fn with_status(core: &Core, deployment: &Deployment, revision: Revision) -> Valu
     let model = view.models.get(name);
     let endpoints = model.map(|model| show::endpoints(&view, name, model, &nodes)).unwrap_or_default();
     let adapters = model.map(|model| show::adapters(&view, model)).unwrap_or_default();
-    let waiting = core.reports.borrow().waiting.get(name).cloned().unwrap_or_default();
-    shown(deployment, revision, show::status(&endpoints, waiting), &adapters)
+    let reports = core.reports.borrow().clone();
+    shown(deployment, revision, status(deployment, &endpoints, &reports), &adapters)
+}
+
+fn status(deployment: &Deployment, endpoints: &[show::EndpointShown], reports: &Reports) -> show::Status {
+    let name = &deployment.model;
+    let waiting = reports.waiting.get(name).cloned().unwrap_or_default();
+    show::Status {
+        wanted: match deployment.policy.autoscaling {
+            Some(_) => reports.wanted.get(name).copied().unwrap_or(deployment.replicas),
+            None => deployment.replicas,
+        },
+        stalled: reports.stalled.contains(name),
+        ..show::status(endpoints, waiting)
+    }
 }
 
 fn shown(
@@ -207,6 +279,11 @@ fn shown(
         "args": deployment.spec.args,
         "env": deployment.spec.env,
         "gpus_per_replica": deployment.spec.gpus_per_replica,
+        "resources": deployment.spec.resources,
+        "placement": deployment.policy.placement,
+        "rollout": deployment.policy.rollout,
+        "disruption": deployment.policy.disruption,
+        "autoscaling": deployment.policy.autoscaling,
         "lora": deployment.spec.lora,
         "created_unix_s": deployment.created_unix_s,
         "revision": revision,

@@ -7,7 +7,9 @@ mod cluster;
 mod deployments;
 mod endpoints;
 mod error;
+mod node_policies;
 mod nodes;
+mod revisions;
 mod routes;
 mod show;
 
@@ -52,6 +54,14 @@ pub fn router(core: Arc<Core>) -> Router {
         .route("/api/v2/endpoints/{id}/drain", post(endpoints::drain))
         .route("/api/v2/endpoints/{id}/undrain", post(endpoints::undrain))
         .route("/api/v2/nodes", get(nodes::list))
+        .route("/api/v2/nodes/{id}", get(nodes::get).patch(node_policies::patch))
+        .route("/api/v2/nodes/{id}/cordon", post(node_policies::cordon))
+        .route("/api/v2/nodes/{id}/maintenance", post(node_policies::maintenance))
+        .route("/api/v2/nodes/{id}/uncordon", post(node_policies::uncordon))
+        .route("/api/v2/revisions/{*model}", get(revisions::list))
+        .route("/api/v2/diff/{*model}", get(revisions::diff))
+        .route("/api/v2/rollback/{*model}", post(revisions::rollback))
+        .route("/api/v2/wake/{*model}", post(deployments::wake))
         .route("/api/v2/proxies", get(nodes::proxies))
         .route("/api/v2/cluster/status", get(cluster::status))
         .fallback(|| async {

@@ -1,47 +1,97 @@
 //! `/api/v2/nodes` and `/api/v2/proxies`: who is connected, and how they do.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
-use axum::{Json, extract::State};
+use axum::{
+    Json,
+    extract::{Path, State, rejection::PathRejection},
+};
 use serde_json::{Value, json};
 
-use crate::{core::Core, model::Phase, xds::session::KindStatus};
+use super::error::ApiError;
+use crate::{
+    core::Core,
+    model::{NodeObserved, Phase},
+    plan::NodeSeen,
+    view::View,
+    xds::session::KindStatus,
+};
 
 pub(super) async fn list(State(core): State<Arc<Core>>) -> Json<Value> {
     let (view, seen) = (core.view(), core.roster.nodes());
-    let names: BTreeSet<&String> = view.nodes.keys().chain(view.by_node.keys()).chain(seen.keys()).collect();
-    let shown: Vec<Value> = names
-        .into_iter()
-        .map(|name| {
-            let (present, live) = (view.nodes.get(name), seen.get(name));
-            let assigned = view.by_node.get(name);
-            let engines = assigned.map_or(0, |a| a.values().filter(|(_, a)| a.phase == Phase::Active).count());
-            let node = present.map(|stored| &stored.value);
-            let live_gpus = live.filter(|live| live.connected && !live.gpus.is_empty()).map(|live| {
-                let gpus = live.gpus.iter().map(|gpu| {
-                    json!({
-                        "uuid": gpu.uuid, "name": gpu.name, "memory_total_mib": gpu.memory_total_mib,
-                        "memory_used_mib": gpu.memory_used_mib, "utilization_percent": gpu.utilization_percent,
-                        "temperature_c": gpu.temperature_c, "fault": gpu.fault,
-                    })
-                });
-                gpus.collect::<Vec<_>>()
-            });
-            json!({
-                "node_id": name,
-                "state": if present.is_some() { "ready" } else { "lost" },
-                "connected": live.is_some_and(|live| live.connected),
-                "zone": node.map_or("", |n| &n.zone),
-                "region": node.map_or("", |n| &n.region),
-                "labels": node.map(|n| json!(n.labels)).unwrap_or_else(|| json!({})),
-                "gpus": live_gpus.map(|gpus| json!(gpus)).or(node.map(|n| json!(n.gpus))).unwrap_or_else(|| json!([])),
-                "agent_version": node.map_or("", |n| &n.agent_version),
-                "advertise_host": node.map_or("", |n| &n.advertise_host),
-                "engines": engines,
-            })
-        })
-        .collect();
+    let names: BTreeSet<&String> = known(&view, &seen).collect();
+    let shown: Vec<Value> = names.into_iter().map(|name| shown(&view, &seen, name)).collect();
     Json(json!({ "nodes": shown }))
+}
+
+pub(super) async fn get(
+    State(core): State<Arc<Core>>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let Ok(Path(id)) = id else { return Err(ApiError::not_found("the node's id is not UTF-8")) };
+    one(&core, &id).map(Json)
+}
+
+/// One node as the API shows it.
+pub(super) fn one(core: &Core, id: &str) -> Result<Value, ApiError> {
+    let (view, seen) = (core.view(), core.roster.nodes());
+    if !known(&view, &seen).any(|name| name == id) {
+        let shown: String = id.chars().take(64).collect();
+        return Err(ApiError::not_found(format!("there is no node {shown:?}")));
+    }
+    Ok(shown(&view, &seen, id))
+}
+
+/// Every node that is present, assigned to, heard of or spoken of; some more than once.
+fn known<'a>(view: &'a View, seen: &'a BTreeMap<String, NodeObserved>) -> impl Iterator<Item = &'a String> {
+    view.nodes.keys().chain(view.by_node.keys()).chain(seen.keys()).chain(view.node_policies.keys())
+}
+
+fn shown(view: &View, seen: &BTreeMap<String, NodeObserved>, name: &str) -> Value {
+    let (present, live) = (view.nodes.get(name), seen.get(name));
+    let assigned = view.by_node.get(name);
+    let engines = assigned.map_or(0, |a| a.values().filter(|(_, a)| a.phase == Phase::Active).count());
+    let node = present.map(|stored| &stored.value);
+    let live_gpus = live.filter(|live| live.connected && !live.gpus.is_empty()).map(|live| {
+        let gpus = live.gpus.iter().map(|gpu| {
+            json!({
+                "uuid": gpu.uuid, "name": gpu.name, "memory_total_mib": gpu.memory_total_mib,
+                "memory_used_mib": gpu.memory_used_mib, "utilization_percent": gpu.utilization_percent,
+                "temperature_c": gpu.temperature_c, "fault": gpu.fault,
+            })
+        });
+        gpus.collect::<Vec<_>>()
+    });
+    let policy = view.node_policies.get(name).map(|stored| &stored.value);
+    let seen_as = NodeSeen {
+        zone: node.map_or("", |n| n.zone.as_str()),
+        labels: node.map(|n| &n.labels),
+        policy,
+        ..NodeSeen::default()
+    };
+    let role = seen_as.role();
+    let mut labels = node.map(|n| n.labels.clone()).unwrap_or_default();
+    labels.extend(policy.into_iter().flat_map(|p| p.labels.clone()));
+    json!({
+        "node_id": name,
+        "state": if present.is_some() { "ready" } else { "lost" },
+        "connected": live.is_some_and(|live| live.connected),
+        "zone": node.map_or("", |n| &n.zone),
+        "region": node.map_or("", |n| &n.region),
+        "labels": labels,
+        "gpus": live_gpus.map(|gpus| json!(gpus)).or(node.map(|n| json!(n.gpus))).unwrap_or_else(|| json!([])),
+        "agent_version": node.map_or("", |n| &n.agent_version),
+        "advertise_host": node.map_or("", |n| &n.advertise_host),
+        "engines": engines,
+        "role": role.as_str(),
+        "cordoned": policy.is_some_and(|p| p.cordoned),
+        "maintenance": policy.is_some_and(|p| p.maintenance),
+        "taints": policy.map(|p| json!(p.taints)).unwrap_or_else(|| json!([])),
+        "reason": policy.map_or("", |p| &p.reason),
+    })
 }
 
 pub(super) async fn proxies(State(core): State<Arc<Core>>) -> Json<Value> {

@@ -59,6 +59,10 @@ pub(super) struct Status {
     pub(super) starting: usize,
     pub(super) draining: usize,
     pub(super) failed: usize,
+    /// How many it shall have: the operator's number, or what autoscaling makes of it.
+    pub(super) wanted: u32,
+    /// Its rollout got nothing done for as long as it allows.
+    pub(super) stalled: bool,
     pub(super) waiting: Vec<String>,
 }
 

@@ -166,6 +166,7 @@ mod tests {
             args: vec![],
             env: Default::default(),
             gpus_per_replica: 1,
+            resources: Default::default(),
             lora: vec![],
         };
         let assignment = |id: &str, phase| Assignment {
@@ -175,12 +176,14 @@ mod tests {
             gpu_uuids: vec![],
             spec: spec.clone(),
             phase,
+            moving: false,
         };
         let placement = Placement {
             model: "m".into(),
             slug: "m".into(),
             next_ordinal: 2,
             assignments: vec![assignment("m-0", Phase::Active), assignment("m-1", Phase::Leaving)],
+            scaled_to: None,
         };
         for (id, generation, node, address, expected) in [
             ("m-0", 5, "n", "h:1", "ok"),

@@ -102,6 +102,8 @@ fn stored_gpu(gpu: &v1::Gpu) -> Gpu {
         name: gpu.name.clone(),
         memory_total_mib: gpu.memory_total_mib,
         fault: gpu.fault.clone(),
+        numa_node: gpu.numa_node,
+        link_group: gpu.link_group.clone(),
     }
 }
 

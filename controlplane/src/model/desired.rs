@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::policy::{Policy, Resources};
+
 /// How one engine is started. Part of a deployment, and copied into each assignment made from it, so that a rollout
 /// can tell which replicas still run what was wanted before.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,8 +22,11 @@ pub struct EngineSpec {
     /// Environment variables.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
-    /// GPUs that each replica gets for itself; at least 1.
+    /// GPUs that each replica gets, all on one node; at least 1.
     pub gpus_per_replica: u32,
+    /// What each of them must offer.
+    #[serde(default, skip_serializing_if = "Resources::is_default")]
+    pub resources: Resources,
     /// LoRA adapters that each replica loads at its start.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lora: Vec<LoraAdapter>,
@@ -48,6 +53,9 @@ pub struct Deployment {
     pub spec: EngineSpec,
     /// Unix seconds at which it was first put.
     pub created_unix_s: i64,
+    /// How it is placed, rolled out, protected and scaled.
+    #[serde(default, skip_serializing_if = "Policy::is_default")]
+    pub policy: Policy,
 }
 
 /// Whether a replica belongs where it is.
@@ -76,6 +84,9 @@ pub struct Assignment {
     pub spec: EngineSpec,
     /// Whether it shall run.
     pub phase: Phase,
+    /// The rebalancer wants it elsewhere: it goes once another is ready.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub moving: bool,
 }
 
 /// `/placements/{model}`: the plan of a model.
@@ -89,6 +100,9 @@ pub struct Placement {
     pub next_ordinal: u64,
     /// Every replica that has a place, oldest first.
     pub assignments: Vec<Assignment>,
+    /// How many replicas autoscaling wants; None: it has not spoken, or is off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scaled_to: Option<u32>,
 }
 
 impl Placement {
@@ -135,6 +149,12 @@ pub struct Gpu {
     /// Empty: usable. Else why not.
     #[serde(default)]
     pub fault: String,
+    /// The NUMA node it hangs on, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numa_node: Option<u32>,
+    /// GPUs of one node with the same name here reach each other over a fast link; empty: not known.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub link_group: String,
 }
 
 /// `/nodes/{node_id}`, on its own lease: a node that is present.

@@ -1,8 +1,11 @@
-//! The vocabulary: what is wanted ([`desired`]), what is seen ([`observed`]), what is accepted ([`validate`]).
+//! The vocabulary: what is wanted ([`desired`]) and how ([`policy`]), what was wanted ([`revisions`]), what is seen
+//! ([`observed`]), what is accepted ([`validate`]).
 //! Plain types and pure functions; no I/O, no clock.
 
 pub mod desired;
 pub mod observed;
+pub mod policy;
+pub mod revisions;
 pub mod route;
 pub mod validate;
 
@@ -10,4 +13,5 @@ pub use desired::{
     Assignment, Deployment, EngineSpec, Gpu, LoraAdapter, Node, Phase, Placement, RegisteredEndpoint,
 };
 pub use observed::{EngineObserved, EngineState, NodeObserved};
+pub use policy::{NodePolicy, Policy};
 pub use route::{Route, RouteTarget};

@@ -62,6 +62,8 @@ pub struct EngineObserved {
     pub restarts: u32,
     /// Why it is in this state; may be empty.
     pub reason: String,
+    /// It has said how it is loaded: the three figures mean something.
+    pub says_load: bool,
     /// Requests it works on.
     pub running: u32,
     /// Requests that wait in it.
@@ -72,6 +74,7 @@ pub struct EngineObserved {
 
 impl From<v1::EngineStatus> for EngineObserved {
     fn from(status: v1::EngineStatus) -> Self {
+        let says_load = status.load.is_some();
         let load = status.load.unwrap_or_default();
         let ratio = load.kv_used_ratio;
         Self {
@@ -81,6 +84,7 @@ impl From<v1::EngineStatus> for EngineObserved {
             pid: status.pid,
             restarts: status.restarts,
             reason: status.reason,
+            says_load,
             running: load.running,
             waiting: load.waiting,
             kv_used_ratio: if ratio.is_finite() { ratio.clamp(0.0, 1.0) } else { 0.0 },

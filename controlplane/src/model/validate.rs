@@ -8,7 +8,14 @@ use std::{collections::BTreeMap, fmt};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-use super::desired::{EngineSpec, LoraAdapter};
+use super::{
+    desired::{EngineSpec, LoraAdapter},
+    policy::Policy,
+};
+
+mod policy;
+
+pub use policy::{node_body, reason_body, rollback_body, wake_body};
 
 /// A field that was refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,9 +45,33 @@ pub struct DeploymentBody {
     pub replicas: u32,
     /// How each is started.
     pub spec: EngineSpec,
+    /// How it is placed, rolled out, protected and scaled.
+    pub policy: Policy,
 }
 
-const FIELDS: [&str; 7] = ["replicas", "engine", "model_path", "args", "env", "gpus_per_replica", "lora"];
+/// A checked body of PATCH /api/v2/deployments/{model}: what is None stays as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PatchBody {
+    /// Wanted engines.
+    pub replicas: Option<u32>,
+    /// Whether a changed spec replaces what runs.
+    pub paused: Option<bool>,
+}
+
+const FIELDS: [&str; 12] = [
+    "replicas",
+    "engine",
+    "model_path",
+    "args",
+    "env",
+    "gpus_per_replica",
+    "lora",
+    "resources",
+    "placement",
+    "rollout",
+    "disruption",
+    "autoscaling",
+];
 /// Most GPUs of one replica: more than any one host has.
 const MAX_GPUS: u64 = 64;
 const MAX_ARGS: usize = 256;
@@ -55,14 +86,24 @@ const OWNED_ARGS: [&str; 7] =
 /// Checks the body of a PUT.
 pub fn deployment_body(model: &str, body: &Value, max_replicas: u32) -> Result<DeploymentBody, FieldError> {
     let fields = object(body, &FIELDS)?;
-    let spec = EngineSpec {
+    let asked = policy::resources(fields, MAX_GPUS)?;
+    let gpus = whole_in(fields, "gpus_per_replica", 1, MAX_GPUS)?;
+    if let Some((flat, nested)) = gpus.zip(asked.gpus).filter(|(flat, nested)| flat != nested) {
+        let message = format!("gpus_per_replica says {flat} and resources says {nested}: leave one out");
+        return Err(FieldError::new("resources.gpus", message));
+    }
+    let mut spec = EngineSpec {
         engine: text(fields, "engine")?.unwrap_or("vllm").to_owned(),
         model_path: text(fields, "model_path")?.unwrap_or(model).to_owned(),
         args: args(fields)?,
         env: env(fields)?,
-        gpus_per_replica: whole_in(fields, "gpus_per_replica", 1, MAX_GPUS)?.unwrap_or(1),
+        gpus_per_replica: gpus.or(asked.gpus).unwrap_or(1),
+        resources: asked.resources,
         lora: lora(model, fields)?,
     };
+    if let Some(size) = asked.tensor_parallel {
+        policy::with_tensor_parallel(&mut spec.args, size)?;
+    }
     let known = |c: char| c.is_ascii_alphanumeric() || "_-".contains(c);
     if spec.engine.is_empty() || spec.engine.len() > 64 || !spec.engine.chars().all(known) {
         let wanted = "must name an entry of the agents' [engines] settings, such as \"vllm\" or \"sim\"";
@@ -81,14 +122,19 @@ pub fn deployment_body(model: &str, body: &Value, max_replicas: u32) -> Result<D
         ));
     }
     let replicas = whole_in(fields, "replicas", 0, u64::from(max_replicas))?.unwrap_or(1);
-    Ok(DeploymentBody { replicas, spec })
+    Ok(DeploymentBody { replicas, spec, policy: policy::policy(fields, max_replicas)? })
 }
 
-/// Checks the body of a PATCH, which can change the number of replicas.
-pub fn scale_body(body: &Value, max_replicas: u32) -> Result<u32, FieldError> {
-    let fields = object(body, &["replicas"])?;
-    whole_in(fields, "replicas", 0, u64::from(max_replicas))?
-        .ok_or_else(|| FieldError::new("replicas", "replicas is missing: give a whole number"))
+/// Checks the body of a PATCH, which can change the number of replicas and pause a rollout.
+pub fn patch_body(body: &Value, max_replicas: u32) -> Result<PatchBody, FieldError> {
+    let fields = object(body, &["replicas", "paused"])?;
+    let replicas = whole_in(fields, "replicas", 0, u64::from(max_replicas))?;
+    let paused = policy::flag(fields, "paused")?;
+    if replicas.is_none() && paused.is_none() {
+        let message = "replicas is missing: give a whole number, or paused: true or false";
+        return Err(FieldError::new("replicas", message));
+    }
+    Ok(PatchBody { replicas, paused })
 }
 
 /// Checks a model's name.
@@ -402,7 +448,7 @@ mod tests {
             assert_eq!(error.field, field, "{body}");
             assert!(error.message.contains(part), "{body}: {}", error.message);
         }
-        assert_eq!(scale_body(&value!({}), 10).expect_err("missing").field, "replicas");
+        assert_eq!(patch_body(&value!({}), 10).expect_err("missing").field, "replicas");
     }
 
     #[test]

@@ -17,6 +17,10 @@ pub const NODES: &str = "/nodes/";
 pub const ROUTES: &str = "/routes/";
 /// Prefix of drains.
 pub const DRAINS: &str = "/drains/";
+/// Prefix of what deployments were.
+pub const REVISIONS: &str = "/revisions/";
+/// Prefix of what operators say of nodes.
+pub const NODE_POLICIES: &str = "/node-policies/";
 /// Holds the term that may write, in decimal.
 pub const LEADER: &str = "/meta/leader";
 /// Holds the last generation given out, in decimal.
@@ -44,6 +48,16 @@ pub fn endpoint(model: &str, replica_id: &str) -> String {
 /// A node that is present.
 pub fn node(node_id: &str) -> String {
     format!("{NODES}{}", encode(node_id))
+}
+
+/// What a deployment was.
+pub fn revisions(model: &str) -> String {
+    format!("{REVISIONS}{}", encode(model))
+}
+
+/// What an operator says of a node, present or not.
+pub fn node_policy(node_id: &str) -> String {
+    format!("{NODE_POLICIES}{}", encode(node_id))
 }
 
 /// Where a name leads.

@@ -207,8 +207,15 @@ pub(crate) mod tests {
             env: BTreeMap::new(),
             gpus_per_replica: 1,
             lora: vec![],
+            resources: Default::default(),
         };
-        let deployment = Deployment { model: name.into(), replicas: 1, spec, created_unix_s: 7 };
+        let deployment = Deployment {
+            model: name.into(),
+            replicas: 1,
+            spec,
+            created_unix_s: 7,
+            policy: Default::default(),
+        };
         let endpoint = |id: &&str| RegisteredEndpoint {
             model: name.into(),
             replica_id: (*id).into(),

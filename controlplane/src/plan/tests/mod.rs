@@ -1,6 +1,9 @@
 //! plan() under scripts with golden transcripts (`tests/plan/*.txt`) and under random histories.
 
+mod limits;
 mod properties;
+mod scaling;
+mod script;
 mod world;
 
 use std::path::Path;

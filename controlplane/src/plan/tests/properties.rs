@@ -5,7 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::world::World;
-use crate::{model::Phase, plan::Action};
+use crate::{
+    model::{
+        Deployment, EngineState, NodePolicy, Phase, Policy,
+        policy::{Resources, Taint, TaintEffect},
+    },
+    plan::Action,
+};
 
 #[derive(Debug, Clone)]
 enum Happening {
@@ -20,6 +26,13 @@ enum Happening {
     Mend,
     Wait { seconds: u8 },
     Node { node: u8, gpus: u8 },
+    Cordon { node: u8, maintenance: bool },
+    Uncordon { node: u8 },
+    Taint { node: u8, effect: TaintEffect },
+    Policy { model: u8, surge: u32, unavailable: u32, min_available: Option<u32>, paused: bool },
+    Share { model: u8, gib: u64 },
+    Drain { model: u8, ordinal: u8 },
+    Fail { model: u8, ordinal: u8 },
 }
 
 fn happening() -> impl Strategy<Value = Happening> {
@@ -36,6 +49,21 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => Just(Happening::Mend),
         2 => (0..40_u8).prop_map(|seconds| Happening::Wait { seconds }),
         1 => (0..4_u8, 0..5_u8).prop_map(|(node, gpus)| Happening::Node { node, gpus }),
+        1 => (0..4_u8, any::<bool>())
+            .prop_map(|(node, maintenance)| Happening::Cordon { node, maintenance }),
+        2 => (0..4_u8).prop_map(|node| Happening::Uncordon { node }),
+        1 => (0..4_u8, prop_oneof![
+            Just(TaintEffect::PreferNoSchedule), Just(TaintEffect::NoSchedule), Just(TaintEffect::NoExecute),
+        ]).prop_map(|(node, effect)| Happening::Taint { node, effect }),
+        2 => (0..3_u8, 0..3_u32, 0..3_u32, proptest::option::of(0..4_u32), any::<bool>()).prop_map(
+            |(model, surge, unavailable, min_available, paused)| {
+                let unavailable = if surge == 0 { unavailable.max(1) } else { unavailable };
+                Happening::Policy { model, surge, unavailable, min_available, paused }
+            }
+        ),
+        1 => (0..3_u8, 10..50_u64).prop_map(|(model, gib)| Happening::Share { model, gib }),
+        1 => (0..3_u8, 0..8_u8).prop_map(|(model, ordinal)| Happening::Drain { model, ordinal }),
+        1 => (0..3_u8, 0..8_u8).prop_map(|(model, ordinal)| Happening::Fail { model, ordinal }),
     ]
 }
 
@@ -64,6 +92,47 @@ fn happen(world: &mut World, happening: &Happening) {
             world.nodes.values_mut().flat_map(|n| &mut n.gpus).for_each(|gpu| gpu.fault.clear());
         }
         Happening::Wait { seconds } => world.pass_time(u64::from(*seconds)),
+        Happening::Cordon { node, maintenance } => {
+            if let Some(node) = world.nodes.get_mut(&format!("n{node}")) {
+                (node.policy.cordoned, node.policy.maintenance) = (!maintenance, *maintenance);
+            }
+        }
+        Happening::Uncordon { node } => {
+            if let Some(node) = world.nodes.get_mut(&format!("n{node}")) {
+                node.policy = NodePolicy::default();
+            }
+        }
+        Happening::Taint { node, effect } => {
+            if let Some(node) = world.nodes.get_mut(&format!("n{node}")) {
+                node.policy.taints = vec![Taint { key: "t".into(), value: String::new(), effect: *effect }];
+            }
+        }
+        Happening::Policy { model, surge, unavailable, min_available, paused } => {
+            if let Some(deployment) = world.deployments.get_mut(&format!("m{model}")) {
+                let rollout = &mut deployment.policy.rollout;
+                (rollout.max_surge, rollout.max_unavailable) = (*surge, *unavailable);
+                rollout.paused = *paused;
+                deployment.policy.disruption.min_available = *min_available;
+            }
+        }
+        Happening::Share { model, gib } => {
+            let model = format!("m{model}");
+            if world.deployments.contains_key(&model) {
+                world.ask_memory(&model, *gib, true);
+            }
+        }
+        Happening::Drain { model, ordinal } => {
+            let id = format!("m{model}-{ordinal}");
+            if world.registered.contains_key(&id) {
+                world.drained.insert(id);
+            }
+        }
+        Happening::Fail { model, ordinal } => {
+            let id = format!("m{model}-{ordinal}");
+            if world.placements.values().any(|p| p.find(&id).is_some()) {
+                world.report(&id, EngineState::Failed, 5, "it does not start");
+            }
+        }
         Happening::Node { node, gpus } => {
             let name = format!("n{node}");
             if !world.nodes.contains_key(&name) {
@@ -73,30 +142,55 @@ fn happen(world: &mut World, happening: &Happening) {
     }
 }
 
-/// No GPU has two replicas; ids and generations are unique; every replica has the GPUs of its spec.
+/// No GPU has two replicas, unless both share it and it has the memory; ids and generations are unique; every replica
+/// has the GPUs of its spec.
 fn check_placements(world: &World) -> Result<(), TestCaseError> {
-    let (mut gpus, mut ids, mut generations) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    let (mut ids, mut generations) = (BTreeSet::new(), BTreeSet::new());
+    let mut gpus: BTreeMap<(&str, &str), Vec<&Resources>> = BTreeMap::new();
     for a in world.placements.values().flat_map(|p| &p.assignments) {
         prop_assert!(ids.insert(&a.replica_id), "{} is placed twice", a.replica_id);
         prop_assert!(generations.insert(a.generation));
-        prop_assert_eq!(a.gpu_uuids.len(), a.spec.gpus_per_replica as usize);
+        let own: BTreeSet<_> = a.gpu_uuids.iter().collect();
+        prop_assert_eq!(own.len(), a.spec.gpus_per_replica as usize);
         for gpu in &a.gpu_uuids {
-            prop_assert!(gpus.insert((&a.node_id, gpu)), "{gpu} has two replicas");
+            gpus.entry((&a.node_id, gpu)).or_default().push(&a.spec.resources);
         }
+    }
+    for ((_, gpu), held) in gpus {
+        let sum: u64 = held.iter().map(|r| r.gpu_memory_bytes).sum();
+        let all_share = held.iter().all(|r| r.share_gpu);
+        prop_assert!(held.len() == 1 || all_share, "{gpu} has two replicas");
+        prop_assert!(sum <= 80 << 30, "{gpu} has no {sum} bytes");
     }
     Ok(())
 }
 
-/// Ready and active replicas per model.
-fn ready(world: &World) -> BTreeMap<String, usize> {
-    let count = |p: &crate::model::Placement| {
-        let ready = |a: &&crate::model::Assignment| {
-            let registered = world.registered.get(&a.replica_id).map(|e| e.generation);
-            a.phase == Phase::Active && registered == Some(a.generation)
-        };
-        p.assignments.iter().filter(ready).count()
+/// A node takes a new replica only if it may.
+fn check_place(world: &World, node_id: &str) -> Result<(), TestCaseError> {
+    let node = &world.nodes[node_id];
+    prop_assert!(node.lost_since.is_none() && !node.policy.cordoned && !node.policy.maintenance);
+    prop_assert!(node.policy.taints.iter().all(|t| t.effect == TaintEffect::PreferNoSchedule));
+    Ok(())
+}
+
+/// Registered, for the present generation of an active assignment, and not drained.
+fn is_available(world: &World, id: &str) -> bool {
+    let find = |p: &crate::model::Placement| p.find(id).cloned();
+    let assignment = world.placements.values().find_map(find);
+    let registered = world.registered.get(id).map(|e| e.generation);
+    !world.drained.contains(id)
+        && assignment.is_some_and(|a| a.phase == Phase::Active && registered == Some(a.generation))
+}
+
+/// What voluntary changes must leave.
+fn floor(deployment: &Deployment) -> usize {
+    let Deployment { replicas, policy, .. } = deployment;
+    let floor = match policy.disruption.min_available {
+        Some(budget) => budget.min(*replicas),
+        // A rollout without room takes one more.
+        None => replicas.saturating_sub(policy.rollout.max_unavailable.max(1)),
     };
-    world.placements.iter().map(|(model, p)| (model.clone(), count(p))).collect()
+    floor as usize
 }
 
 proptest! {
@@ -113,28 +207,27 @@ proptest! {
         let mut used_ids: BTreeSet<String> = BTreeSet::new();
         for event in &history {
             happen(&mut world, event);
-            let before = ready(&world);
             let plan = world.plan();
             let mut taken_from: BTreeMap<String, usize> = BTreeMap::new();
             for action in &plan.actions {
                 match action {
-                    Action::Place { replica_id, .. } => {
+                    Action::Place { replica_id, node_id, .. } => {
                         prop_assert!(used_ids.insert(replica_id.clone()), "{replica_id} was used before");
+                        check_place(&world, node_id)?;
                     }
-                    Action::Withdraw { replica_id, .. } if world.registered.contains_key(replica_id) => {
+                    Action::Withdraw { replica_id, .. } if is_available(&world, replica_id) => {
                         let model = &world.registered[replica_id].model;
                         *taken_from.entry(model.clone()).or_default() += 1;
                     }
-                    Action::Withdraw { .. } | Action::Forget { .. } => {}
+                    _ => {}
                 }
             }
-            // Availability: below what is wanted only one ready replica may go at a time, to make room.
             for (model, taken) in taken_from {
                 let Some(deployment) = world.deployments.get(&model) else { continue };
-                let left = before[&model] - taken;
-                let enough = left >= deployment.replicas as usize;
-                let last_step = taken == 1 && before[&model] <= deployment.replicas as usize;
-                prop_assert!(enough || last_step, "{model}: {taken} of {} taken", before[&model]);
+                let ids = world.placements[&model].assignments.iter().map(|a| &a.replica_id);
+                let before = ids.filter(|id| is_available(&world, id)).count();
+                let floor = floor(deployment);
+                prop_assert!(before - taken >= floor, "{model}: {taken} of {before} taken, {floor} must stay");
             }
             world.apply(plan);
             check_placements(&world)?;
@@ -162,7 +255,11 @@ proptest! {
             world.apply(plan);
         }
         happen(&mut world, &Happening::Mend);
-        world.nodes.values_mut().for_each(|node| node.lost_since = None);
+        for node in world.nodes.values_mut() {
+            (node.lost_since, node.policy) = (None, NodePolicy::default());
+        }
+        world.deployments.values_mut().for_each(|d| d.policy = Policy::default());
+        world.engines.clear();
         for n in 0..4 {
             world.add_node(&format!("roomy{n}"), "z9", 16);
         }

@@ -5,28 +5,43 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::super::{Action, Desired, NodeSeen, Observed, Plan, Rules, plan};
+use super::super::{Demand, Desired, Load, NodeSeen, Observed, Plan, Rules, memory::Memory, plan};
 use crate::model::{
-    Deployment, EngineObserved, EngineSpec, EngineState, Gpu, Phase, Placement, RegisteredEndpoint,
+    Deployment, EngineObserved, EngineSpec, EngineState, Gpu, NodePolicy, Phase, Placement, Policy,
+    RegisteredEndpoint, policy::Resources,
 };
 
 pub(super) const GRACE: Duration = Duration::from_secs(30);
+const GIB: u64 = 1 << 30;
 
 pub(super) struct World {
     pub(super) deployments: BTreeMap<String, Deployment>,
     pub(super) placements: BTreeMap<String, Placement>,
     pub(super) nodes: BTreeMap<String, Node>,
     pub(super) registered: BTreeMap<String, RegisteredEndpoint>,
+    pub(super) drained: BTreeSet<String>,
     pub(super) engines: BTreeMap<String, EngineObserved>,
     pub(super) gone: BTreeSet<String>,
+    pub(super) loads: BTreeMap<String, Load>,
+    pub(super) demands: BTreeMap<String, Demand>,
+    pub(super) rules: Rules,
+    pub(super) view_age: Duration,
+    /// None: the rebalancer is off.
+    pub(super) rebalance: Option<Duration>,
+    pub(super) now: Instant,
+    memory: Memory,
     last_generation: u64,
-    now: Instant,
 }
 
+#[derive(Default)]
 pub(super) struct Node {
-    zone: String,
+    pub(super) zone: String,
     pub(super) gpus: Vec<Gpu>,
     pub(super) lost_since: Option<Instant>,
+    pub(super) labels: BTreeMap<String, String>,
+    pub(super) policy: NodePolicy,
+    /// In use on each GPU, by whomever.
+    pub(super) used_mib: BTreeMap<String, u64>,
 }
 
 impl Default for World {
@@ -36,36 +51,78 @@ impl Default for World {
             placements: BTreeMap::new(),
             nodes: BTreeMap::new(),
             registered: BTreeMap::new(),
+            drained: BTreeSet::new(),
             engines: BTreeMap::new(),
             gone: BTreeSet::new(),
-            last_generation: 0,
+            loads: BTreeMap::new(),
+            demands: BTreeMap::new(),
+            rules: Rules {
+                lost_grace: GRACE,
+                replace_after_restarts: 5,
+                max_starts: 1_000,
+                max_stops: 1_000,
+                max_view_age: Duration::from_secs(60),
+            },
+            view_age: Duration::ZERO,
+            rebalance: None,
             now: Instant::now(),
+            memory: Memory::default(),
+            last_generation: 0,
         }
     }
 }
 
 impl World {
-    pub(super) fn plan(&self) -> Plan {
+    /// One plan, with the memory that reconcile would keep.
+    pub(super) fn plan(&mut self) -> Plan {
+        let now = self.now;
+        let mut observed = Observed { view_age: self.view_age, ..Observed::default() };
+        for (name, deployment) in &self.deployments {
+            let placement = self.placements.get(name);
+            let registered = &self.registered;
+            let is_ready =
+                |id: &str, generation| registered.get(id).map(|e| e.generation) == Some(generation);
+            let ready = placement.iter().flat_map(|p| &p.assignments).filter(|a| a.phase == Phase::Active);
+            let ready = ready.filter(|a| is_ready(&a.replica_id, a.generation)).count();
+            let ready = u32::try_from(ready).unwrap();
+            let said = self.loads.get(name).copied().unwrap_or_default();
+            let load = Load { reporting: ready - said.silent.min(ready), ..said };
+            let demand = self.demands.get(name).copied();
+            let seen = self.memory.model(deployment, placement, is_ready, &load, demand, now);
+            observed.models.insert(name, seen);
+        }
+        let present = self.nodes.iter().filter(|(_, n)| n.lost_since.is_none());
+        let present = present.map(|(name, n)| (name.as_str(), n.zone.as_str()));
+        let lost = self.nodes.iter().filter(|(_, n)| n.lost_since.is_some());
+        let lost: BTreeSet<&str> = lost.map(|(name, _)| name.as_str()).collect();
+        let zones = self.memory.zones(present, &lost);
+        observed.rebalance = self.rebalance.filter(|every| self.memory.rebalance_due(*every, now));
         let desired = Desired {
             deployments: self.deployments.iter().map(|(k, v)| (k.as_str(), v)).collect(),
             placements: self.placements.iter().map(|(k, v)| (k.as_str(), v)).collect(),
             last_generation: self.last_generation,
         };
-        let seen = |n: &'_ Node| n.lost_since;
-        let observed = Observed {
-            nodes: self
-                .nodes
-                .iter()
-                .map(|(name, n)| {
-                    let gpus: &[Gpu] = if seen(n).is_some() { &[] } else { &n.gpus };
-                    (name.as_str(), NodeSeen { lost_since: n.lost_since, zone: &n.zone, gpus })
-                })
-                .collect(),
-            registered: self.registered.iter().map(|(id, e)| (id.as_str(), e.generation)).collect(),
-            engines: self.engines.iter().map(|(id, e)| (id.as_str(), e)).collect(),
-            gone: self.gone.iter().map(String::as_str).collect(),
-        };
-        plan(&desired, &observed, &Rules { lost_grace: GRACE }, self.now)
+        for (name, n) in &self.nodes {
+            let here = n.lost_since.is_none();
+            let node = NodeSeen {
+                lost_since: n.lost_since,
+                zone: if here { &n.zone } else { zones.get(name).map_or("", String::as_str) },
+                region: "",
+                labels: Some(&n.labels),
+                policy: Some(&n.policy),
+                gpus: if here { &n.gpus } else { &[] },
+                used_mib: n.used_mib.iter().map(|(uuid, used)| (uuid.as_str(), *used)).collect(),
+            };
+            observed.nodes.insert(name, node);
+        }
+        observed.registered = self.registered.iter().map(|(id, e)| (id.as_str(), e.generation)).collect();
+        observed.drained = self.drained.iter().map(String::as_str).collect();
+        observed.engines = self.engines.iter().map(|(id, e)| (id.as_str(), e)).collect();
+        observed.gone = self.gone.iter().map(String::as_str).collect();
+        let plan = plan(&desired, &observed, &self.rules, now);
+        drop((desired, observed));
+        self.memory.planned(&plan, now);
+        plan
     }
 
     /// Does what a plan says, as reconcile would commit it.
@@ -83,14 +140,17 @@ impl World {
         self.gone.retain(|id| leaving.contains(id.as_str()));
     }
 
+    /// A node whose GPUs have 80 GiB.
     pub(super) fn add_node(&mut self, name: &str, zone: &str, gpus: usize) {
         let gpu = |n| Gpu {
             uuid: format!("{name}-g{n}"),
             name: String::new(),
-            memory_total_mib: 0,
+            memory_total_mib: 80 * 1024,
             fault: String::new(),
+            numa_node: None,
+            link_group: String::new(),
         };
-        let node = Node { zone: zone.to_owned(), gpus: (0..gpus).map(gpu).collect(), lost_since: None };
+        let node = Node { zone: zone.to_owned(), gpus: (0..gpus).map(gpu).collect(), ..Node::default() };
         self.nodes.insert(name.to_owned(), node);
     }
 
@@ -101,9 +161,12 @@ impl World {
             args: vec![],
             env: BTreeMap::new(),
             gpus_per_replica,
+            resources: Resources::default(),
             lora: vec![],
         };
-        let deployment = Deployment { model: model.into(), replicas, spec, created_unix_s: 0 };
+        let before = self.deployments.get(model);
+        let policy = before.map_or_else(Policy::default, |before| before.policy.clone());
+        let deployment = Deployment { model: model.into(), replicas, spec, created_unix_s: 0, policy };
         self.deployments.insert(model.to_owned(), deployment);
     }
 
@@ -143,6 +206,25 @@ impl World {
         ids.iter().for_each(|id| self.ready(id));
     }
 
+    /// As [`World::ready_all`], for a fleet whose nodes are all present.
+    pub(super) fn ready_all_quickly(&mut self) {
+        for placement in self.placements.values() {
+            for a in &placement.assignments {
+                let endpoint = RegisteredEndpoint {
+                    model: placement.model.clone(),
+                    replica_id: a.replica_id.clone(),
+                    generation: a.generation,
+                    address: "h:1".into(),
+                    pid: 1,
+                    node_id: a.node_id.clone(),
+                    zone: String::new(),
+                    adapters: vec![],
+                };
+                self.registered.insert(a.replica_id.clone(), endpoint);
+            }
+        }
+    }
+
     /// Agents end every withdrawn engine: deregistered, stopped, no longer reported.
     pub(super) fn end_leaving(&mut self) {
         for a in self.placements.values().flat_map(|p| &p.assignments) {
@@ -154,46 +236,17 @@ impl World {
         }
     }
 
-    /// Runs one command of a script and says what came of it.
-    pub(super) fn command(&mut self, line: &str) -> String {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let number = |text: &str| text.parse().unwrap_or_else(|_| panic!("{line:?}: {text:?} is no number"));
-        match words.as_slice() {
-            ["node", name, "zone", zone, "gpus", gpus] => self.add_node(name, zone, number(gpus) as usize),
-            ["deploy", model, "replicas", replicas, "gpus", gpus, "version", version] => {
-                self.deploy(model, number(replicas), number(gpus), version);
-            }
-            ["delete", model] => drop(self.deployments.remove(*model)),
-            ["ready"] => self.ready_all(),
-            ["ready", id] => self.ready(id),
-            ["end"] => self.end_leaving(),
-            ["lose", node] => self.lose(node),
-            ["return", node] => self.nodes.get_mut(*node).unwrap().lost_since = None,
-            ["fault", node, gpu] => {
-                self.nodes.get_mut(*node).unwrap().gpus[number(gpu) as usize].fault = "XID 79".into()
-            }
-            ["wait", seconds] => self.pass_time(u64::from(number(seconds))),
-            ["report", id, state, reason @ ..] => self.report(id, state, &reason.join(" ")),
-            ["plan"] => return self.planned(),
-            _ => panic!("no such command: {line:?}"),
-        }
-        String::new()
-    }
-
-    fn report(&mut self, id: &str, state: &str, reason: &str) {
+    pub(super) fn report(&mut self, id: &str, state: EngineState, restarts: u32, reason: &str) {
         let all = self.placements.values().flat_map(|p| &p.assignments);
         let generation = all.into_iter().find(|a| a.replica_id == id).unwrap().generation;
-        let state = [EngineState::Loading, EngineState::Failed, EngineState::Ready]
-            .into_iter()
-            .find(|s| s.as_str() == state)
-            .unwrap();
         let engine = EngineObserved {
             generation,
             state,
             address: String::new(),
             pid: 0,
-            restarts: 0,
+            restarts,
             reason: reason.to_owned(),
+            says_load: false,
             running: 0,
             waiting: 0,
             kv_used_ratio: 0.0,
@@ -201,24 +254,9 @@ impl World {
         self.engines.insert(id.to_owned(), engine);
     }
 
-    fn planned(&mut self) -> String {
-        let plan = self.plan();
-        let mut out = String::new();
-        for action in &plan.actions {
-            out.push_str(&match action {
-                Action::Place { replica_id, node_id, generation } => {
-                    format!("place {replica_id} on {node_id}, generation {generation}\n")
-                }
-                Action::Withdraw { replica_id, node_id, reason } => {
-                    format!("withdraw {replica_id} from {node_id}: {reason}\n")
-                }
-                Action::Forget { replica_id } => format!("forget {replica_id}\n"),
-            });
-        }
-        for (model, sentences) in &plan.report {
-            sentences.iter().for_each(|sentence| out.push_str(&format!("  {model}: {sentence}\n")));
-        }
-        self.apply(plan);
-        if out.is_empty() { "settled\n".into() } else { out }
+    /// The memory that one replica of a model asks for on each GPU.
+    pub(super) fn ask_memory(&mut self, model: &str, gib: u64, share_gpu: bool) {
+        let deployment = self.deployments.get_mut(model).unwrap();
+        deployment.spec.resources = Resources { gpu_memory_bytes: gib * GIB, share_gpu };
     }
 }
