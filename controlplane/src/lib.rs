@@ -17,6 +17,7 @@
 pub mod admin;
 pub mod core;
 pub mod fleet;
+mod forward;
 pub mod leadership;
 pub mod metrics;
 pub mod model;
