@@ -4,6 +4,8 @@
 //! (`scripts/setup.sh test` installs it).
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part of this one")]
 
+pub mod gate;
+
 use std::{
     net::TcpListener,
     path::PathBuf,
