@@ -67,6 +67,7 @@ tools() {
     check "deploy/: its files agree" .venv/bin/python scripts/check_deploy.py
     check "Dockerfile: hadolint" .venv/bin/hadolint deploy/Dockerfile
     check "prometheus.yml: promtool" promtool check config deploy/prometheus/prometheus.yml
+    check "rules.yml: promtool" promtool test rules deploy/prometheus/rules_test.yml
     check "k6: inspect" .venv/bin/k6 inspect loadtest/k6/smoke.js
     # With every target, as the tests above were built: the same binary, not a second build of its dependencies.
     check "penstock: build" cargo build --locked --workspace --bins --tests

@@ -6,6 +6,8 @@
 //! 4. Requests under way finish, streams included, for up to `drain.deadline_ms` or until a second signal.
 //! 5. What is left gets an error event and ends.
 //!
+//! When a successor has taken over the sockets ([`crate::upgrade`]) there is no hurry: [`Lifecycle::hand_over`] comes first.
+//!
 //! Pingora's own SIGTERM sleeps a fixed time whatever is under way, and its server is therefore not used.
 
 use std::{
@@ -21,6 +23,8 @@ use tokio_util::{
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
 
+use crate::upgrade;
+
 /// After the listener has closed, how long a kept-alive connection may still bring the request it was about to send.
 pub const LAST_REQUEST: Duration = Duration::from_millis(200);
 
@@ -32,8 +36,12 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub struct Lifecycle {
     draining: AtomicBool,
     requests: TaskTracker,
+    connections: TaskTracker,
     stop_accepting: watch::Sender<bool>,
+    close_idle: CancellationToken,
     cut: CancellationToken,
+    /// How attempts to give way to a new binary went.
+    pub upgrades: upgrade::Status,
 }
 
 impl Default for Lifecycle {
@@ -41,8 +49,11 @@ impl Default for Lifecycle {
         Self {
             draining: AtomicBool::new(false),
             requests: TaskTracker::new(),
+            connections: TaskTracker::new(),
             stop_accepting: watch::Sender::new(false),
+            close_idle: CancellationToken::new(),
             cut: CancellationToken::new(),
+            upgrades: upgrade::Status::default(),
         }
     }
 }
@@ -63,14 +74,49 @@ impl Lifecycle {
         self.requests.len()
     }
 
-    /// Becomes true when no more connections are wanted; what pingora's listeners watch.
+    /// Counts a client's connection in, until the token is dropped.
+    pub fn connection(&self) -> TaskTrackerToken {
+        self.connections.token()
+    }
+
+    /// Clients' connections that are open.
+    pub fn connections(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// Becomes true when no more connections are wanted: listeners close, answers end their connection, HTTP/2 clients are
+    /// told to go away.
     pub fn watch(&self) -> ShutdownWatch {
         self.stop_accepting.subscribe()
+    }
+
+    /// Cancelled when connections that wait for a request are to be closed.
+    pub fn close_idle(&self) -> &CancellationToken {
+        &self.close_idle
     }
 
     /// Cancelled at the last call.
     pub fn cut(&self) -> &CancellationToken {
         &self.cut
+    }
+
+    /// A successor accepts on our sockets: takes no more connections and finishes what there is. A client that keeps its
+    /// connection may send one more request on it, as it would have done; the answer ends the connection, so that nobody
+    /// meets one that is just closing. Comes back when nothing is left, or only connections that nobody has used for
+    /// `keepalive`; [`Self::drain`] ends these.
+    pub async fn hand_over(&self, keepalive: Duration) {
+        self.draining.store(true, Relaxed);
+        self.stop_accepting.send_replace(true);
+        self.requests.close();
+        self.connections.close();
+        let unused = async {
+            tokio::time::sleep(keepalive).await;
+            self.requests.wait().await;
+        };
+        tokio::select! {
+            () = self.connections.wait() => {}
+            () = unused => {}
+        }
     }
 
     /// The sequence. Returns the number of requests that had to be cut. `hurry` ends the wait early.
@@ -82,6 +128,7 @@ impl Lifecycle {
             drop(timeout(Duration::from_millis(config.unready_ms), hurry.cancelled()).await);
         }
         self.stop_accepting.send_replace(true);
+        self.close_idle.cancel();
         drop(timeout(LAST_REQUEST, hurry.cancelled()).await);
         self.requests.close();
         let deadline = Duration::from_millis(config.deadline_ms);
@@ -123,6 +170,30 @@ mod tests {
         assert_eq!(left, 0);
         assert!(lifecycle.is_draining());
         assert!(*watch.borrow());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_hand_over_it_waits_for_requests_and_lets_kept_connections_be_used_once_more() {
+        let keepalive = Duration::from_secs(75);
+        let lifecycle = Lifecycle::default();
+        let (busy, idle) = (lifecycle.connection(), lifecycle.connection());
+        let request = lifecycle.request();
+        let began = tokio::time::Instant::now();
+        let finish = async {
+            tokio::time::sleep(Duration::from_secs(600)).await;
+            assert!(!lifecycle.close_idle().is_cancelled());
+            drop((request, busy));
+        };
+        tokio::join!(lifecycle.hand_over(keepalive), finish);
+        assert_eq!(
+            began.elapsed().as_secs(),
+            600,
+            "an unused connection is not waited for longer than {keepalive:?}"
+        );
+        drop(idle);
+        let began = tokio::time::Instant::now();
+        lifecycle.hand_over(keepalive).await;
+        assert_eq!(began.elapsed().as_secs(), 0, "with no connection left there is nothing to wait for");
     }
 
     #[tokio::test(start_paused = true)]

@@ -77,12 +77,6 @@ impl UpstreamFailure {
         Self::MidStream,
         Self::Garbage,
     ];
-
-    /// Whether the endpoint's health should hear of it. A full engine is healthy; a connection that the engine closed
-    /// while idle says nothing.
-    pub fn counts_against_endpoint(self) -> bool {
-        !matches!(self, Self::Busy | Self::StaleConnection)
-    }
 }
 
 /// Why a request was not answered as asked.
@@ -90,6 +84,8 @@ impl UpstreamFailure {
 pub enum GatewayError {
     /// The request's head could not be parsed.
     MalformedHead,
+    /// The head did not arrive whole within `limits.head_ms`.
+    HeadTimeout,
     /// The head is larger than `limits.header_bytes`, or has too many fields.
     HeadTooLarge {
         /// The limit in bytes.
@@ -162,7 +158,7 @@ impl GatewayError {
             Self::MissingKey | Self::InvalidKey => 401,
             Self::UnknownPath { .. } | Self::UnknownModel { .. } => 404,
             Self::MethodNotAllowed { .. } => 405,
-            Self::BodyTimeout => 408,
+            Self::HeadTimeout | Self::BodyTimeout => 408,
             Self::BodyTooLarge { .. } => 413,
             Self::UnsupportedMediaType { .. } => 415,
             Self::HeadTooLarge { .. } => 431,
@@ -199,6 +195,7 @@ impl GatewayError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::MalformedHead => "malformed_request",
+            Self::HeadTimeout => "headers_timeout",
             Self::HeadTooLarge { .. } => "headers_too_large",
             Self::UnknownPath { .. } => "unknown_url",
             Self::MethodNotAllowed { .. } => "method_not_allowed",
@@ -229,6 +226,7 @@ impl GatewayError {
     pub fn message(&self) -> String {
         match self {
             Self::MalformedHead => "The request could not be parsed as HTTP.".into(),
+            Self::HeadTimeout => "The request's headers did not arrive in time.".into(),
             Self::HeadTooLarge { limit } => {
                 format!("The request's headers are larger than the {limit} bytes accepted here.")
             }
@@ -367,11 +365,5 @@ mod tests {
         assert!(event.starts_with("data: {\"error\""));
         assert!(event.ends_with("\n\n"));
         assert!(!event.contains("[DONE]"));
-    }
-
-    #[test]
-    fn a_busy_engine_is_not_a_sick_one() {
-        assert!(!UpstreamFailure::Busy.counts_against_endpoint());
-        assert!(UpstreamFailure::Connect.counts_against_endpoint());
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! # The life of a request
 //!
-//! 1. [`listener`] accepts; pingora parses the head (HTTP/1.1, or HTTP/2 in clear).
+//! 1. [`listener`] accepts, speaks TLS and the PROXY protocol where told to; pingora parses the head (HTTP/1.1 or HTTP/2).
 //! 2. [`gateway`]'s `handle` checks the head, finds the route in [`openai`], and asks [`admission`] who is calling.
 //! 3. [`downstream::body`] takes the body whole, within its limits.
 //! 4. [`openai::request`] reads `model` and `stream` out of it in one pass, and the hashes of the prompt's prefixes where a
@@ -10,12 +10,12 @@
 //! 5. [`endpoints`]: one immutable snapshot says where the model can go.
 //! 6. [`routing`] picks an endpoint by its policy and reserves a place: the ticket, held to the end of the answer.
 //! 7. [`upstream::client`] connects, sends, and waits for the answer's beginning. A failure here is invisible to the
-//!    client: [`endpoints::outlier`] hears of it, [`upstream::retry`] decides, and 6 comes again.
+//!    client: [`health`] hears of it, [`upstream::retry`] decides, and 6 comes again.
 //! 8. [`streaming::relay`] hands the answer on, event by event, watching for a client that leaves.
 //! 9. [`record`] counts the request when it is dropped, however it ended; every guard gives back what it held.
 //!
 //! Beside it: [`xds`] follows the control plane and keeps its last good word on disk, [`private`] serves probes and metrics,
-//! [`drain`] stops without losing anybody, [`error`] renders every failure, [`process`] is `main`.
+//! [`drain`] stops without losing anybody, [`upgrade`] gives way to a new binary, [`error`] renders every failure, [`process`] is `main`.
 //! [`simulator`] runs the policies of [`routing`] on a model of a fleet; no request comes by there.
 //!
 //! # Invariants
@@ -32,6 +32,7 @@ pub mod drain;
 pub mod endpoints;
 pub mod error;
 pub mod gateway;
+pub mod health;
 pub mod listener;
 pub mod openai;
 pub mod private;
@@ -41,6 +42,7 @@ pub mod routing;
 pub mod simulator;
 pub mod streaming;
 pub mod telemetry;
+pub mod upgrade;
 pub mod upstream;
 pub mod xds;
 

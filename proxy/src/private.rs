@@ -3,7 +3,7 @@
 //! `/livez` says that the process runs and nothing else. `/readyz` is 200 while there are routes and no drain; with the
 //! control plane away it stays 200 and says `degraded`, since requests are served.
 
-use std::sync::Arc;
+use std::{net::TcpListener, sync::Arc};
 
 use axum::{
     Json, Router,
@@ -13,8 +13,16 @@ use axum::{
     routing::get,
 };
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
-use crate::{endpoints::Endpoint, gateway::Gateway, telemetry::metrics, xds::status::XdsStatus};
+use crate::{
+    endpoints::Endpoint,
+    gateway::Gateway,
+    health,
+    telemetry::metrics,
+    upgrade::{VERSION, command::Process},
+    xds::status::XdsStatus,
+};
 
 /// What the handlers look at.
 #[derive(Debug, Clone)]
@@ -33,7 +41,22 @@ pub fn router(state: PrivateState) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(show_metrics))
         .route("/debug/endpoints", get(debug_endpoints))
+        .route("/debug/process", get(debug_process))
         .with_state(state)
+}
+
+/// Serves them on `socket` until `stop`.
+pub async fn serve(socket: TcpListener, state: PrivateState, stop: CancellationToken) {
+    let listener = socket.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(socket));
+    let served = match listener {
+        Ok(listener) => {
+            axum::serve(listener, router(state)).with_graceful_shutdown(stop.cancelled_owned()).await
+        }
+        Err(e) => Err(e),
+    };
+    if let Err(e) = served {
+        tracing::error!(error = %e, "the private port is lost");
+    }
 }
 
 async fn readyz(State(state): State<PrivateState>) -> Response {
@@ -59,6 +82,7 @@ async fn readyz(State(state): State<PrivateState>) -> Response {
             "last_nack": xds.last_nack,
         },
         "models": snapshot.routes.len(),
+        "endpoints": health::count(&snapshot, state.gateway.now_ms()),
         "inflight": state.gateway.lifecycle.inflight(),
         "uptime_s": state.gateway.now_ms() / 1_000,
     });
@@ -74,6 +98,16 @@ async fn show_metrics(State(state): State<PrivateState>) -> String {
         draining: gateway.lifecycle.is_draining(),
         body_bytes_held: gateway.bodies.held_bytes(),
         now_ms: gateway.now_ms(),
+        max_ejected_percent: gateway.config().health.max_ejected_percent,
+    })
+}
+
+async fn debug_process(State(state): State<PrivateState>) -> Json<Process> {
+    Json(Process {
+        pid: std::process::id(),
+        version: VERSION.into(),
+        uptime_s: state.gateway.now_ms() / 1_000,
+        upgrades: state.gateway.lifecycle.upgrades.view(),
     })
 }
 
@@ -88,6 +122,7 @@ async fn debug_endpoints(State(state): State<PrivateState>) -> Json<Value> {
             "zone": endpoint.zone,
             "draining": endpoint.draining,
             "ejected": endpoint.is_ejected(now_ms),
+            "health": health::describe(endpoint, now_ms),
             "inflight": endpoint.inflight(),
         })
     };

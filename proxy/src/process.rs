@@ -1,20 +1,31 @@
 //! The process: flags, settings, sockets, tasks, signals. `run` is its whole life.
 
-use std::{ffi::OsString, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap, ffi::OsString, net::TcpListener, path::PathBuf, process::ExitCode, sync::Arc,
+    time::Duration,
+};
 
-use clap::Parser;
-use penstock_config::proxy::ProxyConfig;
+use clap::{Parser, Subcommand};
+use penstock_config::proxy::{DrainConfig, PUBLIC, ProxyConfig};
+use sd_notify::NotifyState;
 use serde::Serialize;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::watch,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     gateway::Gateway,
-    listener,
+    health,
+    listener::{self, Listener, reload},
     private::{self, PrivateState},
+    upgrade::{
+        Ready, Socket,
+        command::{self, UpgradeArgs},
+        predecessor::{self, Predecessor},
+        successor,
+    },
     xds::{
         cache,
         client::{XdsClient, XdsSettings},
@@ -29,13 +40,22 @@ const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(200);
 /// After the drain, how long background tasks may take to end.
 const TASKS_END: Duration = Duration::from_secs(5);
 
+/// Between two looks for tables, by a process that is to take over.
+const TABLES: Duration = Duration::from_millis(20);
+
+/// The private port's name among the sockets that go to a successor.
+const PRIVATE: &str = "private";
+
 #[derive(Debug, Parser)]
 #[command(
     name = "penstock-proxy",
     version,
-    about = "Penstock's data plane: OpenAI traffic in, engines behind"
+    about = "Penstock's data plane: OpenAI traffic in, engines behind",
+    args_conflicts_with_subcommands = true
 )]
 struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Settings file; see config/proxy.toml for every key.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -56,11 +76,21 @@ struct Args {
     controlplane: Vec<String>,
 }
 
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Let a running proxy give way to the binary that is installed now, without losing a request
+    Upgrade(UpgradeArgs),
+}
+
 #[derive(Debug, Serialize)]
 struct Announcement {
     pid: u32,
+    /// Empty where `public.listen` is.
     public: String,
     private: String,
+    /// The further listeners, by name.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    listeners: BTreeMap<String, String>,
 }
 
 /// The process from its arguments to its exit code: 0 after a drain, 1 when it cannot run, 2 for wrong arguments or settings.
@@ -74,6 +104,15 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(code);
         }
     };
+    if let Some(Command::Upgrade(options)) = &args.command {
+        return match command::run(options) {
+            Ok(text) => {
+                println!("{text}");
+                ExitCode::SUCCESS
+            }
+            Err(e) => fail(1, &e),
+        };
+    }
     let announce = args.announce.clone();
     let config = match settings(args) {
         Ok(config) => config,
@@ -117,66 +156,217 @@ fn settings(args: Args) -> Result<ProxyConfig, String> {
     Ok(config)
 }
 
-/// Bind, start, announce, wait for a signal, drain.
+/// Take or bind the sockets, start, announce, wait for a signal, drain.
 async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), String> {
-    let public = listener::bind("public.listen", &config.public.listen)?;
-    let private = listener::bind("private.listen", &config.private.listen)?;
-    let announcement = Announcement {
-        pid: std::process::id(),
-        public: local_address(&public)?,
-        private: local_address(&private)?,
-    };
+    let signals = Signals::new()?;
+    let hangup = signal(SignalKind::hangup()).map_err(|e| e.to_string())?;
+    raise_file_limit();
+    let mut predecessor = Predecessor::find()?;
+    let sockets = sockets(&config, &mut predecessor)?;
     let gateway = Arc::new(Gateway::new(config.clone())?);
+    let open = listeners(&config, &sockets, &gateway)?;
+    let announcement = announcement(&open, &sockets)?;
     if gateway.is_open() {
-        tracing::warn!(
-            "auth.keys is empty: everybody who reaches {} may use every model",
-            announcement.public
-        );
+        let at = open.listeners.iter().map(|(listener, _)| listener.address.to_string()).collect::<Vec<_>>();
+        tracing::warn!("auth.keys is empty: everybody who reaches {} may use every model", at.join(", "));
     }
 
     let stop = CancellationToken::new();
     let tasks = TaskTracker::new();
     let xds = Arc::new(XdsStatus::default());
     discover(&config, &gateway, &xds, &tasks, &stop)?;
-
-    let state = PrivateState { gateway: Arc::clone(&gateway), xds };
-    private.set_nonblocking(true).map_err(|e| e.to_string())?;
-    let private = tokio::net::TcpListener::from_std(private).map_err(|e| e.to_string())?;
-    let ended = stop.clone().cancelled_owned();
-    tasks.spawn(async move {
-        let served = axum::serve(private, private::router(state)).with_graceful_shutdown(ended).await;
-        if let Err(e) = served {
-            tracing::error!(error = %e, "the private port is lost");
+    tasks.spawn(health::watch::run(Arc::clone(&gateway), stop.clone()));
+    tasks.spawn(reload::run(open.watched, Arc::clone(&gateway), hangup, stop.clone()));
+    if let Some(predecessor) = &predecessor {
+        tracing::info!(pid = predecessor.pid, "taking over");
+        // Until then it is the predecessor who answers, on the private port too: nobody is to see a gateway that is not ready.
+        while predecessor.has_tables && predecessor.lives() && !gateway.table.load().loaded {
+            tokio::time::sleep(TABLES).await;
         }
-    });
+    }
 
+    let private = duplicate(&sockets, PRIVATE)?;
+    let state = PrivateState { gateway: Arc::clone(&gateway), xds };
+    tasks.spawn(private::serve(private, state, stop.clone()));
     let data = listener::runtime(&config.public);
-    let address = public.local_addr().map_err(|e| e.to_string())?;
-    public.set_nonblocking(true).map_err(|e| e.to_string())?;
-    let accepting = data.get_handle().spawn(listener::serve(
-        Arc::clone(&gateway),
-        public,
-        address,
-        gateway.lifecycle.watch(),
-    ));
+    let accepting = TaskTracker::new();
+    for (listener, socket) in open.listeners {
+        drop(accepting.spawn_on(listener::serve(Arc::clone(&gateway), listener, socket), data.get_handle()));
+    }
+    accepting.close();
 
     if let Some(path) = announce {
         penstock_config::announce(&path, &announcement)
             .map_err(|e| format!("--announce {}: {e}", path.display()))?;
     }
+    match predecessor.take().map(Predecessor::tell_ready) {
+        None => notify(&[NotifyState::Ready]),
+        Some(Ok(())) => {}
+        Some(Err(e)) => {
+            tracing::warn!(error = %e, "the process before this one is gone; its sockets are ours")
+        }
+    }
     tracing::info!(public = announcement.public, private = announcement.private, "penstock-proxy is up");
 
-    let hurry = wait_for_signal().await?;
-    let cut = gateway.lifecycle.drain(&config.drain, &hurry).await;
+    let cut = live(&config, &gateway, signals, sockets, &stop).await?;
     stop.cancel();
     tasks.close();
     if tokio::time::timeout(TASKS_END, tasks.wait()).await.is_err() {
         tracing::warn!(left = tasks.len(), "background tasks did not end in time");
     }
-    drop(tokio::time::timeout(TASKS_END, accepting).await);
+    drop(tokio::time::timeout(TASKS_END, accepting.wait()).await);
     data.shutdown_timeout(Duration::from_millis(100));
     tracing::info!(cut, "penstock-proxy has stopped");
     Ok(())
+}
+
+/// From the first request to the last: until a signal, or until a successor serves. Returns how many had to be cut.
+async fn live(
+    config: &ProxyConfig,
+    gateway: &Arc<Gateway>,
+    mut signals: Signals,
+    sockets: Vec<Socket>,
+    stop: &CancellationToken,
+) -> Result<usize, String> {
+    let lifecycle = &gateway.lifecycle;
+    loop {
+        match signals.next().await {
+            Asked::Stop => break,
+            Asked::Upgrade => {}
+        }
+        let Some(ready) = upgrade(config, gateway, &mut signals, &sockets).await else {
+            if signals.stop_came { break } else { continue }
+        };
+        // The tables stay as they are, the private port is the successor's, and so is the file of the last good state.
+        stop.cancel();
+        drop(sockets);
+        // Their manager follows the new process from here on; `NotifyAccess=main` lets the old one say so.
+        notify(&[NotifyState::MainPid(ready.pid), NotifyState::Ready]);
+        tracing::info!(
+            pid = ready.pid,
+            version = ready.version,
+            inflight = lifecycle.inflight(),
+            "a successor serves"
+        );
+        let finish = Duration::from_millis(config.upgrade.finish_ms);
+        let deadline_ms = tokio::select! {
+            () = lifecycle.hand_over(Duration::from_secs(config.public.keepalive_s + 1)) => 0,
+            () = tokio::time::sleep(finish), if !finish.is_zero() => 0,
+            () = signals.stop() => config.drain.deadline_ms,
+        };
+        let rest = DrainConfig { unready_ms: 0, deadline_ms };
+        return Ok(lifecycle.drain(&rest, &signals.hurry()).await);
+    }
+    notify(&[NotifyState::Stopping]);
+    // With these open the ports would stay so.
+    drop(sockets);
+    Ok(lifecycle.drain(&config.drain, &signals.hurry()).await)
+}
+
+/// Starts a successor. `None`: it failed, and this process goes on.
+async fn upgrade(
+    config: &ProxyConfig,
+    gateway: &Arc<Gateway>,
+    signals: &mut Signals,
+    sockets: &[Socket],
+) -> Option<Ready> {
+    tracing::info!("SIGUSR2: starting a successor");
+    let longest = Duration::from_millis(config.upgrade.ready_ms);
+    let has_tables = gateway.table.load().loaded;
+    let cancel = CancellationToken::new();
+    let mut starting = std::pin::pin!(successor::start(sockets, has_tables, longest, &cancel));
+    let outcome = tokio::select! {
+        outcome = starting.as_mut() => outcome,
+        () = signals.stop() => {
+            cancel.cancel();
+            starting.await
+        }
+    };
+    let result = if outcome.is_ok() { "done" } else { "failed" };
+    gateway.metrics.upgrades.with_label_values(&[result]).inc();
+    outcome
+        .inspect_err(|e| {
+            gateway.lifecycle.upgrades.failed(e);
+            tracing::error!("the successor failed, this process goes on: {e}");
+        })
+        .ok()
+}
+
+/// Every socket that the settings ask for: the predecessor's, or new ones.
+fn sockets(config: &ProxyConfig, predecessor: &mut Option<Predecessor>) -> Result<Vec<Socket>, String> {
+    let mut sockets = Vec::new();
+    for (name, listener) in config.client_listeners() {
+        let setting =
+            if name == PUBLIC { "public.listen".into() } else { format!("listeners.{name}.listen") };
+        sockets.push(predecessor::socket(predecessor, &name, &setting, &listener.listen)?);
+    }
+    sockets.push(predecessor::socket(predecessor, PRIVATE, "private.listen", &config.private.listen)?);
+    Ok(sockets)
+}
+
+/// A second handle on the socket of `name`. The first stays with us, to be handed on.
+fn duplicate(sockets: &[Socket], name: &str) -> Result<TcpListener, String> {
+    let socket = sockets.iter().find(|socket| socket.place.name == name);
+    let socket = socket.ok_or_else(|| format!("there is no socket {name}"))?;
+    socket.socket.try_clone().map_err(|e| e.to_string())
+}
+
+/// The listeners for clients and their certificates.
+struct Listeners {
+    listeners: Vec<(Arc<Listener>, TcpListener)>,
+    watched: Vec<reload::Watched>,
+}
+
+fn listeners(config: &ProxyConfig, sockets: &[Socket], gateway: &Gateway) -> Result<Listeners, String> {
+    let mut open = Listeners { listeners: Vec::new(), watched: Vec::new() };
+    for (name, listener) in config.client_listeners() {
+        let socket = duplicate(sockets, &name)?;
+        let (listener, watched) =
+            Listener::open(&name, listener, &socket).map_err(|e| format!("listeners.{name}: {e}"))?;
+        if let Some(watched) = watched {
+            let (name, certificates) = watched.in_use();
+            gateway.metrics.listeners.certificate(name, certificates.expires_unix_s);
+            let subject = &*certificates.subject;
+            tracing::info!(listener = name, subject, expires_unix_s = certificates.expires_unix_s, "TLS");
+            if watched.has_expired(reload::now_unix_s()) {
+                tracing::warn!(listener = name, subject, "the certificate has expired");
+            }
+            open.watched.push(watched);
+        }
+        open.listeners.push((listener, socket));
+    }
+    Ok(open)
+}
+
+fn announcement(open: &Listeners, sockets: &[Socket]) -> Result<Announcement, String> {
+    let address = |listener: &Arc<Listener>| listener.address.to_string();
+    let (public, further): (Vec<_>, Vec<_>) =
+        open.listeners.iter().map(|(listener, _)| listener).partition(|listener| &*listener.name == PUBLIC);
+    let private = duplicate(sockets, PRIVATE)?.local_addr().map_err(|e| e.to_string())?;
+    Ok(Announcement {
+        pid: std::process::id(),
+        public: public.first().map(|listener| address(listener)).unwrap_or_default(),
+        private: private.to_string(),
+        listeners: further.iter().map(|listener| (listener.name.to_string(), address(listener))).collect(),
+    })
+}
+
+/// Tells systemd, where it has started us.
+fn notify(news: &[NotifyState<'_>]) {
+    if let Err(e) = sd_notify::notify(news) {
+        tracing::warn!(error = %e, "NOTIFY_SOCKET is set, and nobody can be told there");
+    }
+}
+
+/// As many files and sockets as the system permits: each request takes two, and the usual limit of 1,024 is there for
+/// programs that use select().
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(e) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::debug!(error = %e, "the limit of open files stays as it is");
+    }
 }
 
 /// Starts from the last good state on disk, then follows the control plane.
@@ -242,27 +432,58 @@ fn node_id(configured: &str) -> String {
     if host.is_empty() { "proxy".into() } else { format!("proxy-{host}") }
 }
 
-fn local_address(socket: &std::net::TcpListener) -> Result<String, String> {
-    socket.local_addr().map(|a| a.to_string()).map_err(|e| e.to_string())
+/// What an operator can ask for by a signal.
+enum Asked {
+    Stop,
+    Upgrade,
 }
 
-/// Returns at the first SIGTERM or SIGINT, with a token that a second one cancels.
-async fn wait_for_signal() -> Result<CancellationToken, String> {
-    let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| e.to_string())?;
-    let mut next = async move || {
+/// The signals that are listened to.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    upgrade: Signal,
+    /// Whether it was asked to stop while it did something else.
+    stop_came: bool,
+}
+
+impl Signals {
+    fn new() -> Result<Self, String> {
+        let of = |kind| signal(kind).map_err(|e| e.to_string());
+        Ok(Self {
+            terminate: of(SignalKind::terminate())?,
+            interrupt: of(SignalKind::interrupt())?,
+            upgrade: of(SignalKind::user_defined2())?,
+            stop_came: false,
+        })
+    }
+
+    async fn next(&mut self) -> Asked {
         tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+            _ = self.terminate.recv() => Asked::Stop,
+            _ = self.interrupt.recv() => Asked::Stop,
+            _ = self.upgrade.recv() => Asked::Upgrade,
         }
-    };
-    next().await;
-    let hurry = CancellationToken::new();
-    let second = hurry.clone();
-    // Lives as long as the drain: the process ends after it.
-    tokio::spawn(async move {
-        next().await;
-        second.cancel();
-    });
-    Ok(hurry)
+    }
+
+    /// Waits for SIGTERM or SIGINT alone, and remembers it.
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+        self.stop_came = true;
+    }
+
+    /// A token that the next SIGTERM or SIGINT cancels.
+    fn hurry(mut self) -> CancellationToken {
+        let hurry = CancellationToken::new();
+        let second = hurry.clone();
+        // Lives as long as the drain: the process ends after it.
+        drop(tokio::spawn(async move {
+            self.stop().await;
+            second.cancel();
+        }));
+        hurry
+    }
 }

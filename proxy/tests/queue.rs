@@ -118,7 +118,7 @@ async fn a_busy_only_engine_is_waited_for_rather_than_given_up() {
     let answer = proxy.exchange(&post(CHAT, &chat(true))).await;
     assert!(answer.contains("now"), "{answer}");
     assert_eq!(engine.seen().len(), 2);
-    assert_eq!(proxy.gateway.metrics.ejections.get(), 0, "full is not sick");
+    assert_eq!(ejections(&proxy, "consecutive_failures"), 0, "full is not sick");
 }
 
 #[tokio::test]

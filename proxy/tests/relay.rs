@@ -55,7 +55,7 @@ async fn a_dead_engine_costs_nobody_a_request() {
         let answer = proxy.exchange(&post(CHAT, &chat(true))).await;
         assert!(answer.contains("[DONE]"), "{answer}");
     }
-    assert_eq!(proxy.gateway.metrics.ejections.get(), 1, "after three failures it is left alone");
+    assert_eq!(ejections(&proxy, "consecutive_failures"), 1, "after three failures it is left alone");
     proxy.settles().await;
 }
 
@@ -82,7 +82,7 @@ async fn a_busy_engine_is_passed_over_and_not_blamed() {
         let answer = proxy.exchange(&post(CHAT, &chat(true))).await;
         assert!(answer.contains("[DONE]"), "{answer}");
     }
-    assert_eq!(proxy.gateway.metrics.ejections.get(), 0);
+    assert_eq!(ejections(&proxy, "consecutive_failures"), 0);
 }
 
 #[tokio::test]
@@ -213,7 +213,7 @@ async fn a_connection_that_the_engine_closed_meanwhile_costs_nothing() {
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
     assert_eq!(engine.seen().len(), 3, "the second request was sent again on a new connection");
-    assert_eq!(proxy.gateway.metrics.ejections.get(), 0);
+    assert_eq!(ejections(&proxy, "consecutive_failures"), 0);
 }
 
 #[tokio::test]

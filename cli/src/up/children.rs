@@ -1,7 +1,8 @@
 //! Child processes: this program executed again, one process each.
 //!
 //! Each child is in a process group of its own, so that the terminal's Ctrl-C reaches `up` alone, which then stops the
-//! children in order. Should `up` be killed instead, the kernel sends each child SIGTERM. That signal is tied to the
+//! children in order. A proxy may give way to a successor of its own (`penstock proxy upgrade`): that is no child of ours, is
+//! known by the announce file that it wrote anew, and is watched in /proc. Should `up` be killed instead, the kernel sends each child SIGTERM. That signal is tied to the
 //! *thread* that spawned the child: spawn only from the main thread, which ends when the process does.
 
 use std::{
@@ -74,12 +75,24 @@ pub(crate) struct Process {
     pub(crate) kind: Kind,
     pub(crate) pid: u32,
     pub(crate) started: Instant,
-    child: Child,
+    handle: Handle,
     log: PathBuf,
     /// The log's length at the start: what is older belongs to a predecessor.
     log_from: u64,
     announce: PathBuf,
 }
+
+#[derive(Debug)]
+enum Handle {
+    Child(Child),
+    /// The successor of a child: told from later processes of its number by when it started.
+    Successor {
+        start_ticks: u64,
+    },
+}
+
+/// Between two looks at a process that is no child.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Starts `penstock KIND` with the settings in `data`. Call it on the main thread only.
 pub(crate) fn spawn(program: &Path, data: &DataDir, kind: Kind) -> Result<Process, UpError> {
@@ -114,7 +127,7 @@ pub(crate) fn spawn(program: &Path, data: &DataDir, kind: Kind) -> Result<Proces
         .spawn()
         .map_err(|e| UpError::Failed(format!("cannot start {}: {e}", program.display())))?;
     let pid = child.id().unwrap_or(0);
-    Ok(Process { kind, pid, started: Instant::now(), child, log, log_from, announce })
+    Ok(Process { kind, pid, started: Instant::now(), handle: Handle::Child(child), log, log_from, announce })
 }
 
 /// Makes the kernel send the child SIGTERM when the thread that spawns it ends.
@@ -136,11 +149,43 @@ fn end_with_this_thread(command: &mut std::process::Command) {
 impl Process {
     /// Waits until it ends. May be cancelled and called again.
     pub(crate) async fn wait(&mut self) -> ExitStatus {
-        match self.child.wait().await {
-            Ok(status) => status,
-            // Someone else reaped it; there is no status to be had.
-            Err(_) => ExitStatus::from_raw(0),
+        // Of what is no child, or was reaped by someone else, there is no status to be had.
+        match &mut self.handle {
+            Handle::Child(child) => child.wait().await.unwrap_or_else(|_| ExitStatus::from_raw(0)),
+            Handle::Successor { start_ticks } => {
+                while start_ticks_of(self.pid) == Some(*start_ticks) {
+                    sleep(LOOK).await;
+                }
+                ExitStatus::from_raw(0)
+            }
         }
+    }
+
+    /// Whether it has ended; reaps it.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        match &mut self.handle {
+            Handle::Child(child) => child.try_wait().is_ok_and(|status| status.is_some()),
+            Handle::Successor { start_ticks } => start_ticks_of(self.pid) != Some(*start_ticks),
+        }
+    }
+
+    /// The process that took over from it, if one has announced itself in its place.
+    pub(crate) fn successor(&self) -> Option<Self> {
+        #[derive(Deserialize)]
+        struct Announced {
+            pid: u32,
+        }
+        let Announced { pid } = serde_json::from_slice(&std::fs::read(&self.announce).ok()?).ok()?;
+        let start_ticks = start_ticks_of(pid).filter(|_| pid != self.pid)?;
+        Some(Self {
+            kind: self.kind,
+            pid,
+            started: Instant::now(),
+            handle: Handle::Successor { start_ticks },
+            log: self.log.clone(),
+            log_from: self.log_from,
+            announce: self.announce.clone(),
+        })
     }
 
     /// Waits until it has announced its addresses.
@@ -149,6 +194,7 @@ impl Process {
     /// It ended first, or the deadline came.
     pub(crate) async fn announced<T: DeserializeOwned>(&mut self, deadline: Instant) -> Result<T, UpError> {
         let announce = self.announce.clone();
+        let kind = self.kind.name();
         let read = async {
             loop {
                 if let Ok(text) = std::fs::read(&announce) {
@@ -160,16 +206,12 @@ impl Process {
                 sleep(Duration::from_millis(10)).await;
             }
         };
-        tokio::select! {
+        let outcome = tokio::select! {
             biased;
-            read = read => read.map_err(|why: String| {
-                UpError::Failed(format!("the {} did not announce where it listens: {why}{}", self.kind.name(), self.tail()))
-            }),
-            status = self.child.wait() => {
-                let status = status.map(describe).unwrap_or_default();
-                Err(UpError::Failed(format!("the {} ended while it started ({status}){}", self.kind.name(), self.tail())))
-            }
-        }
+            read = read => read.map_err(|why: String| format!("the {kind} did not announce where it listens: {why}")),
+            status = self.wait() => Err(format!("the {kind} ended while it started ({})", describe(status))),
+        };
+        outcome.map_err(|why| UpError::Failed(format!("{why}{}", self.tail())))
     }
 
     /// SIGTERM to the process alone: it stops what it started itself.
@@ -179,16 +221,26 @@ impl Process {
         }
     }
 
-    /// SIGKILL to its whole group.
+    /// SIGKILL to its whole group; to itself alone where it is another's successor, in whose group it is.
     pub(crate) fn kill_group(&self) {
         if let Some(pid) = self.raw_pid() {
-            killpg(pid, Signal::SIGKILL).ok(); // ended meanwhile: what was wanted
+            let killed = match self.handle {
+                Handle::Child(_) => killpg(pid, Signal::SIGKILL),
+                Handle::Successor { .. } => kill(pid, Signal::SIGKILL),
+            };
+            killed.ok(); // ended meanwhile: what was wanted
         }
     }
 
     /// The pid, unless the process was reaped: then the number may be a stranger's.
     fn raw_pid(&self) -> Option<Pid> {
-        self.child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw)
+        let pid = match &self.handle {
+            Handle::Child(child) => child.id(),
+            Handle::Successor { start_ticks } => {
+                Some(self.pid).filter(|pid| start_ticks_of(*pid) == Some(*start_ticks))
+            }
+        };
+        pid.and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw)
     }
 
     /// The last lines that it logged since its start, as an indented text that says where they are from.
@@ -200,6 +252,17 @@ impl Process {
         }
         format!("\n  last lines of {place}:\n    {}", lines.join("\n    "))
     }
+}
+
+/// When a process started, in the kernel's ticks since boot; `None` when it is gone or a zombie.
+fn start_ticks_of(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the program's name in parentheses, and may hold anything; the state is the next.
+    let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+    if fields.next()? == "Z" {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
 }
 
 fn last_lines(mut log: File, from: u64) -> io::Result<Vec<String>> {
@@ -248,6 +311,20 @@ mod tests {
         assert_eq!(lines.len(), TAIL_LINES);
         assert_eq!(lines.last().unwrap(), "line 19");
         assert!(last_lines(log, 1 << 30).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_process_is_known_by_its_start_until_it_ends() {
+        let own = start_ticks_of(std::process::id()).unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        assert!(start_ticks_of(child.id()).unwrap() >= own);
+        child.kill().unwrap();
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while start_ticks_of(child.id()).is_some() && std::time::Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5)); // until the kernel has made it a zombie
+        }
+        assert_eq!(start_ticks_of(child.id()), None, "a zombie has ended");
+        child.wait().unwrap();
     }
 
     #[test]

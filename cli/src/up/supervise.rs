@@ -1,8 +1,8 @@
 //! One child under supervision: running, or waiting to be started again.
 
-use std::{path::Path, process::ExitStatus};
+use std::{path::Path, process::ExitStatus, time::Duration};
 
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::{
     children::{self, Kind, Process, describe},
@@ -18,7 +18,12 @@ pub(crate) struct Supervised {
     kind: Kind,
     restarts: Restarts,
     state: State,
+    /// Have given way to a successor, and finish what they have.
+    finishing: Vec<Process>,
 }
+
+/// Between two looks for a successor.
+const LOOK: Duration = Duration::from_millis(200);
 
 #[derive(Debug)]
 enum State {
@@ -35,11 +40,13 @@ pub(crate) enum Event {
     Ended(ExitStatus),
     /// The pause after an end is over.
     Due,
+    /// Another process has taken its place, of its own accord.
+    Succeeded(Box<Process>),
 }
 
 impl Supervised {
     pub(crate) fn new(kind: Kind) -> Self {
-        Self { kind, restarts: Restarts::default(), state: State::Idle }
+        Self { kind, restarts: Restarts::default(), state: State::Idle, finishing: Vec::new() }
     }
 
     /// Starts the child, for the first time or again. Call it on the main thread only.
@@ -67,7 +74,19 @@ impl Supervised {
     pub(crate) async fn event(&mut self) -> Event {
         match &mut self.state {
             State::Idle => std::future::pending().await,
-            State::Running(process) => Event::Ended(process.wait().await),
+            State::Running(process) => loop {
+                let ended = tokio::select! {
+                    status = process.wait() => Some(status),
+                    () = sleep(LOOK), if self.kind == Kind::Proxy => None,
+                };
+                self.finishing.retain_mut(|old| !old.has_ended());
+                if let Some(successor) = process.successor() {
+                    return Event::Succeeded(Box::new(successor));
+                }
+                if let Some(status) = ended {
+                    return Event::Ended(status);
+                }
+            },
             State::Waiting(due) => {
                 sleep_until(*due).await;
                 Event::Due
@@ -102,6 +121,15 @@ impl Supervised {
         }
     }
 
+    /// Watches `successor` from here on, and lets the process before it finish.
+    pub(crate) fn succeeded(&mut self, successor: Box<Process>) {
+        let (name, pid) = (self.kind.name(), successor.pid);
+        if let State::Running(old) = std::mem::replace(&mut self.state, State::Running(successor)) {
+            say(&format!("the {name} gave way to a new process: pid {pid}, before {}", old.pid));
+            self.finishing.push(*old);
+        }
+    }
+
     fn tail(&self) -> String {
         if let State::Running(process) = &self.state { process.tail() } else { String::new() }
     }
@@ -113,9 +141,17 @@ impl Supervised {
             return false;
         };
         process.terminate();
+        let mut finishing = std::mem::take(&mut self.finishing);
+        finishing.iter().for_each(Process::terminate);
         if !*hasten {
+            let all = async {
+                process.wait().await;
+                for old in &mut finishing {
+                    old.wait().await;
+                }
+            };
             let ended = tokio::select! {
-                ended = timeout_at(deadline, process.wait()) => ended.is_ok(),
+                ended = timeout_at(deadline, all) => ended.is_ok(),
                 () = signals.next() => {
                     *hasten = true;
                     false
@@ -125,8 +161,10 @@ impl Supervised {
                 return false;
             }
         }
-        process.kill_group();
-        process.wait().await;
+        for left in finishing.iter_mut().chain([process.as_mut()]) {
+            left.kill_group();
+            left.wait().await;
+        }
         true
     }
 }

@@ -224,6 +224,10 @@ impl System {
             };
             match event {
                 Event::Ended(status) => child.ended(status)?,
+                Event::Succeeded(successor) => {
+                    child.succeeded(successor);
+                    self.update_summary()?;
+                }
                 Event::Due => {
                     let process = child.start(&self.program, &self.data)?;
                     say(&format!("the {} runs again, pid {}", process.kind.name(), process.pid));

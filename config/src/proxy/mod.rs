@@ -10,15 +10,17 @@ mod queue;
 mod routing;
 mod upstream;
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 pub use self::{
     auth::{AuthConfig, parse_key},
     discovery::DiscoveryConfig,
-    drain::DrainConfig,
-    health::OutlierConfig,
+    drain::{DrainConfig, UpgradeConfig},
+    health::HealthConfig,
     limits::LimitsConfig,
-    listeners::{PrivateConfig, PublicConfig},
+    listeners::{ListenerConfig, PUBLIC, PrivateConfig, PublicConfig},
     queue::QueueConfig,
     routing::{Policy, RoutingConfig},
     upstream::{Patience, UpstreamConfig},
@@ -33,6 +35,8 @@ pub struct ProxyConfig {
     pub log: LogConfig,
     /// Where clients connect, and with how many threads they are served.
     pub public: PublicConfig,
+    /// Further sockets for clients, by name: TLS, PROXY protocol.
+    pub listeners: BTreeMap<String, ListenerConfig>,
     /// Probes, metrics and debugging.
     pub private: PrivateConfig,
     /// Where endpoint tables come from.
@@ -47,19 +51,32 @@ pub struct ProxyConfig {
     pub queue: QueueConfig,
     /// Which endpoint takes a request.
     pub routing: RoutingConfig,
-    /// When an endpoint is left out of picks.
-    pub outlier: OutlierConfig,
+    /// When an endpoint is left out of picks, and how that is found out.
+    pub health: HealthConfig,
     /// How it stops.
     pub drain: DrainConfig,
+    /// How it gives way to a new binary.
+    pub upgrade: UpgradeConfig,
 }
 
 impl ProxyConfig {
+    /// Every socket for clients, by name, `[public]` first where there is one.
+    pub fn client_listeners(&self) -> Vec<(String, ListenerConfig)> {
+        let public = (!self.public.listen.is_empty()).then(|| (PUBLIC.to_owned(), self.public.listener()));
+        let further = self.listeners.iter().map(|(name, listener)| (name.clone(), listener.clone()));
+        public.into_iter().chain(further).collect()
+    }
+
     /// Rules that types cannot say. The error names the key and what is accepted.
     pub fn validate(&self) -> Result<(), String> {
         for key in &self.auth.keys {
             parse_key(key)?;
         }
         let positive = [
+            ("limits.head_ms", self.limits.head_ms),
+            ("limits.handshake_ms", self.limits.handshake_ms),
+            ("limits.http2_streams", u64::from(self.limits.http2_streams)),
+            ("upgrade.ready_ms", self.upgrade.ready_ms),
             ("limits.body_bytes", self.limits.body_bytes as u64),
             ("limits.header_bytes", self.limits.header_bytes as u64),
             ("limits.body_idle_ms", self.limits.body_idle_ms),
@@ -68,8 +85,6 @@ impl ProxyConfig {
             ("limits.json_depth", self.limits.json_depth as u64),
             ("upstream.connect_ms", self.upstream.connect_ms),
             ("upstream.attempts", self.upstream.attempts as u64),
-            ("outlier.consecutive_failures", u64::from(self.outlier.consecutive_failures)),
-            ("outlier.base_ejection_ms", self.outlier.base_ejection_ms),
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(format!("{key} is 0; it must be at least 1"));
@@ -80,15 +95,11 @@ impl ProxyConfig {
                 self.limits.buffered_bytes, self.limits.body_bytes
             ));
         }
-        if self.outlier.max_ejected_percent > 100 {
-            return Err(format!(
-                "outlier.max_ejected_percent is {}; it must be 0 to 100",
-                self.outlier.max_ejected_percent
-            ));
-        }
+        self.health.validate()?;
         self.upstream.validate()?;
         self.queue.validate()?;
         self.routing.validate()?;
+        listeners::validate(&self.public, &self.listeners)?;
         if self.discovery.controlplanes.is_empty() && self.discovery.snapshot_file.is_empty() {
             return Err("discovery.controlplanes is empty, and so is discovery.snapshot_file: \
                         name at least one, or there is nothing to route to"

@@ -1,6 +1,8 @@
-//! The client's side of a request: taking its body ([`body`]), answering it ([`respond`]), noticing that it left.
+//! The client's side of a request: who it is ([`peer`]), taking its body ([`body`]), answering it ([`respond`]), noticing
+//! that it left.
 
 pub mod body;
+pub mod peer;
 pub mod respond;
 
 use pingora_core::protocols::http::ServerSession;

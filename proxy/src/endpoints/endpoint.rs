@@ -7,17 +7,26 @@
 use std::{
     net::SocketAddr,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
 
 use penstock_config::proxy::UpstreamConfig;
 use pingora_core::upstreams::peer::HttpPeer;
+use tokio::time::Instant;
 
-use super::outlier::{Outlier, Rules};
-use crate::{admission::saturation::Busy, routing::affinity::HashKey};
+use crate::{
+    admission::saturation::Busy,
+    error::UpstreamFailure,
+    health::{
+        Pulse, Rules, Transition, Vitals,
+        progress::Signs,
+        state::{Event, Failure},
+    },
+    routing::affinity::HashKey,
+};
 
 /// One registered engine.
 #[derive(Debug)]
@@ -38,34 +47,18 @@ pub struct Endpoint {
 }
 
 /// What changes while an endpoint lives.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Live {
     inflight: AtomicU32,
-    /// Copy of the outlier's `ejected_until_ms`, for picks without a lock.
-    ejected_until_ms: AtomicU64,
-    /// 1 while the outlier has anything to forget: successes of a clean endpoint take no lock.
-    suspect: AtomicU32,
-    outlier: Mutex<Outlier>,
-    /// The last busy answer: how many of ours were there, and when. `u64::MAX` is never.
+    /// The last busy answer: how many of ours were there, and the millisecond after it; 0 is never.
     busy: (AtomicU32, AtomicU64),
+    /// When it last got a request while it had none.
+    busy_since_ms: AtomicU64,
+    vitals: Vitals,
     /// Its name in hashes.
     key: OnceLock<u64>,
     /// When a pick first saw it, in milliseconds; what came before nobody needs to know.
     first_seen_ms: OnceLock<u64>,
-}
-
-impl Default for Live {
-    fn default() -> Self {
-        Self {
-            inflight: AtomicU32::default(),
-            ejected_until_ms: AtomicU64::default(),
-            suspect: AtomicU32::default(),
-            outlier: Mutex::default(),
-            busy: (AtomicU32::default(), AtomicU64::new(u64::MAX)),
-            key: OnceLock::new(),
-            first_seen_ms: OnceLock::new(),
-        }
-    }
 }
 
 impl Endpoint {
@@ -108,55 +101,61 @@ impl Endpoint {
         now_ms.saturating_sub(*self.live.first_seen_ms.get_or_init(|| now_ms))
     }
 
-    /// Whether failures keep it out of picks at `now_ms`.
+    /// How it is doing.
+    pub fn vitals(&self) -> &Vitals {
+        &self.live.vitals
+    }
+
+    /// Whether its health keeps it out of picks at `now_ms`.
     pub fn is_ejected(&self, now_ms: u64) -> bool {
-        now_ms < self.live.ejected_until_ms.load(Relaxed)
+        self.live.vitals.is_ejected(now_ms)
     }
 
     /// It answered a request of ours, still counted, with "busy".
     pub fn refused(&self, now_ms: u64) {
         self.live.busy.0.store(self.inflight().saturating_sub(1), Relaxed);
-        self.live.busy.1.store(now_ms, Relaxed);
+        self.live.busy.1.store(now_ms + 1, Relaxed);
     }
 
     /// Its last busy answer. The two numbers may be of two answers that came at one time, which does no harm.
     pub fn busy(&self) -> Option<Busy> {
-        let at_ms = self.live.busy.1.load(Relaxed);
-        (at_ms != u64::MAX).then(|| Busy { held: self.live.busy.0.load(Relaxed), at_ms })
+        let at_ms = self.live.busy.1.load(Relaxed).checked_sub(1)?;
+        Some(Busy { held: self.live.busy.0.load(Relaxed), at_ms })
     }
 
-    /// Counts a request in; the count ends with the ticket.
-    pub fn reserve(self: &Arc<Self>) -> Ticket {
-        self.live.inflight.fetch_add(1, Relaxed);
-        Ticket { endpoint: Arc::clone(self) }
+    /// What is seen of its work.
+    pub fn signs(&self, now_ms: u64) -> Signs {
+        self.live.vitals.signs(now_ms, self.inflight(), self.live.busy_since_ms.load(Relaxed))
     }
 
-    /// An answer came. Free of locks unless something had failed before.
-    pub fn succeeded(&self) {
-        if self.live.suspect.load(Relaxed) != 0 {
-            self.with_outlier(|outlier| outlier.success());
+    /// Counts a request in, if its health lets picks take it; the count ends with the ticket.
+    pub fn try_reserve(self: &Arc<Self>, now_ms: u64) -> Option<Ticket> {
+        let trial = self.live.vitals.admit(now_ms).ok()?;
+        Some(self.ticket(trial, now_ms))
+    }
+
+    /// Counts a request in whatever its health; the count ends with the ticket.
+    pub fn reserve(self: &Arc<Self>, now_ms: u64) -> Ticket {
+        let trial = self.live.vitals.admit(now_ms).unwrap_or(false);
+        self.ticket(trial, now_ms)
+    }
+
+    fn ticket(self: &Arc<Self>, trial: bool, now_ms: u64) -> Ticket {
+        if self.live.inflight.fetch_add(1, Relaxed) == 0 {
+            self.live.busy_since_ms.store(now_ms, Relaxed);
         }
-    }
-
-    /// A request failed in a way that counts. True if that ejected it.
-    pub fn failed(&self, now_ms: u64, rules: &Rules) -> bool {
-        self.with_outlier(|outlier| outlier.failure(now_ms, rules))
-    }
-
-    fn with_outlier<T>(&self, change: impl FnOnce(&mut Outlier) -> T) -> T {
-        // A poisoned lock holds plain numbers: they are as good as before.
-        let mut outlier = self.live.outlier.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = change(&mut outlier);
-        self.live.ejected_until_ms.store(outlier.ejected_until_ms(), Relaxed);
-        self.live.suspect.store(u32::from(!outlier.is_clean()), Relaxed);
-        result
+        Ticket { endpoint: Arc::clone(self), trial: AtomicBool::new(trial), sent_ms: now_ms }
     }
 }
 
 /// A request's place at an endpoint, held to the end of the body and given back on drop, however the request ends.
+/// What the endpoint's health should know of the request is told to it.
 #[derive(Debug)]
 pub struct Ticket {
     endpoint: Arc<Endpoint>,
+    /// Whether it holds one of a half-open endpoint's trials.
+    trial: AtomicBool,
+    sent_ms: u64,
 }
 
 impl Ticket {
@@ -164,10 +163,44 @@ impl Ticket {
     pub fn endpoint(&self) -> &Arc<Endpoint> {
         &self.endpoint
     }
+
+    /// A good answer has begun: a stream's first event, or all of another's.
+    pub fn began(&self, stream: bool, now_ms: u64, rules: &Rules) -> Option<Transition> {
+        self.end_trial();
+        let took_ms = stream.then(|| now_ms.saturating_sub(self.sent_ms));
+        self.endpoint.live.vitals.began(now_ms, took_ms, rules)
+    }
+
+    /// A good answer has come whole.
+    pub fn finished(&self, now_ms: u64, rules: &Rules) -> Option<Transition> {
+        self.endpoint.live.vitals.on(Event::Finished, now_ms, rules)
+    }
+
+    /// The attempt has failed.
+    pub fn failed(&self, failure: UpstreamFailure, now_ms: u64, rules: &Rules) -> Option<Transition> {
+        let trial = self.end_trial();
+        let failure = Failure::of(failure)?;
+        self.endpoint.live.vitals.failed(failure, trial, now_ms, rules)
+    }
+
+    /// To be held while the answer flows. `epoch` is when the clock of all `now_ms` began.
+    pub fn pulse(&self, epoch: Instant) -> Pulse<'_> {
+        Pulse::new(&self.endpoint.live.vitals, epoch)
+    }
+
+    /// Gives the trial back; whether there was one.
+    fn end_trial(&self) -> bool {
+        let trial = self.trial.swap(false, Relaxed);
+        if trial {
+            self.endpoint.live.vitals.end_trial();
+        }
+        trial
+    }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
+        self.end_trial();
         self.endpoint.live.inflight.fetch_sub(1, Relaxed);
     }
 }
@@ -185,7 +218,7 @@ pub(crate) mod tests {
     #[test]
     fn a_ticket_counts_until_it_is_dropped() {
         let endpoint = endpoint("a");
-        let (first, second) = (endpoint.reserve(), endpoint.reserve());
+        let (first, second) = (endpoint.reserve(0), endpoint.reserve(0));
         assert_eq!(endpoint.inflight(), 2);
         drop(first);
         assert_eq!(endpoint.inflight(), 1);
@@ -194,13 +227,31 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn an_ejection_is_seen_by_picks_and_ends_with_a_success() {
-        let rules = Rules { consecutive_failures: 1, base_ejection_ms: 100, max_ejection_ms: 100 };
+    fn a_trial_is_given_back_when_its_client_leaves() {
+        let rules = Rules { consecutive_failures: 1, trials: 1, ..crate::health::rules(&Default::default()) };
         let endpoint = endpoint("a");
-        assert!(endpoint.failed(1_000, &rules));
-        assert!(endpoint.is_ejected(1_099));
-        assert!(!endpoint.is_ejected(1_100));
-        endpoint.succeeded();
-        assert!(!endpoint.is_ejected(1_000));
+        assert!(endpoint.reserve(0).failed(UpstreamFailure::Connect, 0, &rules).is_some());
+        assert!(endpoint.is_ejected(999) && endpoint.try_reserve(999).is_none());
+        let trial = endpoint.try_reserve(1_000).expect("half-open");
+        assert!(endpoint.try_reserve(1_000).is_none(), "one trial at a time");
+        drop(endpoint.reserve(1_000)); // in panic: no trial, and none given back
+        drop(trial);
+        let trial = endpoint.try_reserve(1_000).expect("the place is free again");
+        assert_eq!(trial.began(true, 1_001, &rules), Some(Transition::Returned));
+        assert_eq!(endpoint.inflight(), 1, "the count lasts to the end of the answer");
+    }
+
+    /// smg #2163.
+    #[test]
+    fn a_busy_answer_never_counts_not_even_on_trial() {
+        let rules = Rules { consecutive_failures: 1, ..crate::health::rules(&Default::default()) };
+        let endpoint = endpoint("a");
+        for _ in 0..1_000 {
+            assert_eq!(endpoint.reserve(0).failed(UpstreamFailure::Busy, 0, &rules), None);
+        }
+        endpoint.reserve(0).failed(UpstreamFailure::Connect, 0, &rules);
+        let trial = endpoint.try_reserve(1_000).expect("half-open");
+        assert_eq!(trial.failed(UpstreamFailure::Busy, 1_000, &rules), None);
+        assert!(!endpoint.is_ejected(1_000) && endpoint.try_reserve(1_000).is_some());
     }
 }

@@ -3,10 +3,10 @@
 //!
 //! - [`table`]: the one swap: a request loads one [`Snapshot`] and reads nothing else.
 //! - [`endpoint`]: identity (immutable) and live figures (shared across swaps), the in-flight [`Ticket`].
-//! - [`outlier`]: when failures take an endpoint out of picks.
+//!
+//! Whether an endpoint is to be picked is [`crate::health`]'s business.
 
 pub mod endpoint;
-pub mod outlier;
 pub mod table;
 
 pub use endpoint::{Endpoint, Ticket};

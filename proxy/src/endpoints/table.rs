@@ -228,7 +228,7 @@ mod tests {
         let table = EndpointTable::new(UpstreamConfig::default());
         let before = state(vec![wire("a", "127.0.0.1:1", 7)]);
         table.apply(&before);
-        let ticket = first(&table).reserve();
+        let ticket = first(&table).reserve(0);
         let mut draining = wire("a", "127.0.0.1:1", 7);
         draining.state = v1::EndpointState::Draining.into();
         table.apply(&with_table(&before, 2, vec![draining]));
@@ -244,7 +244,7 @@ mod tests {
         let table = EndpointTable::new(UpstreamConfig::default());
         let before = state(vec![wire("a", "127.0.0.1:1", 7)]);
         table.apply(&before);
-        let _ticket = first(&table).reserve();
+        let _ticket = first(&table).reserve(0);
         table.apply(&with_table(&before, 2, vec![wire("a", "127.0.0.1:1", 8)]));
         assert_eq!(first(&table).inflight(), 0);
     }

@@ -4,6 +4,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use http::StatusCode;
 use penstock_config::proxy::Patience;
 use pingora_core::protocols::http::ServerSession;
 use tokio::time::{Instant, sleep_until};
@@ -14,6 +15,7 @@ use crate::{
     downstream::{self, respond},
     endpoints::{Endpoint, Ticket},
     error::{GatewayError, UpstreamFailure},
+    health,
     record::Record,
     routing::{
         self, Unpicked,
@@ -105,7 +107,7 @@ impl Gateway {
                 Ok(answer) => return self.hand_on(session, record, answer, place, patience).await,
                 Err(failed) => failed,
             };
-            self.note_failure(place.endpoint(), &failed);
+            self.note_failure(&place.ticket, &failed);
             search.tries += 1;
             let pool = self.pool(model)?;
             let budget = || pool.budget.take(self.now_ms());
@@ -206,7 +208,9 @@ impl Gateway {
         record.begun();
         match answer {
             Answer::Whole(whole) => {
-                place.endpoint().succeeded();
+                if self.note_beginning(&place.ticket, whole.head.status, false) {
+                    self.note_end(&place.ticket);
+                }
                 self.write_whole(session, record, *whole).await
             }
             Answer::Open(open) => self.stream(session, record, *open, place, patience).await,
@@ -222,7 +226,10 @@ impl Gateway {
         patience: Patience,
     ) -> Result<(), GatewayError> {
         record.status(open.head.status.as_u16());
+        self.note_beginning(&place.ticket, open.head.status, open.events.is_some());
+        let pulse = place.ticket.pulse(self.started);
         let context = RelayContext {
+            pulse: &pulse,
             idle: Duration::from_millis(patience.idle_ms),
             cut: self.lifecycle.cut(),
             shape: record.shape(),
@@ -234,13 +241,13 @@ impl Gateway {
             self.metrics.inband_errors.inc();
         }
         match (&relayed.outcome, &relayed.facts.error) {
-            (Ok(()), None) => place.endpoint().succeeded(),
+            (Ok(()), None) => self.note_end(&place.ticket),
             (Ok(()), Some(message)) => {
                 let failed = Failed::inside(UpstreamFailure::MidStream, message);
-                self.note_failure(place.endpoint(), &failed);
+                self.note_failure(&place.ticket, &failed);
             }
             (Err(GatewayError::Upstream(failure)), _) => {
-                self.note_failure(place.endpoint(), &Failed::inside(*failure, "while streaming"));
+                self.note_failure(&place.ticket, &Failed::inside(*failure, "while streaming"));
             }
             (Err(_), _) => {}
         }
@@ -277,7 +284,8 @@ impl Gateway {
         }
     }
 
-    fn note_failure(&self, endpoint: &Endpoint, failed: &Failed) {
+    fn note_failure(&self, ticket: &Ticket, failed: &Failed) {
+        let endpoint = ticket.endpoint();
         self.metrics.attempt_failures.with_label_values(&[failed.failure.label()]).inc();
         tracing::debug!(
             endpoint = &*endpoint.id,
@@ -288,14 +296,21 @@ impl Gateway {
         if failed.failure == UpstreamFailure::Busy {
             endpoint.refused(self.now_ms());
         }
-        if failed.failure.counts_against_endpoint() && endpoint.failed(self.now_ms(), &self.outlier_rules) {
-            self.metrics.ejections.inc();
-            tracing::warn!(
-                endpoint = &*endpoint.id,
-                address = endpoint.address,
-                detail = failed.detail,
-                "endpoint ejected"
-            );
+        let change = ticket.failed(failed.failure, self.now_ms(), &self.health_rules);
+        health::report(&self.metrics, endpoint, change, &failed.detail);
+    }
+
+    /// Whether it is a good answer. A refusal says nothing of the engine: it is the client's.
+    fn note_beginning(&self, ticket: &Ticket, status: StatusCode, stream: bool) -> bool {
+        if status.is_success() {
+            let change = ticket.began(stream, self.now_ms(), &self.health_rules);
+            health::report(&self.metrics, ticket.endpoint(), change, "");
         }
+        status.is_success()
+    }
+
+    fn note_end(&self, ticket: &Ticket) {
+        let change = ticket.finished(self.now_ms(), &self.health_rules);
+        health::report(&self.metrics, ticket.endpoint(), change, "");
     }
 }

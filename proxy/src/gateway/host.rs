@@ -14,14 +14,35 @@ use pingora_core::{
 use pingora_error::ErrorType;
 
 use super::Gateway;
-use crate::{downstream::respond, drain, error::GatewayError, openai::ErrorShape, record::Record};
+use crate::{
+    downstream::{peer::Peer, respond},
+    drain,
+    error::GatewayError,
+    listener::HeadClock,
+    openai::ErrorShape,
+    record::Record,
+};
 
 /// Bytes of HTTP/2 body a client may send before it hears from us: large prompts come in few round trips.
 const H2_WINDOW_BYTES: u32 = 1 << 20;
 
-/// The gateway as pingora hosts it.
+/// Header lists up to this many times `limits.header_bytes` get our own 431, with a reason; the h2 crate, which counts 32
+/// bytes more for each field, answers larger ones without.
+const H2_HEADER_LIST_FACTOR: usize = 2;
+
+/// Streams that we had to reset for a client's errors, as a multiple of those that it may reset itself.
+const H2_OWN_RESETS_FACTOR: usize = 10;
+
+/// The gateway as pingora hosts it: one for each connection.
 #[derive(Debug)]
-pub struct Host(pub Arc<Gateway>);
+pub struct Host {
+    /// What all connections share.
+    pub gateway: Arc<Gateway>,
+    /// Who is at the other end.
+    pub peer: Peer,
+    /// How long its request heads have been on their way; HTTP/1 only.
+    pub clock: Arc<HeadClock>,
+}
 
 #[async_trait]
 impl HttpServerApp for Host {
@@ -30,50 +51,66 @@ impl HttpServerApp for Host {
         session: ServerSession,
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
-        self.0.serve(session, shutdown).await
+        self.gateway.serve(session, shutdown, self).await
     }
 
     fn h2_options(&self) -> Option<H2Options> {
+        let limits = &self.gateway.config.limits;
+        let header_list = limits.header_bytes.saturating_mul(H2_HEADER_LIST_FACTOR);
         let mut options = default_h2_options();
-        options.initial_window_size(H2_WINDOW_BYTES).initial_connection_window_size(H2_WINDOW_BYTES * 4);
+        options
+            .initial_window_size(H2_WINDOW_BYTES)
+            .initial_connection_window_size(H2_WINDOW_BYTES * 4)
+            .max_header_list_size(u32::try_from(header_list).unwrap_or(u32::MAX))
+            .max_concurrent_streams(limits.http2_streams)
+            .max_pending_accept_reset_streams(limits.http2_resets)
+            .max_local_error_reset_streams(Some(limits.http2_resets.saturating_mul(H2_OWN_RESETS_FACTOR)));
         Some(options)
     }
 
     fn server_options(&self) -> Option<&HttpServerOptions> {
-        Some(&self.0.options)
+        Some(&self.gateway.options)
     }
 }
 
 impl Gateway {
     /// One request on a connection, from its head on; gives the connection back if it can take another.
-    async fn serve(&self, mut session: ServerSession, shutdown: &ShutdownWatch) -> Option<ReusedHttpStream> {
+    async fn serve(
+        &self,
+        mut session: ServerSession,
+        shutdown: &ShutdownWatch,
+        host: &Host,
+    ) -> Option<ReusedHttpStream> {
         let limits = &self.config.limits;
+        let on_http1 = !session.is_http2();
         let read = {
-            let mut stop = shutdown.clone();
             // One future to its end: a head that has begun to arrive must not be lost to the drain.
             let mut reading = pin!(session.read_request());
+            host.clock.next_head();
             tokio::select! {
                 biased;
-                read = reading.as_mut() => read,
-                () = stopping(&mut stop) => tokio::time::timeout(drain::LAST_REQUEST, reading).await.ok()?,
+                read = reading.as_mut() => Some(read),
+                () = host.clock.expired(Duration::from_millis(limits.head_ms)), if on_http1 => None,
+                () = self.lifecycle.close_idle().cancelled() => {
+                    Some(tokio::time::timeout(drain::LAST_REQUEST, reading).await.ok()?)
+                }
             }
         };
-        match read {
-            Ok(true) => {}
-            Ok(false) => return None, // an idle connection that the client has closed
-            Err(e) => {
-                let error = head_error(&e, limits.header_bytes);
-                let mut record = Record::new(&self.metrics);
-                record.failed(&error);
-                if error == GatewayError::ClientGone {
-                    return None;
-                }
+        let refused = match read {
+            Some(Ok(true)) => None,
+            Some(Ok(false)) => return None, // an idle connection that the client has closed
+            Some(Err(e)) => Some(head_error(&e, limits.header_bytes)),
+            None => Some(GatewayError::HeadTimeout),
+        };
+        if let Some(error) = refused {
+            let mut record = Record::new(&self.metrics);
+            record.failed(&error);
+            if error != GatewayError::ClientGone {
+                let id = record.request_id();
                 // Nobody may be there to read it.
-                drop(
-                    respond::last_words(&mut session, &error, ErrorShape::OpenAi, record.request_id()).await,
-                );
-                return None;
+                drop(respond::last_words(&mut session, &error, ErrorShape::OpenAi, id).await);
             }
+            return None;
         }
         let mut record = Record::new(&self.metrics);
         let _counted = self.lifecycle.request();
@@ -84,7 +121,7 @@ impl Gateway {
             let keepalive = self.config.public.keepalive_s;
             session.set_keepalive((keepalive > 0 && !*shutdown.borrow()).then_some(keepalive));
         }
-        if let Err(error) = self.handle(&mut session, &mut record).await {
+        if let Err(error) = self.handle(&mut session, &mut record, &host.peer).await {
             record.failed(&error);
             let shape = record.shape();
             respond::error(&mut session, &error, shape, record.request_id(), limits).await.ok()?;
@@ -97,12 +134,6 @@ impl Gateway {
         let reusable = session.finish().await.ok()??;
         Some(ReusedHttpStream::from_reusable_stream(reusable, settings))
     }
-}
-
-/// Resolves when no more requests are wanted.
-async fn stopping(shutdown: &mut ShutdownWatch) {
-    // An error means that the sender is gone: the process is past stopping.
-    drop(shutdown.wait_for(|stop| *stop).await);
 }
 
 /// What a head that pingora refused means. Its text is the only place where the reason is told.

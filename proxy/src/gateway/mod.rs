@@ -11,7 +11,7 @@ mod models;
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use penstock_config::proxy::ProxyConfig;
+use penstock_config::proxy::{LimitsConfig, ProxyConfig};
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
 use tokio::time::Instant;
 
@@ -20,11 +20,13 @@ use crate::{
     admission::auth::KeyRing,
     downstream::{
         body::{self, BodyBudget},
+        peer::Peer,
         respond,
     },
     drain::Lifecycle,
     endpoints::{EndpointTable, Pool, Snapshot},
     error::GatewayError,
+    health,
     openai::{
         self, Route,
         request::{RequestFacts, ScanLimits},
@@ -45,7 +47,7 @@ pub struct Gateway {
     options: HttpServerOptions,
     scan_limits: ScanLimits,
     pick_rules: PickRules,
-    outlier_rules: crate::endpoints::outlier::Rules,
+    health_rules: health::Rules,
     keys: KeyRing,
     /// Memory for request bodies.
     pub bodies: BodyBudget,
@@ -67,7 +69,8 @@ impl Gateway {
     pub fn new(config: ProxyConfig) -> Result<Self, String> {
         config.validate()?;
         let mut options = HttpServerOptions::default();
-        options.h2c = config.public.h2c;
+        // Listeners find out by themselves who speaks HTTP/2; pingora, asked to, waits for 24 bytes without a deadline.
+        options.h2c = false;
         options.h2_idle_timeout = Some(Duration::from_secs(config.public.keepalive_s.max(1)));
         Ok(Self {
             options,
@@ -75,14 +78,10 @@ impl Gateway {
             pick_rules: PickRules::new(
                 &config.routing,
                 &config.queue,
-                config.outlier.max_ejected_percent,
+                config.health.max_ejected_percent,
                 &mut fastrand::Rng::new(),
             ),
-            outlier_rules: crate::endpoints::outlier::Rules {
-                consecutive_failures: config.outlier.consecutive_failures,
-                base_ejection_ms: config.outlier.base_ejection_ms,
-                max_ejection_ms: config.outlier.max_ejection_ms,
-            },
+            health_rules: health::rules(&config.health),
             keys: KeyRing::new(&config.auth.keys)?,
             bodies: BodyBudget::new(config.limits.buffered_bytes),
             engines: EngineClient::new(&config.upstream),
@@ -99,13 +98,34 @@ impl Gateway {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// How much a client may send, and how slowly.
+    pub fn limits(&self) -> &LimitsConfig {
+        &self.config.limits
+    }
+
+    /// By what endpoints are judged.
+    pub fn health_rules(&self) -> &health::Rules {
+        &self.health_rules
+    }
+
+    /// The settings it was made with.
+    pub fn config(&self) -> &ProxyConfig {
+        &self.config
+    }
+
     /// Whether callers need no key.
     pub fn is_open(&self) -> bool {
         self.keys.is_open()
     }
 
     /// From a parsed head to the end of the answer.
-    async fn handle(&self, session: &mut ServerSession, record: &mut Record<'_>) -> Result<(), GatewayError> {
+    async fn handle(
+        &self,
+        session: &mut ServerSession,
+        record: &mut Record<'_>,
+        peer: &Peer,
+    ) -> Result<(), GatewayError> {
+        tracing::trace!(client = %peer.address, tls = peer.tls, "request");
         self.check_head(session)?;
         let head = session.req_header();
         let target =

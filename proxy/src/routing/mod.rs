@@ -5,10 +5,11 @@
 //! - [`affinity`]: sessions to endpoints, by keyed hashes and under a load bound.
 //! - [`prefix`]: who probably has a prompt's beginning in its cache, in fixed memory.
 //!
-//! Filters, in order: not draining, not tried by this request before, not ejected. At most a share of the pool may be out
-//! for failures: beyond it, and when none is left at all (*panic*), ejections are not looked at, since trying a sick
-//! engine beats refusing a client. Last: not at its limit ([`saturation`]); when that takes out all that were left, the
-//! request waits. No policy ever sees an endpoint that a filter took out.
+//! Filters, in order: not draining, not tried by this request before, healthy ([`crate::health`]). At most a share of the pool
+//! may be out for its health. Beyond it, and when nothing healthy is left, the pool is in *panic*: those that react at all are
+//! taken, however badly they do, since suspicion against so many is more likely wrong, and since trying a sick engine beats
+//! refusing a client; those that do not react only when there is nobody else. Last: not at its limit ([`saturation`]); when
+//! that takes out all that were left, the request waits. No policy ever sees an endpoint that a filter took out.
 //!
 //! Absent: engines' own reports. No wire brings them to the proxy yet; its estimate is what it has under way itself, which
 //! is what [`load::estimate`] says without a report.
@@ -123,23 +124,47 @@ pub fn pick(
     mut chance: impl FnMut(usize) -> usize,
 ) -> Result<(Ticket, How), Unpicked> {
     let eligible = |endpoint: &Endpoint| !endpoint.draining && !tried.contains(&endpoint.id);
-    let mut left: Vec<&Arc<Endpoint>> = pool.endpoints.iter().filter(|e| eligible(e)).collect();
-    let admitted = |endpoint: &&Arc<Endpoint>| !endpoint.is_ejected(now_ms);
-    if !too_many_ejected(&pool.endpoints, now_ms, with.max_ejected_percent) && left.iter().any(admitted) {
-        left.retain(admitted);
+    let all: Vec<&Arc<Endpoint>> = pool.endpoints.iter().filter(|e| eligible(e)).collect();
+    let mut among = |healthy: &dyn Fn(&Endpoint) -> bool,
+                     reserve: &dyn Fn(&Arc<Endpoint>) -> Option<Ticket>| {
+        let of_health = || all.iter().copied().filter(|e| healthy(e));
+        let (mut left, mut views): (Vec<&Arc<Endpoint>>, Vec<View>) = of_health()
+            .map(|endpoint| (endpoint, view(endpoint, now_ms, with)))
+            .filter(|(endpoint, view)| !is_full(endpoint, view, now_ms, &with.limits))
+            .unzip();
+        let none = if left.len() < of_health().count() { Unpicked::Saturated } else { Unpicked::Nobody };
+        loop {
+            let (index, how) = policy::choose(rules, &views, asked, &pool.memory, &mut chance).ok_or(none)?;
+            match reserve(left.get(index).ok_or(none)?) {
+                Some(ticket) => return Ok((ticket, how)),
+                None => {
+                    // Another pick has taken its last trial.
+                    left.swap_remove(index);
+                    views.swap_remove(index);
+                }
+            }
+        }
+    };
+    let anyway = |endpoint: &Arc<Endpoint>| Some(endpoint.reserve(now_ms));
+    let mut picked = Err(Unpicked::Nobody);
+    if !too_many_ejected(&pool.endpoints, now_ms, with.max_ejected_percent) {
+        picked = among(&|e| e.vitals().is_open(now_ms), &|e| e.try_reserve(now_ms));
     }
-    if left.is_empty() {
-        return Err(Unpicked::Nobody);
+    if picked.as_ref().is_err_and(|why| *why == Unpicked::Nobody) {
+        picked = among(&|e| !e.vitals().is_lost(now_ms), &anyway);
     }
-    let (left, views): (Vec<_>, Vec<View>) = left
-        .into_iter()
-        .map(|endpoint| (endpoint, view(endpoint, now_ms, with)))
-        .filter(|(endpoint, view)| !is_full(endpoint, view, now_ms, &with.limits))
-        .unzip();
-    let (index, how) =
-        policy::choose(rules, &views, asked, &pool.memory, &mut chance).ok_or(Unpicked::Saturated)?;
-    let chosen = left.get(index).ok_or(Unpicked::Saturated)?;
-    Ok((chosen.reserve(), how))
+    if picked.as_ref().is_err_and(|why| *why == Unpicked::Nobody) {
+        picked = among(&|_| true, &anyway);
+    }
+    picked
+}
+
+/// Whether picks from the pool look past the health of its endpoints.
+pub fn in_panic(pool: &Pool, now_ms: u64, max_ejected_percent: u32) -> bool {
+    let mut candidates = pool.endpoints.iter().filter(|e| !e.draining).peekable();
+    candidates.peek().is_some()
+        && (too_many_ejected(&pool.endpoints, now_ms, max_ejected_percent)
+            || !candidates.any(|e| e.vitals().is_open(now_ms)))
 }
 
 fn is_full(endpoint: &Endpoint, view: &View, now_ms: u64, limits: &Limits) -> bool {
@@ -170,12 +195,14 @@ mod tests {
 
     use super::*;
     use crate::{
-        endpoints::{endpoint::tests::endpoint, outlier},
-        upstream::retry::RetryBudget,
+        endpoints::endpoint::tests::endpoint, error::UpstreamFailure, health, upstream::retry::RetryBudget,
     };
 
-    const EJECT: outlier::Rules =
-        outlier::Rules { consecutive_failures: 1, base_ejection_ms: 1_000, max_ejection_ms: 1_000 };
+    /// Ejects for a second: an engine that answers with errors, or one that does not react.
+    fn eject(endpoint: &Arc<Endpoint>, failure: UpstreamFailure) {
+        let rules = health::Rules { consecutive_failures: 1, ..health::rules(&Default::default()) };
+        assert!(endpoint.reserve(0).failed(failure, 0, &rules).is_some());
+    }
 
     fn with(policy: Policy) -> PickRules {
         let config = RoutingConfig { policy, hash_key: "k".into(), ..RoutingConfig::default() };
@@ -211,7 +238,8 @@ mod tests {
     #[test]
     fn the_least_loaded_wins_and_the_pick_counts_at_once() {
         let pool = pool(3);
-        let _busy = (pool.endpoints[0].reserve(), pool.endpoints[0].reserve(), pool.endpoints[2].reserve());
+        let _busy =
+            (pool.endpoints[0].reserve(0), pool.endpoints[0].reserve(0), pool.endpoints[2].reserve(0));
         let ticket = pick_from(&pool, &[], 0, |_| 0);
         assert_eq!(picked(&ticket), Some("e1"));
         assert_eq!(pool.endpoints[1].inflight(), 1);
@@ -220,7 +248,7 @@ mod tests {
     #[test]
     fn tried_draining_and_ejected_endpoints_are_passed_over() {
         let pool = pool(3);
-        pool.endpoints[0].failed(0, &EJECT);
+        eject(&pool.endpoints[0], UpstreamFailure::BeforeFirstByte);
         assert_eq!(picked(&pick_from(&pool, &["e1".into()], 10, |_| 0)), Some("e2"));
     }
 
@@ -228,9 +256,32 @@ mod tests {
     fn with_everything_ejected_all_are_tried_rather_than_none() {
         let pool = pool(2);
         for endpoint in &pool.endpoints {
-            endpoint.failed(0, &EJECT);
+            eject(endpoint, UpstreamFailure::Connect);
         }
         assert!(pick_from(&pool, &[], 10, |_| 0).is_some());
+        assert!(in_panic(&pool, 10, 100));
+    }
+
+    /// With three of four engines dead, picks in panic must not go to the dead ones: budgets could not repair that.
+    #[test]
+    fn in_panic_those_that_react_are_taken_and_the_dead_are_not() {
+        let pool = pool(4);
+        (0..3).for_each(|i| eject(&pool.endpoints[i], UpstreamFailure::Connect));
+        assert!(in_panic(&pool, 10, 67) && !in_panic(&pool, 1_010, 67));
+        for chance in 0..4 {
+            assert_eq!(picked(&pick_from(&pool, &[], 10, |n| chance % n)), Some("e3"));
+        }
+        eject(&pool.endpoints[3], UpstreamFailure::BeforeFirstByte);
+        assert_eq!(picked(&pick_from(&pool, &[], 10, |_| 0)), Some("e3"), "errors beat silence");
+    }
+
+    #[test]
+    fn a_half_open_endpoint_gets_one_request_and_the_rest_go_elsewhere() {
+        let pool = pool(2);
+        eject(&pool.endpoints[0], UpstreamFailure::BeforeFirstByte);
+        let tickets: Vec<_> = (0..9).map(|_| pick_from(&pool, &[], 1_000, |_| 0)).collect();
+        let trials = tickets.iter().filter(|ticket| picked(ticket) == Some("e0")).count();
+        assert_eq!(trials, 1);
     }
 
     #[test]
@@ -244,9 +295,9 @@ mod tests {
         let pool = pool(2);
         let with = with(Policy::LeastLoaded);
         let pick = |now| pick(&pool, &[], &Asked::default(), now, (&with, &with.rules), |_| 0);
-        let held: Vec<_> = pool.endpoints.iter().map(Endpoint::reserve).collect();
+        let held: Vec<_> = pool.endpoints.iter().map(|endpoint| endpoint.reserve(1_000)).collect();
         pool.endpoints.iter().for_each(|endpoint| {
-            let refused = endpoint.reserve();
+            let refused = endpoint.reserve(1_000);
             endpoint.refused(1_000);
             drop(refused);
         });
@@ -264,7 +315,7 @@ mod tests {
             (0, 60_000),
             "its life begins at the first pick that sees it"
         );
-        let _busy: Vec<_> = (0..3).map(|_| pool.endpoints[0].reserve()).collect();
+        let _busy: Vec<_> = (0..3).map(|_| pool.endpoints[0].reserve(0)).collect();
         assert_eq!(
             picked(&pick_from(&pool, &[], 60_005, |_| 0)),
             Some("e0"),
@@ -295,7 +346,7 @@ mod tests {
                 match state {
                     1 => Arc::get_mut(endpoint).expect("not shared").draining = true,
                     2 => tried.push(Arc::clone(&endpoint.id)),
-                    3 => { endpoint.failed(0, &EJECT); }
+                    3 => eject(endpoint, UpstreamFailure::BeforeFirstByte),
                     _ => {}
                 }
             }
@@ -326,7 +377,7 @@ mod tests {
             let pool = pool(loads.len());
             let mut held = vec![];
             for (endpoint, load) in pool.endpoints.iter().zip(&loads) {
-                held.extend((0..*load).map(|_| endpoint.reserve()));
+                held.extend((0..*load).map(|_| endpoint.reserve(0)));
             }
             let mut rng = fastrand::Rng::with_seed(seed);
             let ticket = pick_from(&pool, &[], 0, |n| rng.usize(0..n)).expect("one is eligible");

@@ -5,7 +5,7 @@
 //! is ever held back for more. An event that is not whole yet is: a stream that breaks never ends inside an event.
 //! Backpressure is the write: while a client takes nothing, nothing more is read from its engine.
 //!
-//! Cost of an event: one read, one write, one allocation for its bytes, no timer set (one idle timer a stream is looked
+//! Cost of an event: one read, one write, one allocation for its bytes, one atomic load, no timer set (one idle timer a stream is looked
 //! at when it fires, not when an event passes), no lock.
 
 use std::{pin::pin, time::Duration};
@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     downstream::{self, respond},
     error::{GatewayError, UpstreamFailure},
+    health::Pulse,
     openai::{ErrorShape, usage::StreamFacts},
     telemetry::metrics::Metrics,
     upstream::client::{Events, Open},
@@ -39,6 +40,8 @@ pub struct RelayContext<'a> {
     pub shape: ErrorShape,
     /// Where events and bytes are counted.
     pub metrics: &'a Metrics,
+    /// Where the engine's progress is noted.
+    pub pulse: &'a Pulse<'a>,
 }
 
 /// How a relay ended.
@@ -129,6 +132,7 @@ async fn copy(
         let Some(chunk) = read.map_err(|_| GatewayError::Upstream(UpstreamFailure::MidStream))? else {
             return Ok(());
         };
+        context.pulse.beat(last_read);
         let (ready, after) = take_what_is_there(connection, chunk, events.as_deref_mut())?;
         if let Some(events) = events.as_deref_mut() {
             let before = events.facts.events;
@@ -206,7 +210,7 @@ async fn write(
     context: &RelayContext<'_>,
 ) -> Result<(), GatewayError> {
     context.metrics.bytes_out.inc_by(bytes.len() as u64);
-    session.write_response_body(bytes, false).await.map_err(|e| write_error(&e))
+    context.pulse.while_written(session.write_response_body(bytes, false)).await.map_err(|e| write_error(&e))
 }
 
 fn write_error(error: &pingora_error::Error) -> GatewayError {

@@ -4,7 +4,7 @@
 //! enums. `model` takes only names of deployed models, so that a client cannot make series.
 //! Cost: a counter behind resolved labels is one atomic add; the labelled ones here are resolved once a request.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
@@ -12,9 +12,14 @@ use prometheus::{
 };
 
 use crate::{
-    endpoints::Snapshot,
+    endpoints::{Pool, Snapshot},
     error::UpstreamFailure,
-    routing::policy::{How, Policy},
+    health::{Phase, Reason, probe::Probed, progress::Verdict},
+    listener::Refusal,
+    routing::{
+        self,
+        policy::{How, Policy},
+    },
     upstream::client::Origin,
     xds::status::XdsStatusView,
 };
@@ -64,18 +69,30 @@ pub struct Metrics {
     /// How long they waited.
     pub queue_wait: Histogram,
     queue_depth: IntGaugeVec,
-    /// Endpoints taken out of picks for failures.
-    pub ejections: IntCounter,
+    /// Endpoints taken out of picks for their health, by reason.
+    pub ejections: IntCounterVec,
+    /// Endpoints that passed their trials after an ejection.
+    pub endpoint_returns: IntCounter,
+    /// Probes by result: passed, failed, timed_out.
+    pub probes: IntCounterVec,
+    /// Examinations of silent engines by verdict: alive, hung, unknown.
+    pub hang_checks: IntCounterVec,
     /// Upstream connections by origin: new, reused.
     pub upstream_connections: IntCounterVec,
     /// Clients that left before the end.
     pub client_disconnects: IntCounter,
     /// Error frames engines sent inside a 200.
     pub inband_errors: IntCounter,
+    /// Clients' connections and certificates.
+    pub listeners: ListenerMetrics,
+    /// Binary upgrades by how they ended: done, failed.
+    pub upgrades: IntCounterVec,
     snapshot_revision: IntGauge,
     snapshot_term: IntGauge,
     endpoints: IntGauge,
     endpoints_ejected: IntGauge,
+    endpoints_by_health: IntGaugeVec,
+    pools_in_panic: IntGauge,
     models: IntGauge,
     xds_connected: IntGauge,
     xds_age_seconds: IntGauge,
@@ -98,6 +115,8 @@ pub struct State<'a> {
     pub body_bytes_held: usize,
     /// The clock that ejections are in.
     pub now_ms: u64,
+    /// Largest share of a pool that may be out.
+    pub max_ejected_percent: u32,
 }
 
 impl Metrics {
@@ -164,8 +183,25 @@ impl Metrics {
                 "Requests that wait for a place, by pool.",
                 &["pool"],
             )?,
-            ejections: make
-                .counter("penstock_proxy_ejections_total", "Endpoints taken out of picks for failures.")?,
+            ejections: make.counters(
+                "penstock_proxy_ejections_total",
+                "Endpoints taken out of picks for their health.",
+                &["reason"],
+            )?,
+            endpoint_returns: make.counter(
+                "penstock_proxy_endpoint_returns_total",
+                "Endpoints that passed their trials after an ejection.",
+            )?,
+            probes: make.counters(
+                "penstock_proxy_probes_total",
+                "Health probes of endpoints that no traffic proves alive.",
+                &["result"],
+            )?,
+            hang_checks: make.counters(
+                "penstock_proxy_hang_checks_total",
+                "Examinations of engines that were silent for too long.",
+                &["verdict"],
+            )?,
             upstream_connections: make.counters(
                 "penstock_proxy_upstream_connections_total",
                 "Connections to engines that requests used.",
@@ -177,6 +213,12 @@ impl Metrics {
                 "penstock_proxy_inband_errors_total",
                 "Error frames that engines sent inside a 200.",
             )?,
+            listeners: ListenerMetrics::new(&make)?,
+            upgrades: make.counters(
+                "penstock_proxy_upgrades_total",
+                "Successors started, by whether they took over.",
+                &["result"],
+            )?,
             body_bytes_held: make
                 .gauge("penstock_proxy_request_bytes_held", "Request bytes held in memory.")?,
             snapshot_revision: make
@@ -184,7 +226,16 @@ impl Metrics {
             snapshot_term: make.gauge("penstock_proxy_snapshot_term", "Term of the tables in use.")?,
             endpoints: make.gauge("penstock_proxy_endpoints", "Endpoints in the tables in use.")?,
             endpoints_ejected: make
-                .gauge("penstock_proxy_endpoints_ejected", "Endpoints out of picks for failures.")?,
+                .gauge("penstock_proxy_endpoints_ejected", "Endpoints out of picks for their health.")?,
+            endpoints_by_health: make.gauges(
+                "penstock_proxy_endpoints_by_health",
+                "Endpoints by the state of their health.",
+                &["state"],
+            )?,
+            pools_in_panic: make.gauge(
+                "penstock_proxy_pools_in_panic",
+                "Pools in which too many endpoints are out for health to be looked at.",
+            )?,
             models: make.gauge("penstock_proxy_models", "Models that can be asked for.")?,
             xds_connected: make
                 .gauge("penstock_proxy_xds_connected", "1 while a control plane is connected.")?,
@@ -209,8 +260,20 @@ impl Metrics {
         for outcome in QUEUE_OUTCOMES {
             metrics.queue_outcomes.with_label_values(&[outcome]).inc_by(0);
         }
+        for reason in Reason::ALL {
+            metrics.ejections.with_label_values(&[reason.label()]).inc_by(0);
+        }
+        for probed in Probed::ALL {
+            metrics.probes.with_label_values(&[probed.label()]).inc_by(0);
+        }
+        for verdict in Verdict::ALL {
+            metrics.hang_checks.with_label_values(&[verdict.label()]).inc_by(0);
+        }
         for kind in ["prompt", "completion"] {
             metrics.tokens.with_label_values(&[kind]).inc_by(0);
+        }
+        for result in ["done", "failed"] {
+            metrics.upgrades.with_label_values(&[result]).inc_by(0);
         }
         for origin in ["new", "reused"] {
             metrics.upstream_connections.with_label_values(&[origin]).inc_by(0);
@@ -220,7 +283,7 @@ impl Metrics {
 
     /// The Prometheus text of everything, with the gauges of state brought up to date first.
     pub fn render(&self, state: &State<'_>) -> String {
-        let State { snapshot, xds, draining, body_bytes_held, now_ms } = *state;
+        let State { snapshot, xds, draining, body_bytes_held, now_ms, max_ejected_percent } = *state;
         let all = || snapshot.pools.values().flat_map(|pool| &pool.endpoints);
         self.snapshot_revision.set(clamp(snapshot.version.revision));
         self.snapshot_term.set(clamp(snapshot.version.term));
@@ -230,6 +293,15 @@ impl Metrics {
         for (name, pool) in &snapshot.pools {
             self.queue_depth.with_label_values(&[name.as_str()]).set(clamp(pool.queue.len() as u64));
         }
+        let mut by_phase = [0u64; Phase::ALL.len()];
+        for phase in all().map(|endpoint| endpoint.vitals().phase(now_ms)) {
+            by_phase[phase as usize] += 1;
+        }
+        for (phase, count) in Phase::ALL.into_iter().zip(by_phase) {
+            self.endpoints_by_health.with_label_values(&[phase.label()]).set(clamp(count));
+        }
+        let panics = |pool: &&Arc<Pool>| routing::in_panic(pool, now_ms, max_ejected_percent);
+        self.pools_in_panic.set(clamp(snapshot.pools.values().filter(panics).count() as u64));
         self.models.set(clamp(snapshot.routes.len() as u64));
         self.xds_connected.set(i64::from(xds.connected));
         self.xds_age_seconds.set(xds.last_response_age.map_or(-1, |age| clamp(age.as_secs())));
@@ -254,6 +326,88 @@ impl Metrics {
         let mut digits = [0u8; 5];
         self.requests.with_label_values(&[api, model, status_text(status, &mut digits), blame]).inc();
         self.duration.observe(took.as_secs_f64());
+    }
+}
+
+/// What is counted for each listener, by its name in the settings.
+#[derive(Debug)]
+pub struct ListenerMetrics {
+    accepted: IntCounterVec,
+    open: IntGaugeVec,
+    refused: IntCounterVec,
+    certificate_expiry: IntGaugeVec,
+    certificate_reloads: IntCounterVec,
+}
+
+impl ListenerMetrics {
+    fn new(make: &Maker<'_>) -> Result<Self, prometheus::Error> {
+        Ok(Self {
+            accepted: make.counters(
+                "penstock_proxy_connections_total",
+                "Clients' connections accepted, those refused for the limit not counted.",
+                &["listener"],
+            )?,
+            open: make.gauges("penstock_proxy_connections_open", "Clients' connections.", &["listener"])?,
+            refused: make.counters(
+                "penstock_proxy_connections_refused_total",
+                "Clients' connections closed before they brought a request.",
+                &["listener", "reason"],
+            )?,
+            certificate_expiry: make.gauges(
+                "penstock_proxy_certificate_expiry_timestamp_seconds",
+                "When the first certificate of the listener's chain expires.",
+                &["listener"],
+            )?,
+            certificate_reloads: make.counters(
+                "penstock_proxy_certificate_reloads_total",
+                "Changed certificate files, by whether they are in use now or were refused.",
+                &["listener", "result"],
+            )?,
+        })
+    }
+
+    /// Makes the series of a listener, at zero.
+    pub fn exists(&self, listener: &str) {
+        self.accepted.with_label_values(&[listener]).inc_by(0);
+        self.open.with_label_values(&[listener]).add(0);
+        for refusal in Refusal::ALL {
+            self.refused.with_label_values(&[listener, refusal.label()]).inc_by(0);
+        }
+    }
+
+    /// Counts a connection in, until what it gives back is dropped.
+    pub fn opened(&self, listener: &str) -> impl Drop + use<> {
+        self.accepted.with_label_values(&[listener]).inc();
+        let gauge = self.open.with_label_values(&[listener]);
+        gauge.inc();
+        Open(gauge)
+    }
+
+    /// Counts a connection that was closed before it brought a request.
+    pub fn refused(&self, listener: &str, why: Refusal) {
+        self.refused.with_label_values(&[listener, why.label()]).inc();
+    }
+
+    /// Tells of the certificates in use.
+    pub fn certificate(&self, listener: &str, expires_unix_s: i64) {
+        self.certificate_expiry.with_label_values(&[listener]).set(expires_unix_s);
+        for result in ["loaded", "refused"] {
+            self.certificate_reloads.with_label_values(&[listener, result]).inc_by(0);
+        }
+    }
+
+    /// Counts changed files of certificates.
+    pub fn reloaded(&self, listener: &str, good: bool) {
+        let result = if good { "loaded" } else { "refused" };
+        self.certificate_reloads.with_label_values(&[listener, result]).inc();
+    }
+}
+
+struct Open(IntGauge);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }
 
@@ -322,11 +476,14 @@ mod tests {
             draining: false,
             body_bytes_held: 0,
             now_ms: 0,
+            max_ejected_percent: 67,
         };
         let text = metrics.render(&state);
         for line in [
             "penstock_proxy_retries_total{reason=\"connect\"} 0",
             "penstock_proxy_requests_inflight 0",
+            "penstock_proxy_ejections_total{reason=\"hang\"} 0",
+            "penstock_proxy_endpoints_by_health{state=\"half_open\"} 0",
             "penstock_proxy_upstream_connections_total{origin=\"reused\"} 0",
             "penstock_proxy_xds_last_response_age_seconds -1",
         ] {

@@ -2,7 +2,11 @@
 
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub)] // test code, shared by several test binaries
 
+pub mod daemon;
+pub mod tls;
+
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{
         Arc, Mutex,
@@ -13,7 +17,11 @@ use std::{
 
 use penstock_config::proxy::ProxyConfig;
 use penstock_proto::{v1, xds};
-use penstock_proxy::{gateway::Gateway, listener, xds::state::XdsState};
+use penstock_proxy::{
+    gateway::Gateway,
+    listener::{self, Listener},
+    xds::state::XdsState,
+};
 use prost::Message;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -28,26 +36,30 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Proxy {
     pub address: SocketAddr,
     pub gateway: Arc<Gateway>,
+    /// Where its listeners listen, by name.
+    pub listeners: BTreeMap<String, SocketAddr>,
+    /// The certificates of those with TLS.
+    pub watched: Vec<listener::reload::Watched>,
 }
 
 impl Proxy {
     pub fn start(config: ProxyConfig, engines: &[SocketAddr]) -> Self {
         let gateway = Arc::new(Gateway::new(config.clone()).expect("valid settings"));
         gateway.table.apply(&state(engines));
-        let socket = listener::bind("public.listen", "127.0.0.1:0").expect("a free port");
-        let address = socket.local_addr().expect("bound");
-        socket.set_nonblocking(true).expect("a socket");
         let runtime = listener::runtime(&config.public);
-        runtime.get_handle().spawn(listener::serve(
-            Arc::clone(&gateway),
-            socket,
-            address,
-            gateway.lifecycle.watch(),
-        ));
+        let (mut listeners, mut watched) = (BTreeMap::new(), Vec::new());
+        for (name, settings) in config.client_listeners() {
+            let socket = listener::bind(&name, "127.0.0.1:0").expect("a free port");
+            let (open, certificates) = Listener::open(&name, settings, &socket).expect("a listener");
+            listeners.insert(name, open.address);
+            watched.extend(certificates);
+            runtime.get_handle().spawn(listener::serve(Arc::clone(&gateway), open, socket));
+        }
         // Pingora keeps the handles of such runtimes by thread id, and ids are used again: one that ended would be taken for
         // the next one's. A process has one for life; these live as long as the test binary.
         std::mem::forget(runtime);
-        Self { address, gateway }
+        let address = listeners["public"];
+        Self { address, gateway, listeners, watched }
     }
 
     /// Sends `request` on a connection of its own and reads until the gateway closes it.
@@ -74,7 +86,8 @@ impl Proxy {
     }
 }
 
-fn state(engines: &[SocketAddr]) -> XdsState {
+/// Tables that route the model "m" to `engines`.
+pub fn state(engines: &[SocketAddr]) -> XdsState {
     let endpoints = engines
         .iter()
         .enumerate()
@@ -291,6 +304,11 @@ impl Client {
 
 pub fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|w| w == needle)
+}
+
+/// Ejections for a reason.
+pub fn ejections(proxy: &Proxy, reason: &str) -> u64 {
+    proxy.gateway.metrics.ejections.with_label_values(&[reason]).get()
 }
 
 /// Waits for a condition, not for luck.
