@@ -92,7 +92,9 @@ impl StoreConfig {
 
     fn validate_etcd(&self) -> Result<(), String> {
         if self.endpoints.is_empty() {
-            return Err("store.endpoints is empty: name etcd's members, as [\"http://HOST:2379\", ...]".into());
+            return Err(
+                "store.endpoints is empty: name etcd's members, as [\"http://HOST:2379\", ...]".into()
+            );
         }
         let encrypted = !self.ca_file.is_empty();
         for endpoint in &self.endpoints {
@@ -117,14 +119,19 @@ impl StoreConfig {
             return Err("store.cert_file and store.key_file go together: set both or neither".into());
         }
         if !self.cert_file.is_empty() && !encrypted {
-            return Err("store.cert_file is set and store.ca_file is not: a certificate is shown over TLS only".into());
+            return Err(
+                "store.cert_file is set and store.ca_file is not: a certificate is shown over TLS only"
+                    .into(),
+            );
         }
         if !self.password.is_empty() && !self.password_file.is_empty() {
             return Err("store.password and store.password_file are both set: set one".into());
         }
         let has_password = !self.password.is_empty() || !self.password_file.is_empty();
         if self.username.is_empty() == has_password {
-            return Err("store.username and a password (store.password or store.password_file) go together".into());
+            return Err(
+                "store.username and a password (store.password or store.password_file) go together".into()
+            );
         }
         if self.prefix.len() > MAX_PREFIX || self.prefix.ends_with('/') || self.prefix.contains('\0') {
             return Err(format!(
@@ -194,8 +201,7 @@ impl ElectionConfig {
                 self.forward_timeout_ms
             ));
         }
-        let advertised =
-            [("advertise_http", &self.advertise_http), ("advertise_grpc", &self.advertise_grpc)];
+        let advertised = [("advertise_http", &self.advertise_http), ("advertise_grpc", &self.advertise_grpc)];
         for ((key, advertised), (listen_key, listen)) in advertised.into_iter().zip(listen) {
             let listens = listen.parse::<SocketAddr>().ok();
             if advertised.is_empty() && listens.is_some_and(|address| address.ip().is_unspecified()) {

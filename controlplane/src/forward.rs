@@ -50,7 +50,8 @@ pub(crate) fn before(core: Arc<Core>, router: Router) -> Router {
     let mut connector = HttpConnector::new();
     connector.set_connect_timeout(Some(CONNECT));
     connector.set_nodelay(true);
-    let client = Client::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(10)).build(connector);
+    let client =
+        Client::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(10)).build(connector);
     router.layer(middleware::from_fn_with_state(Forwarder { core, client }, hand_on))
 }
 
@@ -115,7 +116,8 @@ impl Forwarder {
     async fn send(&self, address: &str, mut request: Request) -> Result<Response, String> {
         let sent = async {
             let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
-            *request.uri_mut() = format!("http://{address}{path}").parse::<Uri>().map_err(|e| e.to_string())?;
+            *request.uri_mut() =
+                format!("http://{address}{path}").parse::<Uri>().map_err(|e| e.to_string())?;
             for name in &HOP {
                 request.headers_mut().remove(name);
             }

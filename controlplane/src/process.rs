@@ -60,7 +60,13 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
     /// Share state with other control planes through etcd: its members, as http://HOST:2379, instead of store.endpoints.
-    #[arg(long, alias = "etcd-endpoint", value_name = "URL,URL,...", value_delimiter = ',', conflicts_with = "data_dir")]
+    #[arg(
+        long,
+        alias = "etcd-endpoint",
+        value_name = "URL,URL,...",
+        value_delimiter = ',',
+        conflicts_with = "data_dir"
+    )]
     etcd_endpoints: Vec<String>,
 }
 

@@ -218,3 +218,55 @@ async fn who_may_not_is_told_so() {
     assert!(denied(with("penstock", "pass", "/other").get("/x").await).contains("store.prefix"));
     good.close().await;
 }
+
+#[tokio::test]
+async fn over_tls_both_sides_show_who_they_are() {
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(DnType::CommonName, "authority of a test");
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let pair = |name: &str| {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        params.distinguished_name.push(DnType::CommonName, name);
+        (params.signed_by(&key, &authority).unwrap().pem(), key.serialize_pem())
+    };
+    let write = |dir: &std::path::Path, name: &str, text: &str| {
+        let path = dir.join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let made = Cluster::start_with(1, "https", |dir| {
+        let (certificate, key) = pair("etcd");
+        let ca = write(dir, "ca.pem", &authority.pem());
+        let (certificate, key) = (write(dir, "etcd.pem", &certificate), write(dir, "etcd.key", &key));
+        let flags =
+            ["--client-cert-auth", "--trusted-ca-file", &ca, "--cert-file", &certificate, "--key-file", &key];
+        flags.map(str::to_owned).to_vec()
+    });
+    let Some(cluster) = made else { return };
+    let (certificate, key) = pair("penstock");
+    let dir = cluster.dir.path();
+    let settings = StoreConfig {
+        ca_file: dir.join("ca.pem").to_str().unwrap().into(),
+        cert_file: write(dir, "own.pem", &certificate),
+        key_file: write(dir, "own.key", &key),
+        request_timeout_ms: 20_000,
+        member_timeout_ms: 5_000,
+        ..cluster.settings()
+    };
+    let store = EtcdStore::new(settings.clone());
+    append(&store, 0).await;
+    let mut watch = store.watch("/log/", 1).await.unwrap();
+    assert_eq!(next(&mut watch).await.len(), 1);
+    store.close().await;
+
+    let short = StoreConfig { request_timeout_ms: 1_500, member_timeout_ms: 1_000, ..settings };
+    let nameless = StoreConfig { cert_file: String::new(), key_file: String::new(), ..short.clone() };
+    let error = EtcdStore::new(nameless).get("/x").await.unwrap_err();
+    assert!(matches!(error, StoreError::Denied(_) | StoreError::Unavailable(_)), "{error}");
+    let missing = StoreConfig { ca_file: "/nonexistent.pem".into(), ..short };
+    let error = EtcdStore::new(missing).get("/x").await.unwrap_err().to_string();
+    assert!(error.contains("/nonexistent.pem") && error.contains("store.ca_file"), "{error}");
+}

@@ -48,10 +48,15 @@ impl From<StoreError> for ApiError {
         }
         tracing::error!(%error, "a request could not be served");
         if let StoreError::Denied(_) | StoreError::Rewound(_) | StoreError::Invalid(_) = error {
-            return Self::new(StatusCode::SERVICE_UNAVAILABLE, "store_refuses", format!("{error}; nothing was changed"));
+            return Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "store_refuses",
+                format!("{error}; nothing was changed"),
+            );
         }
         if let StoreError::NoQuorum(_) = error {
-            let message = "the store has no quorum; whether the change took place is unknown: read it, then try again";
+            let message =
+                "the store has no quorum; whether the change took place is unknown: read it, then try again";
             return Self::new(StatusCode::SERVICE_UNAVAILABLE, "store_no_quorum", message);
         }
         let message =

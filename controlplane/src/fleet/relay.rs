@@ -28,6 +28,8 @@ use crate::{core::Core, leadership::Leader, store::StoreError, view::View};
 pub(super) const RELAYED: &str = "penstock-relayed";
 /// Messages that may wait in either direction.
 const WAITING: usize = 64;
+/// Pause between two tries to reach the leader.
+const RETRY: Duration = Duration::from_millis(100);
 /// Longest time to connect to the leader.
 const CONNECT: Duration = Duration::from_secs(2);
 /// A leader that does not answer a ping for this long is gone; the view mostly tells sooner.
@@ -55,15 +57,20 @@ async fn relay(
     outbound: &Outbound,
 ) -> Result<(), Status> {
     let node_id = hello.node_id.clone();
-    let (up, stream) = mpsc::channel(WAITING);
-    let hello = v1::AgentMessage { message: Some(Message::Hello(hello)) };
-    let full = |_| Status::unavailable("the leader does not read: connect again");
-    up.try_send(hello).map_err(full)?;
-    let mut lease = NodeLease { core, node_id: &node_id, renewed: Instant::now() - core.lease_ttl() };
-    let leader = wait_for_leader(core, &mut lease).await?;
-    let mut down = tokio::select! {
-        () = core.stop.cancelled() => return Err(stopping()),
-        opened = open(&leader, stream) => opened?,
+    let mut lease = NodeLease { core, node_id: &node_id, renewed: None };
+    let deadline = Instant::now() + PATIENCE;
+    let (leader, up, mut down) = loop {
+        let leader = wait_for_leader(core, &mut lease, deadline).await?;
+        let opened = tokio::select! {
+            () = core.stop.cancelled() => return Err(stopping()),
+            opened = open(&leader, hello.clone()) => opened,
+        };
+        match opened {
+            Ok((up, down)) => break (leader, up, down),
+            Err(status) if Instant::now() >= deadline => return Err(status),
+            // It is gone, and its lease has not ended yet; or it was elected a moment ago. The agent need not know.
+            Err(_) => tokio::time::sleep(RETRY).await,
+        }
     };
     tracing::debug!(node_id, leader = leader.id, "a fleet session is relayed");
     let mut views = core.views.clone();
@@ -103,7 +110,7 @@ async fn another_leads(views: &mut watch::Receiver<Arc<View>>, leader: &Leader) 
 struct NodeLease<'a> {
     core: &'a Core,
     node_id: &'a str,
-    renewed: Instant,
+    renewed: Option<Instant>,
 }
 
 impl NodeLease<'_> {
@@ -114,10 +121,10 @@ impl NodeLease<'_> {
 
     /// Renews it if it is time; one that has ended, or is not known yet, is the leader's business.
     async fn renew(&mut self) {
-        if self.renewed.elapsed() < self.interval() {
+        if self.renewed.is_some_and(|renewed| renewed.elapsed() < self.interval()) {
             return;
         }
-        self.renewed = Instant::now();
+        self.renewed = Some(Instant::now());
         let lease = self.core.view().nodes.get(self.node_id).map_or(0, |node| node.lease);
         if lease == 0 {
             return;
@@ -130,9 +137,12 @@ impl NodeLease<'_> {
 }
 
 /// Until somebody leads; the agent gives up by itself and comes back, which is as good.
-async fn wait_for_leader(core: &Core, lease: &mut NodeLease<'_>) -> Result<Leader, Status> {
+async fn wait_for_leader(
+    core: &Core,
+    lease: &mut NodeLease<'_>,
+    deadline: Instant,
+) -> Result<Leader, Status> {
     let mut views = core.views.clone();
-    let deadline = Instant::now() + PATIENCE;
     loop {
         lease.renew().await;
         let leader = views.borrow_and_update().leader.clone();
@@ -151,10 +161,14 @@ async fn wait_for_leader(core: &Core, lease: &mut NodeLease<'_>) -> Result<Leade
     }
 }
 
-async fn open(
-    leader: &Leader,
-    stream: mpsc::Receiver<v1::AgentMessage>,
-) -> Result<Streaming<v1::ControllerMessage>, Status> {
+/// The leader's end of the session, with the Hello said.
+type Opened = (mpsc::Sender<v1::AgentMessage>, Streaming<v1::ControllerMessage>);
+
+async fn open(leader: &Leader, hello: v1::Hello) -> Result<Opened, Status> {
+    let (up, stream) = mpsc::channel(WAITING);
+    let hello = v1::AgentMessage { message: Some(Message::Hello(hello)) };
+    let full = |_| Status::unavailable("the leader does not read: connect again");
+    up.try_send(hello).map_err(full)?;
     let address = &leader.grpc;
     let gone = |e: &dyn std::fmt::Display| {
         Status::unavailable(format!("the leader cannot be reached at {address}: {e}; connect again"))
@@ -175,5 +189,5 @@ async fn open(
         .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES);
     let opened = tokio::time::timeout(PATIENCE, client.session(request)).await;
-    Ok(opened.map_err(|_| gone(&"it does not answer"))??.into_inner())
+    Ok((up, opened.map_err(|_| gone(&"it does not answer"))??.into_inner()))
 }

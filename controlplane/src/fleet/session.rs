@@ -47,7 +47,10 @@ pub(super) async fn run(core: Arc<Core>, mut inbound: Streaming<v1::AgentMessage
     }
 }
 
-pub(super) async fn hello(core: &Core, inbound: &mut Streaming<v1::AgentMessage>) -> Result<v1::Hello, Status> {
+pub(super) async fn hello(
+    core: &Core,
+    inbound: &mut Streaming<v1::AgentMessage>,
+) -> Result<v1::Hello, Status> {
     let first = tokio::select! {
         () = core.stop.cancelled() => return Err(stopping()),
         first = tokio::time::timeout(PATIENCE, inbound.message()) => first,
@@ -233,7 +236,10 @@ impl Session {
                 Ok(Err(error @ StoreError::LeaseNotFound(_))) => return Err(ended(error)),
                 // A store without quorum ends no lease either: the session outlives the outage.
                 Ok(Err(_)) | Err(_) => {
-                    tracing::warn!(node_id = self.node.node_id, "a node's lease was not renewed; trying again");
+                    tracing::warn!(
+                        node_id = self.node.node_id,
+                        "a node's lease was not renewed; trying again"
+                    );
                 }
             }
         }

@@ -107,7 +107,18 @@ impl World {
         let mut each: Vec<u64> = self.candidates.iter().map(|c| hash(&|h| c.hash(h))).collect();
         each.sort_unstable();
         hash(&|h| {
-            (self.now, self.revision, self.granted, self.faults, self.writes, &self.leases, self.key, self.written, &each).hash(h);
+            (
+                self.now,
+                self.revision,
+                self.granted,
+                self.faults,
+                self.writes,
+                &self.leases,
+                self.key,
+                self.written,
+                &each,
+            )
+                .hash(h);
         })
     }
 
@@ -192,7 +203,11 @@ impl World {
                 None => Answer::Gone,
             },
             Ask::Revoke(lease) => {
-                if self.end_lease(lease) { Answer::Done } else { Answer::Gone }
+                if self.end_lease(lease) {
+                    Answer::Done
+                } else {
+                    Answer::Gone
+                }
             }
             Ask::Wait(_) => Answer::Failed,
         }
@@ -203,7 +218,9 @@ impl World {
         let (now, vacant) = (self.now, self.key.is_none());
         match step {
             Step::Tick => self.now += 1,
-            Step::Expire(place) => drop(self.end_lease(self.leases[place].0)),
+            Step::Expire(place) => {
+                self.end_lease(self.leases[place].0);
+            }
             Step::Ask(n) => {
                 let ask = self.candidates[n].machine.ask(now, vacant);
                 let answer = self.perform(ask, setup);
@@ -269,8 +286,11 @@ impl World {
             }
             self.now += 1;
             let now = self.now;
-            let ended: Vec<u64> = self.leases.iter().filter(|(_, end)| now >= *end).map(|(id, _)| *id).collect();
-            ended.into_iter().for_each(|lease| drop(self.end_lease(lease)));
+            let ended: Vec<u64> =
+                self.leases.iter().filter(|(_, end)| now >= *end).map(|(id, _)| *id).collect();
+            for lease in ended {
+                self.end_lease(lease);
+            }
         }
         let leads = |c: &Candidate| matches!(c.machine.state(), State::Leading { .. });
         self.candidates.iter().any(|c| leads(c) && c.machine.writing(self.now).is_some())
@@ -298,34 +318,41 @@ fn explore(setup: &Setup, check_liveness: bool) -> Result<usize, String> {
 }
 
 const PAIR: Setup =
-    Setup { candidates: 2, horizon: 4, leases: 2, faults: 1, writes: 2, fenced: true, ttl: 3 };
+    Setup { candidates: 2, horizon: 3, leases: 2, faults: 1, writes: 2, fenced: true, ttl: 3 };
+
+/// Deeper than by default, for a change of the machine: `PENSTOCK_EXPLORE=2` takes minutes.
+fn deeper() -> u64 {
+    std::env::var("PENSTOCK_EXPLORE").ok().and_then(|more| more.parse().ok()).unwrap_or(0)
+}
 
 #[test]
 fn two_candidates_never_write_out_of_order() {
-    let states = explore(&PAIR, false).expect("no fault");
-    assert!(states > 100_000, "{states} states are too few to mean anything");
+    for setup in [PAIR, Setup { faults: 0, horizon: 4, ..PAIR }] {
+        let states = explore(&Setup { horizon: setup.horizon + deeper(), ..setup }, false).expect("no fault");
+        assert!(states > 10_000, "{states} states are too few to mean anything");
+    }
 }
 
 #[test]
 fn from_wherever_two_candidates_are_somebody_leads_in_the_end() {
-    let states = explore(&Setup { horizon: 3, ..PAIR }, true).expect("no fault");
-    assert!(states > 10_000, "{states} states are too few to mean anything");
+    let states = explore(&Setup { horizon: 2 + deeper(), ..PAIR }, true).expect("no fault");
+    assert!(states > 1_000, "{states} states are too few to mean anything");
 }
 
 #[test]
 fn three_candidates_never_write_out_of_order() {
-    let states = explore(&Setup { candidates: 3, faults: 0, ..PAIR }, false).expect("no fault");
+    let states = explore(&Setup { candidates: 3, faults: 0, horizon: 3, ..PAIR }, false).expect("no fault");
     assert!(states > 10_000, "{states} states are too few to mean anything");
 }
 
 #[test]
 fn without_the_fence_the_search_finds_a_stale_write() {
-    let fault = explore(&Setup { fenced: false, ..PAIR }, false).expect_err("a late write");
+    let fault = explore(&Setup { fenced: false, horizon: 5, ..PAIR }, false).expect_err("a late write");
     assert!(fault.contains("wrote after"), "{fault}");
 }
 
 #[test]
 fn with_leases_shorter_than_promised_the_search_finds_two_writers() {
-    let fault = explore(&Setup { ttl: 1, ..PAIR }, false).expect_err("two writers");
+    let fault = explore(&Setup { ttl: 1, horizon: 5, ..PAIR }, false).expect_err("two writers");
     assert!(fault.contains("may write at"), "{fault}");
 }

@@ -154,7 +154,9 @@ impl Machine {
                 State::Standing { lease, until: lives_until, next_try: now }
             }
             (State::Following { .. }, Ask::Grant, _) => State::Following { not_before: soon },
-            (State::Standing { lease, until, .. }, Ask::Campaign(for_lease), answer) if lease == for_lease => {
+            (State::Standing { lease, until, .. }, Ask::Campaign(for_lease), answer)
+                if lease == for_lease =>
+            {
                 match answer {
                     Answer::Elected(term) => {
                         State::Leading { lease, term, until, renew_at: half_way(now, until) }
@@ -164,7 +166,9 @@ impl Machine {
                     _ => State::Standing { lease, until, next_try: soon },
                 }
             }
-            (State::Leading { lease, term, until, .. }, Ask::Renew(for_lease), answer) if lease == for_lease => {
+            (State::Leading { lease, term, until, .. }, Ask::Renew(for_lease), answer)
+                if lease == for_lease =>
+            {
                 match answer {
                     Answer::Done => State::Leading {
                         lease,

@@ -5,6 +5,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part of this one")]
 
 pub mod gate;
+pub mod planes;
 
 use std::{
     net::TcpListener,
@@ -58,7 +59,8 @@ fn free_ports(count: usize) -> Vec<u16> {
 }
 
 fn is_installed() -> bool {
-    let found = Command::new("etcd").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
+    let found =
+        Command::new("etcd").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
     if !found {
         let reason = "etcd is not in PATH (scripts/setup.sh test installs it): nothing was tested";
         assert!(std::env::var_os("CI").is_none(), "{reason}");
@@ -96,8 +98,13 @@ impl Cluster {
                 peer_port: ports[1],
                 data: dir.path().join(format!("m{index}-{}", ports[0])),
             });
-            let mut cluster =
-                Self { members: members.collect(), dir: tempfile::tempdir().unwrap(), flags: flags.clone(), scheme, launched: 0 };
+            let mut cluster = Self {
+                members: members.collect(),
+                dir: tempfile::tempdir().unwrap(),
+                flags: flags.clone(),
+                scheme,
+                launched: 0,
+            };
             (0..count).for_each(|index| cluster.launch(index));
             std::thread::sleep(Duration::from_millis(150));
             if cluster.members.iter_mut().all(Member::is_running) {

@@ -4,7 +4,9 @@
 //! key, at that same revision, and the first unmet condition is found here by the rule that the embedded store uses.
 
 use bytes::Bytes;
-use etcd_client::{Compare as EtcdCompare, CompareOp, GetOptions, KeyValue, PutOptions, Txn as EtcdTxn, TxnOp};
+use etcd_client::{
+    Compare as EtcdCompare, CompareOp, GetOptions, KeyValue, PutOptions, Txn as EtcdTxn, TxnOp,
+};
 
 use crate::store::{Compare, Entry, StoreError, Txn, Write};
 

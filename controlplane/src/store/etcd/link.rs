@@ -124,7 +124,11 @@ impl Link {
                 Verdict::Final => false,
             };
             // A round over all members goes on at once.
-            let wait = if tried % self.settings.endpoints.len().max(1) == 0 { jittered(pause) } else { Duration::ZERO };
+            let wait = if tried % self.settings.endpoints.len().max(1) == 0 {
+                jittered(pause)
+            } else {
+                Duration::ZERO
+            };
             if !again || Instant::now() + wait >= deadline {
                 return Err(failure);
             }
@@ -214,8 +218,7 @@ pub(super) fn jittered(pause: Duration) -> Duration {
 /// Connects to one member; certificates and the password file are read each time.
 async fn connect(settings: &StoreConfig, endpoint: &str) -> Result<Client, Failure> {
     let timeout = Duration::from_millis(settings.member_timeout_ms);
-    let address =
-        if endpoint.contains("://") { endpoint.to_owned() } else { format!("http://{endpoint}") };
+    let address = if endpoint.contains("://") { endpoint.to_owned() } else { format!("http://{endpoint}") };
     let unusable = |e: &dyn std::fmt::Display| {
         Failure::new(Verdict::Final, Cause::Refused, format!("store.endpoints: {e}"))
     };

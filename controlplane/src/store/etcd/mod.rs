@@ -89,7 +89,10 @@ impl Inner {
                 "etcd is at revision {revision} and was at {known}: its data was lost or replaced by an older copy"
             );
             if self.rewound.set(reason.clone()).is_ok() {
-                tracing::error!(reason, "the store is refused until this process is started anew; see docs/ha.md");
+                tracing::error!(
+                    reason,
+                    "the store is refused until this process is started anew; see docs/ha.md"
+                );
             }
             return Err(StoreError::Rewound(reason));
         }
@@ -119,18 +122,20 @@ impl Inner {
         revision: Revision,
     ) -> Result<(Vec<Entry>, Revision, bool), StoreError> {
         let known = self.check()?;
-        let response = self
-            .link
-            .ask(Repeat::Harmless, 0, |client| {
-                let options = GetOptions::new()
-                    .with_range(end.to_vec())
-                    .with_revision(signed(revision))
-                    .with_sort(SortTarget::Key, SortOrder::Ascend)
-                    .with_limit(i64::try_from(PAGE).unwrap_or(i64::MAX));
-                let (client, from) = (client.kv_client(), from.to_owned());
-                async move { client.max_decoding_message_size(MAX_MESSAGE_BYTES).get(from, Some(options)).await }
-            })
-            .await?;
+        let response =
+            self.link
+                .ask(Repeat::Harmless, 0, |client| {
+                    let options = GetOptions::new()
+                        .with_range(end.to_vec())
+                        .with_revision(signed(revision))
+                        .with_sort(SortTarget::Key, SortOrder::Ascend)
+                        .with_limit(i64::try_from(PAGE).unwrap_or(i64::MAX));
+                    let (client, from) = (client.kv_client(), from.to_owned());
+                    async move {
+                        client.max_decoding_message_size(MAX_MESSAGE_BYTES).get(from, Some(options)).await
+                    }
+                })
+                .await?;
         let at = self.heard(known, response.header())?;
         let entries = response.kvs().iter().filter_map(|kv| self.prefix.entry(kv)).collect();
         Ok((entries, at, response.more()))
@@ -178,7 +183,9 @@ impl Store for EtcdStore {
             .link
             .ask(Repeat::Harmless, 0, |client| {
                 let full = full.clone();
-                async move { client.kv_client().max_decoding_message_size(MAX_MESSAGE_BYTES).get(full, None).await }
+                async move {
+                    client.kv_client().max_decoding_message_size(MAX_MESSAGE_BYTES).get(full, None).await
+                }
             })
             .await?;
         inner.heard(known, response.header())?;
@@ -209,13 +216,16 @@ impl Store for EtcdStore {
         });
         let lease = leases.min().unwrap_or(0);
         let request = inner.prefix.transaction(&txn);
-        let response = inner
-            .link
-            .ask(Repeat::OnlyIfUnsent, lease, |client| {
-                let request = request.clone();
-                async move { client.kv_client().max_decoding_message_size(MAX_MESSAGE_BYTES).txn(request).await }
-            })
-            .await?;
+        let response =
+            inner
+                .link
+                .ask(Repeat::OnlyIfUnsent, lease, |client| {
+                    let request = request.clone();
+                    async move {
+                        client.kv_client().max_decoding_message_size(MAX_MESSAGE_BYTES).txn(request).await
+                    }
+                })
+                .await?;
         let revision = inner.heard(known, response.header())?;
         if response.succeeded() {
             return Ok(TxnOutcome::Committed { revision });
@@ -247,7 +257,11 @@ impl Store for EtcdStore {
         let granted = self
             .inner
             .link
-            .ask(Repeat::Harmless, 0, |client| async move { client.lease_client().grant(seconds, None).await })
+            .ask(
+                Repeat::Harmless,
+                0,
+                |client| async move { client.lease_client().grant(seconds, None).await },
+            )
             .await?;
         Ok(number(granted.id()))
     }
