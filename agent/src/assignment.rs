@@ -36,6 +36,9 @@ pub(crate) struct EngineSpec {
     pub(crate) args: Vec<String>,
     /// Environment; wins over the program's.
     pub(crate) env: BTreeMap<String, String>,
+    /// LoRA adapters to load, as (name, path).
+    #[serde(default)]
+    pub(crate) lora: Vec<(String, String)>,
 }
 
 /// Everything this node should run.
@@ -86,6 +89,7 @@ impl From<v1::Assignment> for Assignment {
                 served_model_name: spec.served_model_name,
                 args: spec.args,
                 env: spec.env.into_iter().collect(),
+                lora: spec.lora.into_iter().map(|adapter| (adapter.name, adapter.path)).collect(),
             },
             gpu_uuids: message.gpu_uuids,
         }

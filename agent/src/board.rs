@@ -1,7 +1,7 @@
 //! What is known of every engine, for reports, `GET /engines` and metrics.
 //!
 //! Supervisors write, everybody reads. The lock is held for a copy and never across an await. State changes wake the
-//! fleet session; load readings, several a second for each engine, do not: they travel with the next report.
+//! fleet session; load readings, several a second for each engine, do not: the session asks for those that changed.
 
 use std::{
     collections::BTreeMap,
@@ -59,13 +59,18 @@ impl EngineView {
         }
     }
 
-    fn status(&self, now: Instant) -> v1::EngineStatus {
-        let load = self.load.map(|(load, at)| v1::EngineLoad {
+    fn load(&self, now: Instant) -> Option<v1::EngineLoad> {
+        self.load.map(|(load, at)| v1::EngineLoad {
             running: load.running,
             waiting: load.waiting,
             kv_used_ratio: load.kv_used_ratio,
             age_ms: u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX),
-        });
+            generation: self.assignment.generation,
+        })
+    }
+
+    fn status(&self, now: Instant) -> v1::EngineStatus {
+        let load = self.load(now);
         v1::EngineStatus {
             model: self.assignment.model.clone(),
             replica_id: self.assignment.replica_id.clone(),
@@ -79,6 +84,9 @@ impl EngineView {
         }
     }
 }
+
+/// What a session has been told of loads: generation and figures, by replica id.
+pub(crate) type Told = BTreeMap<String, (u64, Load)>;
 
 /// Every engine by replica id.
 #[derive(Debug)]
@@ -154,6 +162,22 @@ impl Board {
         self.lock().values().map(|view| view.status(now)).collect()
     }
 
+    /// The loads that differ from `told`, which then has them.
+    pub(crate) fn load_changes(&self, told: &mut Told, now: Instant) -> Vec<v1::ReplicaLoad> {
+        let engines = self.lock();
+        told.retain(|id, _| engines.contains_key(id));
+        let mut changes = Vec::new();
+        for (id, view) in engines.iter() {
+            let Some((load, _)) = view.load else { continue };
+            let (generation, before) = (view.assignment.generation, told.get(id));
+            if before.is_none_or(|before| before.0 != generation || load.differs(&before.1)) {
+                told.insert(id.clone(), (generation, load));
+                changes.push(v1::ReplicaLoad { replica_id: id.clone(), load: view.load(now) });
+            }
+        }
+        changes
+    }
+
     /// Wakes at every change but load readings.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
@@ -188,6 +212,15 @@ mod tests {
         board.update("a", |view| view.reason.clear());
         board.update("b", |view| view.reason = "x".into());
         assert!(!changes.has_changed().unwrap());
+        let mut told = Told::new();
+        assert_eq!(board.load_changes(&mut told, at)[0].replica_id, "a");
+        assert!(board.load_changes(&mut told, at).is_empty());
+        board.note_load("a", Load { kv_used_ratio: 0.501, ..load }, at);
+        assert!(board.load_changes(&mut told, at).is_empty(), "hardly another");
+        board.note_load("a", Load { running: 2, ..load }, at);
+        let load = board.load_changes(&mut told, at).remove(0).load.unwrap();
+        assert_eq!((load.running, load.waiting), (2, 2));
+        board.note_load("a", Load { running: 1, waiting: 2, kv_used_ratio: 0.5 }, at);
         board.update("a", |view| view.state = State::Loading);
         assert!(changes.has_changed().unwrap());
         let status = board.statuses(at + Duration::from_millis(70)).remove(0);

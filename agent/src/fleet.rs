@@ -25,7 +25,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Streaming, transport::Endpoint};
 
-use crate::{backoff::Backoff, engine::context::Context, intake::Intake};
+use crate::{backoff::Backoff, board::Told, engine::context::Context, intake::Intake};
 
 /// Messages that wait to be sent. A control plane that does not read is given up after [`SEND_DEADLINE`].
 const OUTBOX: usize = 64;
@@ -37,6 +37,8 @@ const KEEP_ALIVE_DEADLINE: Duration = Duration::from_secs(5);
 const REPORT_BOUNDS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(60));
 /// Changes closer together than this go out in one report.
 const COALESCE: Duration = Duration::from_millis(10);
+/// How often loads that changed are told: as often as they are read, and less time than that passes in between.
+const LOADS: Duration = Duration::from_millis(100);
 /// How long a closing session waits for the control plane to have read the last report.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -169,6 +171,9 @@ impl Fleet {
             Duration::from_millis(welcome.report_interval_ms).clamp(REPORT_BOUNDS.0, REPORT_BOUNDS.1),
         );
         reports.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut loads = interval(LOADS);
+        loads.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut told = Told::new();
         let (mut board, mut registry) = (self.cx.board.changes(), self.cx.registry.changes());
         loop {
             tokio::select! {
@@ -176,6 +181,13 @@ impl Fleet {
                 message = inbound.message() => {
                     let message = message.map_err(|s| SessionError::Broken(status_text(&s)))?;
                     self.receive(message.ok_or(SessionError::Closed)?).await;
+                    continue;
+                }
+                _ = loads.tick() => {
+                    let loads = self.cx.board.load_changes(&mut told, Instant::now());
+                    if !loads.is_empty() {
+                        send(&outbox, Out::Load(v1::LoadReport { loads })).await?;
+                    }
                     continue;
                 }
                 _ = reports.tick() => {}

@@ -58,6 +58,47 @@ pub(crate) struct DeploymentSpec {
     pub(crate) env: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) gpus_per_replica: Option<u32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) lora: Vec<LoraAdapter>,
+}
+
+/// A LoRA adapter of a deployment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct LoraAdapter {
+    pub(crate) name: String,
+    pub(crate) path: String,
+}
+
+/// What a route should be: the body of its PUT.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct RouteSpec {
+    pub(crate) targets: Vec<RouteTarget>,
+    pub(crate) fallbacks: Vec<String>,
+}
+
+/// One of a route's targets. `None` leaves the weight to the server.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct RouteTarget {
+    pub(crate) model: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) weight: Option<u32>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub(crate) struct Route {
+    pub(crate) name: String,
+    pub(crate) targets: Vec<RouteTarget>,
+    pub(crate) fallbacks: Vec<String>,
+    pub(crate) missing: Vec<String>,
+    pub(crate) implicit: bool,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Routes {
+    pub(crate) routes: Vec<Route>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -234,6 +275,18 @@ impl ControlPlane {
 
     pub(crate) async fn delete(&self, model: &str) -> Result<Reply<Deployment>, ApiError> {
         self.call(Method::DELETE, &["api", "v2", "deployments", model], None::<&()>).await
+    }
+
+    pub(crate) async fn routes(&self) -> Result<Reply<Routes>, ApiError> {
+        self.call(Method::GET, &["api", "v2", "routes"], None::<&()>).await
+    }
+
+    pub(crate) async fn set_route(&self, name: &str, spec: &RouteSpec) -> Result<Reply<Route>, ApiError> {
+        self.call(Method::PUT, &["api", "v2", "routes", name], Some(spec)).await
+    }
+
+    pub(crate) async fn delete_route(&self, name: &str) -> Result<Reply<Route>, ApiError> {
+        self.call(Method::DELETE, &["api", "v2", "routes", name], None::<&()>).await
     }
 
     pub(crate) async fn drain(&self, endpoint: &str) -> Result<Reply<Endpoint>, ApiError> {

@@ -4,7 +4,7 @@ use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
-use crate::commands::simulate::SimulateArgs;
+use crate::{api::RouteTarget, commands::simulate::SimulateArgs};
 
 const EXIT_CODES: &str = "Exit codes:
   0  done
@@ -35,6 +35,13 @@ pub(crate) enum Command {
     Scale(ScaleArgs),
     /// Delete a deployment; its engines finish their requests and stop
     Delete(DeleteArgs),
+    /// Names that clients can ask for, and where each leads
+    Routes(Remote),
+    /// Make or delete a route: an alias, a split between deployments, fallbacks
+    Route {
+        #[command(subcommand)]
+        command: RouteCommand,
+    },
     /// Take an endpoint out of use until `undrain`: running requests finish, new ones go elsewhere
     Drain(EndpointArgs),
     /// Put a drained endpoint back into use
@@ -172,6 +179,9 @@ pub(crate) struct DeployArgs {
     /// GPUs of each engine
     #[arg(long, value_name = "N")]
     pub(crate) gpus_per_replica: Option<u32>,
+    /// LoRA adapter that each engine loads, repeatable; clients ask for it by NAME
+    #[arg(long = "lora", value_name = "NAME=PATH", value_parser = name_and_value)]
+    pub(crate) lora: Vec<(String, String)>,
     #[command(flatten)]
     pub(crate) wait: Wait,
     #[command(flatten)]
@@ -214,6 +224,39 @@ pub(crate) struct Wait {
     pub(crate) timeout_s: u64,
 }
 
+/// `penstock route`
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum RouteCommand {
+    /// Create or replace a route
+    Set(RouteSetArgs),
+    /// Delete a route; a deployment of that name is then served by itself again
+    Delete(RouteDeleteArgs),
+}
+
+/// `penstock route set`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RouteSetArgs {
+    /// Name that clients ask for
+    pub(crate) name: String,
+    /// Deployment, or adapter of one, that answers, and its share of the sum of weights (0 to 1000), repeatable
+    #[arg(long = "target", value_name = "MODEL[=WEIGHT]", value_parser = target, required = true)]
+    pub(crate) targets: Vec<RouteTarget>,
+    /// Other name to try when no target can answer, repeatable: in this order
+    #[arg(long = "fallback", value_name = "NAME")]
+    pub(crate) fallbacks: Vec<String>,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
+/// `penstock route delete`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RouteDeleteArgs {
+    /// Route's name
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
 /// `penstock drain` and `undrain`
 #[derive(Debug, Clone, Args)]
 pub(crate) struct EndpointArgs {
@@ -238,6 +281,20 @@ fn name_and_value(text: &str) -> Result<(String, String), String> {
         Some((name, value)) if !name.is_empty() => Ok((name.into(), value.into())),
         _ => Err("expected NAME=VALUE".into()),
     }
+}
+
+fn target(text: &str) -> Result<RouteTarget, String> {
+    let (model, weight) = match text.split_once('=') {
+        None => (text, None),
+        Some((model, weight)) => {
+            let weight = weight.parse().ok().filter(|weight| *weight <= 1_000);
+            (model, Some(weight.ok_or("the weight must be a whole number from 0 to 1000")?))
+        }
+    };
+    if model.is_empty() {
+        return Err("expected MODEL=WEIGHT".into());
+    }
+    Ok(RouteTarget { model: model.into(), weight })
 }
 
 #[cfg(test)]
@@ -273,6 +330,10 @@ mod tests {
         assert!(error("penstock scale m").contains("--replicas"));
         assert!(error("penstock scale m --replicas 1 --timeout-s 5").contains("--wait"));
         assert!(error("penstock statsu").contains("status"));
+        assert!(error("penstock route set m").contains("--target"));
+        assert!(error("penstock route set m --target a=1001").contains("0 to 1000"));
+        assert!(error("penstock route set m --target =1").contains("expected MODEL=WEIGHT"));
+        assert!(error("penstock deploy m --lora sql").contains("expected NAME=VALUE"));
     }
 
     #[test]

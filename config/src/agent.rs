@@ -154,6 +154,8 @@ pub struct EnginesConfig {
     pub load_ms: u64,
     /// Longest wait for one reading.
     pub load_timeout_ms: u64,
+    /// Pause between two readings of the LoRA adapters that a ready engine lists.
+    pub adapters_ms: u64,
     /// Shortest time between an engine's deregistration and its end, for proxies to learn of it.
     pub settle_ms: u64,
     /// Longest wait for an engine's running requests before it is stopped.
@@ -197,6 +199,7 @@ impl Default for EnginesConfig {
             liveness_failures: 3,
             load_ms: 250,
             load_timeout_ms: 5_000,
+            adapters_ms: 5_000,
             settle_ms: 1_000,
             drain_ms: 30_000,
             term_ms: 20_000,
@@ -265,6 +268,7 @@ impl AgentConfig {
             ("engines.liveness_failures", u64::from(engines.liveness_failures)),
             ("engines.load_ms", engines.load_ms),
             ("engines.load_timeout_ms", engines.load_timeout_ms),
+            ("engines.adapters_ms", engines.adapters_ms),
             ("engines.kill_ms", engines.kill_ms),
             ("engines.backoff_min_ms", engines.backoff_min_ms),
             ("engines.log_bytes", engines.log_bytes),

@@ -94,11 +94,13 @@ pub struct XdsConfig {
     pub push_coalesce_ms: u64,
     /// After how long a response that a proxy refused is offered again unchanged, in milliseconds.
     pub nack_retry_ms: u64,
+    /// Shortest pause between two messages with engines' loads to one proxy, in milliseconds.
+    pub load_push_ms: u64,
 }
 
 impl Default for XdsConfig {
     fn default() -> Self {
-        Self { push_coalesce_ms: 20, nack_retry_ms: 30_000 }
+        Self { push_coalesce_ms: 20, nack_retry_ms: 30_000, load_push_ms: 100 }
     }
 }
 
@@ -112,6 +114,8 @@ pub struct LimitsConfig {
     pub max_replicas: u32,
     /// Most deployments.
     pub max_deployments: usize,
+    /// Most routes, implicit ones not counted.
+    pub max_routes: usize,
     /// Longest a clean stop may take before what still runs is dropped, in milliseconds.
     pub shutdown_grace_ms: u64,
 }
@@ -122,6 +126,7 @@ impl Default for LimitsConfig {
             max_body_bytes: 1 << 20,
             max_replicas: 10_000,
             max_deployments: 10_000,
+            max_routes: 10_000,
             shutdown_grace_ms: 5_000,
         }
     }
@@ -154,9 +159,11 @@ impl ControlPlaneConfig {
             ("reconcile.coalesce_ms", self.reconcile.coalesce_ms, 1, 10_000),
             ("xds.push_coalesce_ms", self.xds.push_coalesce_ms, 0, 10_000),
             ("xds.nack_retry_ms", self.xds.nack_retry_ms, 100, 3_600_000),
+            ("xds.load_push_ms", self.xds.load_push_ms, 10, 250),
             ("limits.max_body_bytes", self.limits.max_body_bytes as u64, 1_024, 64 << 20),
             ("limits.max_replicas", u64::from(self.limits.max_replicas), 1, 1_000_000),
             ("limits.max_deployments", self.limits.max_deployments as u64, 1, 1_000_000),
+            ("limits.max_routes", self.limits.max_routes as u64, 0, 1_000_000),
             ("limits.shutdown_grace_ms", self.limits.shutdown_grace_ms, 100, 600_000),
         ];
         for (key, value, low, high) in ranges {

@@ -11,12 +11,12 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     fleet::roster::Roster,
-    leadership::Leadership,
+    leadership::{Leader, Leadership},
     metrics::Metrics,
     reconcile::Reports,
     store::{Revision, Store, StoreError, Txn, TxnOutcome},
     view::{View, reached},
-    xds::hub::Hub,
+    xds::{hub::Hub, loads::Loads},
 };
 
 /// See the module's text.
@@ -33,6 +33,8 @@ pub struct Core {
     pub roster: Roster,
     /// What proxies get.
     pub hub: Hub,
+    /// What engines last said of their load.
+    pub loads: Loads,
     /// What waits on what, from the last pass of reconcile.
     pub reports: watch::Sender<Arc<Reports>>,
     /// Every series.
@@ -69,6 +71,13 @@ impl Core {
             }
             _ => Ok(outcome),
         }
+    }
+
+    /// Until `leader` is not the leader any more, as far as this control plane sees.
+    pub async fn another_leads(&self, leader: &Leader) {
+        let mut views = self.views.clone();
+        // An error means that nobody keeps the view any more: the process ends.
+        drop(views.wait_for(|view| view.leader.as_ref().is_none_or(|l| l.value != *leader)).await);
     }
 
     /// For a sentence on why this control plane does not write.

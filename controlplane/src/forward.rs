@@ -23,7 +23,7 @@ use hyper_util::{
 };
 use serde_json::json;
 
-use crate::core::Core;
+use crate::{core::Core, leadership::Leader};
 
 /// Names the control plane that handed a request on.
 const FORWARDED: HeaderName = HeaderName::from_static("penstock-forwarded-by");
@@ -96,12 +96,12 @@ async fn hand_on(State(forwarder): State<Forwarder>, request: Request, next: Nex
     if place == Place::LeaderOrHere {
         let (parts, _) = request.into_parts();
         let asked = Request::from_parts(parts.clone(), Body::empty());
-        return match forwarder.send(&leader.http, asked).await {
+        return match forwarder.send(&leader, asked).await {
             Ok(response) => response,
             Err(_) => next.run(Request::from_parts(parts, Body::empty())).await,
         };
     }
-    match forwarder.send(&leader.http, request).await {
+    match forwarder.send(&leader, request).await {
         Ok(response) => response,
         Err(error) => {
             tracing::warn!(leader = leader.id, error, "a request could not be handed to the leader");
@@ -113,7 +113,9 @@ async fn hand_on(State(forwarder): State<Forwarder>, request: Request, next: Nex
 }
 
 impl Forwarder {
-    async fn send(&self, address: &str, mut request: Request) -> Result<Response, String> {
+    /// Gives up when another leads, or nobody: a leader that hangs must not hold callers up longer than its lease.
+    async fn send(&self, leader: &Leader, mut request: Request) -> Result<Response, String> {
+        let address = &leader.http;
         let sent = async {
             let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
             *request.uri_mut() =
@@ -132,8 +134,11 @@ impl Forwarder {
             Ok(response.map(Body::new))
         };
         let limit = Duration::from_millis(self.core.config.election.forward_timeout_ms);
-        let outcome = tokio::time::timeout(limit, sent).await;
-        let outcome = outcome.unwrap_or_else(|_| Err(format!("no answer within {limit:?}")));
+        let outcome = tokio::select! {
+            outcome = sent => outcome,
+            () = self.core.another_leads(leader) => Err("it leads no more".to_owned()),
+            () = tokio::time::sleep(limit) => Err(format!("no answer within {limit:?}")),
+        };
         let label = if outcome.is_ok() { "ok" } else { "failed" };
         self.core.metrics.forwarded.with_label_values(&[label]).inc();
         outcome

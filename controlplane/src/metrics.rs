@@ -41,6 +41,8 @@ pub struct Metrics {
     pub fleet_sessions: IntGauge,
     /// Reports of agents taken in.
     pub fleet_reports: IntCounter,
+    /// Measurements of engines' loads by `outcome`.
+    pub loads: IntCounterVec,
     /// Registrations by `outcome`.
     pub registrations: IntCounterVec,
     /// Deregistrations answered.
@@ -84,7 +86,7 @@ impl Metrics {
     /// All series, at zero.
     pub fn new() -> Result<Self, prometheus::Error> {
         let r = Registry::new();
-        let types = ["endpoint_table", "model_route"];
+        let types = ["endpoint_table", "model_route", "engine_load"];
         let metrics = Self {
             term: gauge(&r, "term", "The last term that anybody took.")?,
             leading: gauge(&r, "leading", "1 while this process leads.")?,
@@ -110,6 +112,13 @@ impl Metrics {
             nodes: gauge(&r, "nodes", "Nodes present.")?,
             fleet_sessions: gauge(&r, "fleet_sessions", "Open sessions of agents.")?,
             fleet_reports: counter(&r, "fleet_reports_total", "Reports of agents taken in.")?,
+            loads: counters(
+                &r,
+                "engine_loads_total",
+                "Measurements of engines' loads: new ones, those that said nothing new, of no present assignment.",
+                "outcome",
+                &["new", "known", "unassigned"],
+            )?,
             registrations: counters(
                 &r,
                 "registrations_total",

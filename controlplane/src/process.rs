@@ -33,6 +33,7 @@ use crate::{
     view::ViewKeeper,
     xds::{
         hub::{self, Hub},
+        loads::Loads,
         server::AdsService,
     },
 };
@@ -226,6 +227,7 @@ async fn with_store(
         views: keeper.subscribe(),
         roster: Roster::default(),
         hub: Hub::default(),
+        loads: Loads::default(),
         reports: watch::Sender::default(),
         metrics,
         stop: stop.clone(),

@@ -21,6 +21,9 @@ use crate::{
     view::View,
 };
 
+/// How long the last word of an engine's load is kept: past any use that a proxy has for it.
+const LOAD_KEPT: Duration = Duration::from_secs(60);
+
 /// What waits on what, by model, as of a revision.
 #[derive(Debug, Default)]
 pub struct Reports {
@@ -79,6 +82,7 @@ pub async fn run(core: Arc<Core>) {
 /// One look, one plan. Returns its metric label.
 async fn pass(core: &Core, liveness: &mut Liveness, now: Instant) -> Result<&'static str, StoreError> {
     let view = core.view();
+    core.loads.prune(LOAD_KEPT, now);
     core.roster.prune(|node| view.nodes.contains_key(node) || view.by_node.contains_key(node));
     let nodes = core.roster.nodes();
     let named: BTreeSet<&str> = view.by_node.keys().map(String::as_str).collect();

@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use crate::{
     leadership::{Leader, number},
     metrics::Metrics,
-    model::{Assignment, Deployment, Node, Phase, Placement, RegisteredEndpoint, desired::Drain},
+    model::{Assignment, Deployment, Node, Phase, Placement, RegisteredEndpoint, Route, desired::Drain},
     store::{Entry, Event, LeaseId, Revision, Store, StoreError, keys},
 };
 
@@ -57,6 +57,14 @@ impl ModelView {
         present && !self.drains.contains(&endpoint.replica_id)
     }
 
+    /// Names of its LoRA adapters while it is deployed: those it shall have and those that engines say they have.
+    pub fn adapters(&self) -> BTreeSet<&str> {
+        let Some(deployment) = &self.deployment else { return BTreeSet::new() };
+        let wanted = deployment.value.spec.lora.iter().map(|adapter| adapter.name.as_str());
+        let loaded = self.endpoints.values().flat_map(|endpoint| &endpoint.adapters).map(String::as_str);
+        wanted.chain(loaded).collect()
+    }
+
     fn is_empty(&self) -> bool {
         self.deployment.is_none()
             && self.placement.is_none()
@@ -75,6 +83,8 @@ pub struct View {
     pub revision: Revision,
     /// By name: every model that has any key.
     pub models: BTreeMap<String, Arc<ModelView>>,
+    /// Routes that were made, by name; deployments have implicit ones besides.
+    pub routes: BTreeMap<String, Arc<Stored<Route>>>,
     /// Nodes that are present.
     pub nodes: BTreeMap<String, Arc<Stored<Node>>>,
     /// Assignments by node.
@@ -97,6 +107,7 @@ enum Slot {
     Endpoint(String, String),
     Drain(String, String),
     Node(String),
+    Route(String),
     Generation,
     Leader,
     Term,
@@ -132,6 +143,11 @@ impl Builder {
             let drain: Drain = read(entry)?.value;
             self.model(&drain.model).drains.insert(drain.replica_id.clone());
             Slot::Drain(drain.model, drain.replica_id)
+        } else if key.starts_with(keys::ROUTES) {
+            let route: Stored<Route> = read(entry)?;
+            let name = route.value.name.clone();
+            self.view.routes.insert(name.clone(), Arc::new(route));
+            Slot::Route(name)
         } else if key.starts_with(keys::NODES) {
             let node: Stored<Node> = read(entry)?;
             let name = node.value.node_id.clone();
@@ -161,6 +177,7 @@ impl Builder {
             Some(Slot::Endpoint(name, id)) => drop(self.model(&name).endpoints.remove(&id)),
             Some(Slot::Drain(name, id)) => drop(self.model(&name).drains.remove(&id)),
             Some(Slot::Node(name)) => drop(self.view.nodes.remove(&name)),
+            Some(Slot::Route(name)) => drop(self.view.routes.remove(&name)),
             Some(Slot::Generation) => (self.view.last_generation, self.view.generation_revision) = (0, 0),
             Some(Slot::Leader) => self.view.leader = None,
             // Terms never fall.

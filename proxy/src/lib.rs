@@ -7,7 +7,8 @@
 //! 3. [`downstream::body`] takes the body whole, within its limits.
 //! 4. [`openai::request`] reads `model` and `stream` out of it in one pass, and the hashes of the prompt's prefixes where a
 //!    routing policy wants them; the bytes stay as they are.
-//! 5. [`endpoints`]: one immutable snapshot says where the model can go.
+//! 5. [`endpoints`]: one immutable snapshot says where the model can go; [`routing::resolve`] in which order: the targets of
+//!    its route, then its fallbacks.
 //! 6. [`routing`] picks an endpoint by its policy and reserves a place: the ticket, held to the end of the answer.
 //! 7. [`upstream::client`] connects, sends, and waits for the answer's beginning. A failure here is invisible to the
 //!    client: [`health`] hears of it, [`upstream::retry`] decides, and 6 comes again.

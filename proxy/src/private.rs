@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    endpoints::Endpoint,
+    endpoints::{Endpoint, Route},
     gateway::Gateway,
     health,
     telemetry::metrics,
@@ -124,12 +124,20 @@ async fn debug_endpoints(State(state): State<PrivateState>) -> Json<Value> {
             "ejected": endpoint.is_ejected(now_ms),
             "health": health::describe(endpoint, now_ms),
             "inflight": endpoint.inflight(),
+            "adapters": endpoint.adapters,
+            "reported": endpoint.reported(now_ms).map(|report| json!({
+                "running": report.running,
+                "waiting": report.waiting,
+                "kv_used_permille": report.kv_used_permille,
+                "age_ms": report.age_ms,
+            })),
         })
     };
-    let models: serde_json::Map<String, Value> = snapshot
-        .routes
-        .iter()
-        .map(|(name, route)| (name.clone(), route.pool.endpoints.iter().map(show).collect()))
-        .collect();
+    let endpoints = |route: &Route| -> Value {
+        let pools = route.targets.iter().filter_map(|target| snapshot.pools.get(&*target.pool));
+        pools.flat_map(|pool| &pool.endpoints).map(show).collect()
+    };
+    let models: serde_json::Map<String, Value> =
+        snapshot.routes.iter().map(|(name, route)| (name.clone(), endpoints(route))).collect();
     Json(json!({"version": snapshot.version.to_string(), "models": models}))
 }

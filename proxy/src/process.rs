@@ -16,6 +16,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    endpoints::reported,
     gateway::Gateway,
     health,
     listener::{self, Listener, reload},
@@ -413,14 +414,29 @@ fn discover(
         tracing::warn!("discovery.controlplanes is empty: serving from discovery.snapshot_file alone");
         return Ok(());
     }
+    tasks.spawn(sample(Arc::clone(gateway), stop.clone()));
     let settings = XdsSettings {
         endpoints: discovery.controlplanes.clone(),
         node_id: node_id(&discovery.node_id),
         ..XdsSettings::default()
     };
     let client = XdsClient::new(settings).map_err(|e| e.to_string())?;
+    let told = Arc::clone(gateway);
+    let client = client.with_loads(Box::new(move |name, load| {
+        let known = told.table.report(name, load, told.now_ms());
+        told.metrics.load_reported(known);
+    }));
     tasks.spawn(client.run(states, Arc::clone(status), stop.clone()));
     Ok(())
+}
+
+/// Keeps in mind what is under way, for reports that tell of a moment that has passed.
+async fn sample(gateway: Arc<Gateway>, stop: CancellationToken) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(reported::SAMPLE_MS));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        gateway.table.sample(gateway.now_ms());
+    }
 }
 
 fn node_id(configured: &str) -> String {

@@ -27,6 +27,7 @@ fn metric(proxy: &Proxy, series: &str) -> f64 {
         snapshot: &proxy.gateway.table.load(),
         xds: &penstock_proxy::xds::status::XdsStatus::default().view(),
         draining: false,
+        max_ejected_percent: 67,
         body_bytes_held: 0,
         now_ms: 0,
     });

@@ -76,6 +76,10 @@ pub(crate) fn launch(
     check_value("served_model_name", &spec.served_model_name)?;
     program.args.iter().chain(&spec.args).try_for_each(|arg| check_argument(arg))?;
     spec.env.keys().try_for_each(|name| check_variable(name))?;
+    for (name, path) in &spec.lora {
+        check_value("an adapter's name", name)?;
+        check_value("an adapter's path", path)?;
+    }
 
     let port = place.port.to_string();
     let ours = [
@@ -93,6 +97,7 @@ pub(crate) fn launch(
         .iter()
         .cloned()
         .chain(ours.map(str::to_owned))
+        .chain(lora_arguments(&spec.lora))
         .chain(program.args.iter().cloned())
         .chain(spec.args.iter().cloned())
         .collect();
@@ -118,6 +123,15 @@ pub(crate) fn launch(
         return Err(SpecError(format!("{bad:?} holds a NUL character, which no argument or variable can")));
     }
     Ok(Launch { argv, env, env_removed })
+}
+
+/// vLLM takes all adapters behind one option.
+fn lora_arguments(lora: &[(String, String)]) -> Vec<String> {
+    if lora.is_empty() {
+        return Vec::new();
+    }
+    let modules = lora.iter().map(|(name, path)| format!("{name}={path}"));
+    ["--enable-lora".to_owned(), "--lora-modules".to_owned()].into_iter().chain(modules).collect()
 }
 
 fn unknown_engine(programs: &BTreeMap<String, EngineProgram>, name: &str) -> SpecError {
@@ -188,6 +202,7 @@ mod tests {
                 served_model_name: "org/llama".into(),
                 args: vec!["--tensor-parallel-size".into(), "2".into(), "--max-model-len=8192".into()],
                 env: BTreeMap::from([("VLLM_LOGGING_LEVEL".into(), "DEBUG".into())]),
+                lora: vec![],
             },
             gpu_uuids: vec!["GPU-a".into(), "GPU-b".into()],
         }
@@ -225,6 +240,22 @@ mod tests {
             ]
         );
         assert_eq!(launch.env_removed, ["PENSTOCK_SIM_GPUS"]);
+    }
+
+    #[test]
+    fn adapters_come_before_further_arguments() {
+        let adapter = |name: &str, path: &str| (name.to_owned(), path.to_owned());
+        let launch =
+            try_launch(|a| a.spec.lora = vec![adapter("sql", "/loras/sql"), adapter("o/b", "o/b-lora")]);
+        assert_eq!(
+            launch.expect("valid").argv.join(" "),
+            "vllm serve /models/llama --host 0.0.0.0 --port 10815 --served-model-name org/llama --enable-lora \
+             --lora-modules sql=/loras/sql o/b=o/b-lora --shutdown-timeout 10 --tensor-parallel-size 2 \
+             --max-model-len=8192"
+        );
+        for bad in [adapter("", "p"), adapter("--x", "p"), adapter("n", "")] {
+            try_launch(|a| a.spec.lora = vec![bad]).expect_err("neither empty nor an option");
+        }
     }
 
     #[test]

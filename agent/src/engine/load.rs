@@ -15,6 +15,17 @@ pub(crate) struct Load {
     pub(crate) kv_used_ratio: f32,
 }
 
+/// A difference in KV use below this is none.
+const KV_STEP: f32 = 0.01;
+
+impl Load {
+    /// Whether it is worth telling to somebody who knows `before`.
+    pub(crate) fn differs(&self, before: &Self) -> bool {
+        (self.running, self.waiting) != (before.running, before.waiting)
+            || (self.kv_used_ratio - before.kv_used_ratio).abs() >= KV_STEP
+    }
+}
+
 const RUNNING: &[&str] = &["vllm:num_requests_running"];
 const WAITING: &[&str] = &["vllm:num_requests_waiting"];
 /// The second is vLLM's name before 0.10.

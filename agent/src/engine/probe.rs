@@ -2,7 +2,7 @@
 //!
 //! Every question has a deadline and a bound on the answer's size, and goes straight to the engine: no proxy, no redirect.
 
-use std::{fmt, time::Duration};
+use std::{collections::BTreeSet, fmt, time::Duration};
 
 use serde_json::{Value, json};
 
@@ -12,6 +12,8 @@ use super::load::{self, Load};
 const LONGEST_ANSWER: usize = 4 << 20;
 /// Below vLLM's keep-alive of 5 s, so that a question never meets a connection that is just being closed.
 const IDLE: Duration = Duration::from_secs(2);
+/// Adapters that are told of one engine.
+const MOST_ADAPTERS: usize = 256;
 /// Longest wait for the list of models: it costs an engine nothing.
 const MODELS_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -83,6 +85,17 @@ impl Probe {
         Err(format!("/v1/models lists {names:?}, not {model:?}"))
     }
 
+    /// The names of the LoRA adapters that `GET /v1/models` lists beside `model`, in order, each once, at most
+    /// [`MOST_ADAPTERS`]. Those have a parent.
+    ///
+    /// # Errors
+    /// What came instead, for the operator.
+    pub(crate) async fn adapters(&self, target: &Target, model: &str) -> Result<Vec<String>, String> {
+        let request = self.client.get(format!("{}/v1/models", target.base));
+        let answer = json_of(&self.ask(request, "/v1/models", MODELS_DEADLINE).await?, "/v1/models")?;
+        Ok(adapters(&answer, model))
+    }
+
     /// A completion of one token succeeds.
     ///
     /// # Errors
@@ -144,6 +157,13 @@ impl Probe {
     }
 }
 
+fn adapters(answer: &Value, model: &str) -> Vec<String> {
+    let listed = answer.get("data").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let children = listed.iter().filter(|entry| entry.get("parent").is_some_and(Value::is_string));
+    let names: BTreeSet<&str> = children.filter_map(|entry| entry.get("id")?.as_str()).collect();
+    names.into_iter().filter(|name| *name != model).take(MOST_ADAPTERS).map(str::to_owned).collect()
+}
+
 fn json_of(body: &[u8], what: &str) -> Result<Value, String> {
     serde_json::from_slice(body).map_err(|e| format!("{what} was not answered with JSON: {e}"))
 }
@@ -172,6 +192,18 @@ mod tests {
         ] {
             assert_eq!(Target::new(bind, 7).base, base);
         }
+    }
+
+    #[test]
+    fn adapters_are_those_with_a_parent() {
+        let answer = json!({"data": [
+            {"id": "m", "parent": null}, {"id": "alias"}, {"id": "sql", "parent": "m"}, {"id": "art", "parent": "m"},
+            {"id": "sql", "parent": "m"}, {"id": 7, "parent": "m"}, {"id": "m", "parent": "m"}, "nonsense",
+        ]});
+        assert_eq!(adapters(&answer, "m"), ["art", "sql"]);
+        assert_eq!(adapters(&json!({"data": "nonsense"}), "m"), Vec::<String>::new());
+        let many: Vec<Value> = (0..300).map(|n| json!({"id": format!("a{n}"), "parent": "m"})).collect();
+        assert_eq!(adapters(&json!({"data": many}), "m").len(), MOST_ADAPTERS);
     }
 
     #[tokio::test]

@@ -176,8 +176,11 @@ impl Supervisor {
         launch::note_ready(&self.cx, self.id());
         self.move_to(State::Ready, "");
         tracing::info!(replica = self.id(), pid = engine.tree.pid(), base_url = %engine.target, "engine ready");
-        self.register(engine);
-        self.watch(engine, &log).await
+        // The list was just there to be read: without it now, the next look finds the adapters.
+        let name = &self.assignment.spec.served_model_name;
+        let adapters = self.cx.probe.adapters(&engine.target, name).await.unwrap_or_default();
+        self.register(engine, adapters.clone());
+        self.watch(engine, &log, adapters).await
     }
 
     /// Until it is ready (`None`), or should no longer run.
@@ -219,7 +222,7 @@ impl Supervisor {
     }
 
     /// Until a ready engine should no longer run.
-    async fn watch(&mut self, engine: &mut Engine, log: &Path) -> Served {
+    async fn watch(&mut self, engine: &mut Engine, log: &Path, adapters: Vec<String>) -> Served {
         let cx = self.cx.clone();
         let config = &cx.config;
         let ms = Duration::from_millis;
@@ -228,6 +231,13 @@ impl Supervisor {
         let silent = until_silent(&cx, &engine.target);
         let (period, deadline) = (ms(config.load_ms), ms(config.load_timeout_ms));
         let load = watching::follow_load(&cx.probe, &engine.target, period, deadline, load_notes(&cx, &id));
+        let (wanted, name) = (self.wanted(engine), self.assignment.spec.served_model_name.clone());
+        let note = |adapters| {
+            let wanted = Wanted { adapters, ..wanted.clone() };
+            cx.registry.change(|r| r.want(&id, wanted));
+        };
+        let (target, period) = (engine.target.clone(), ms(config.adapters_ms));
+        let adapters = watching::follow_adapters(&cx.probe, &target, &name, period, adapters, note);
         let failures = &mut self.failures;
         let stable = async {
             sleep(Duration::from_secs(config.stable_s)).await;
@@ -241,17 +251,23 @@ impl Supervisor {
             order = follow_registration(&cx, &id) => Served::Ordered(order),
             order = stable => Served::Ordered(order),
             never = load => match never {},
+            never = adapters => match never {},
             never = watching::keep_log_small(log, config.log_bytes) => match never {},
         }
     }
 
-    fn register(&self, engine: &Engine) {
-        let wanted = Wanted {
+    fn wanted(&self, engine: &Engine) -> Wanted {
+        Wanted {
             model: self.assignment.model.clone(),
             generation: self.assignment.generation,
             address: engine.address.clone(),
             pid: u32::try_from(engine.tree.pid()).unwrap_or_default(),
-        };
+            adapters: Vec::new(),
+        }
+    }
+
+    fn register(&self, engine: &Engine, adapters: Vec<String>) {
+        let wanted = Wanted { adapters, ..self.wanted(engine) };
         self.cx.registry.change(|r| r.want(self.id(), wanted));
     }
 

@@ -1,6 +1,7 @@
-//! Watching a ready engine: does it answer, what is its load, does its log grow too large.
+//! Watching a ready engine: does it answer, what is its load, which adapters has it, does its log grow too
+//! large.
 //!
-//! Three loops that the supervisor polls beside the engine's exit and its orders. Liveness is tolerant: a saturated vLLM
+//! Four loops that the supervisor polls beside the engine's exit and its orders. Liveness is tolerant: a saturated vLLM
 //! can take 4 s to answer anything, and a restart costs a minute. An engine that answers and makes no progress is not
 //! found here.
 
@@ -54,6 +55,30 @@ pub(crate) async fn follow_load(
     loop {
         ticks.tick().await;
         note(probe.load(target, deadline).await);
+    }
+}
+
+/// Reads the list of adapters every `period` and hands it to `note` when it has changed. A list that cannot be read is
+/// taken for the last one: whether the engine answers at all is found out elsewhere. Never returns.
+pub(crate) async fn follow_adapters(
+    probe: &Probe,
+    target: &Target,
+    model: &str,
+    period: Duration,
+    mut known: Vec<String>,
+    note: impl Fn(Vec<String>),
+) -> Infallible {
+    loop {
+        tokio::time::sleep(period).await;
+        match probe.adapters(target, model).await {
+            Ok(adapters) if adapters != known => {
+                tracing::info!(?adapters, before = ?known, "an engine has other adapters");
+                known.clone_from(&adapters);
+                note(adapters);
+            }
+            Ok(_) => {}
+            Err(reason) => tracing::debug!(reason, "an engine's adapters cannot be read"),
+        }
     }
 }
 

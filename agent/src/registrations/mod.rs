@@ -26,6 +26,8 @@ pub(crate) struct Wanted {
     pub(crate) address: String,
     /// Main process.
     pub(crate) pid: u32,
+    /// LoRA adapters it has loaded, in order.
+    pub(crate) adapters: Vec<String>,
 }
 
 /// How a registration stands.
@@ -128,6 +130,7 @@ impl Registrations {
                             generation: wanted.generation,
                             address: wanted.address.clone(),
                             pid: wanted.pid,
+                            adapters: wanted.adapters.clone(),
                         }));
                     }
                 }

@@ -5,7 +5,7 @@ use super::*;
 const RETRY: Duration = Duration::from_secs(5);
 
 fn wanted(generation: u64) -> Wanted {
-    Wanted { model: "m".into(), generation, address: "h:1".into(), pid: 9 }
+    Wanted { model: "m".into(), generation, address: "h:1".into(), pid: 9, adapters: vec![] }
 }
 
 fn result(generation: u64, accepted: bool) -> v1::RegistrationResult {

@@ -207,7 +207,7 @@ pub(crate) fn assignment(replica_id: &str, generation: u64, args: &[&str]) -> v1
         model_path: "model".into(),
         served_model_name: "served".into(),
         args: args.iter().map(|a| (*a).to_owned()).collect(),
-        env: Default::default(),
+        ..Default::default()
     };
     v1::Assignment {
         model: "m".into(),

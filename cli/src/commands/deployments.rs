@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{connect, views, wait};
 use crate::{
-    api::{ApiError, DeploymentSpec},
+    api::{ApiError, DeploymentSpec, LoraAdapter},
     args::{DeleteArgs, DeployArgs, EndpointArgs, ScaleArgs},
     output::show,
 };
@@ -18,6 +18,11 @@ pub(crate) async fn deploy(args: &DeployArgs) -> Result<(), ApiError> {
         args: args.args.clone(),
         env: args.env.iter().cloned().collect(),
         gpus_per_replica: args.gpus_per_replica,
+        lora: args
+            .lora
+            .iter()
+            .map(|(name, path)| LoraAdapter { name: name.clone(), path: path.clone() })
+            .collect(),
     };
     let mut reply = server.deploy(&args.model, &spec).await?;
     if args.wait.wait {

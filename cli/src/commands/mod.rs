@@ -1,6 +1,7 @@
 //! The operator's commands: each is one call of the REST API, printed. [`simulate`] alone calls nobody.
 
 mod deployments;
+mod routes;
 pub(crate) mod simulate;
 mod views;
 mod wait;
@@ -33,6 +34,8 @@ async fn run(command: Command) -> Result<(), ApiError> {
         Command::Proxies(remote) => views::proxies(&remote).await,
         Command::Version(remote) => views::version(&remote).await,
         Command::Deploy(args) => deployments::deploy(&args).await,
+        Command::Routes(remote) => routes::list(&remote).await,
+        Command::Route { command } => routes::change(&command).await,
         Command::Scale(args) => deployments::scale(&args).await,
         Command::Delete(args) => deployments::delete(&args).await,
         Command::Drain(args) => deployments::drain(&args, true).await,

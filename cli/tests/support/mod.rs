@@ -6,6 +6,9 @@
 #![allow(dead_code, reason = "each test program uses its own part of this module")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
 
+pub(crate) mod load;
+pub(crate) mod netns;
+
 use std::{
     io::{BufRead, BufReader, Read},
     os::unix::ffi::OsStrExt,

@@ -52,6 +52,8 @@ pub struct RoutingConfig {
     pub load_bound_floor: u32,
     /// Time over which a new endpoint's share grows from a tenth to all; 0: all at once.
     pub slow_start_ms: u64,
+    /// Age at which an engine's report of its load is not believed any more; 0: reports are not looked at.
+    pub load_stale_ms: u64,
     /// This proxy's zone; empty: zones are not looked at.
     pub zone: String,
     /// Requests by which an endpoint of another zone must be less busy to be taken.
@@ -78,6 +80,7 @@ impl Default for RoutingConfig {
             load_bound_percent: 150,
             load_bound_floor: 4,
             slow_start_ms: 10_000,
+            load_stale_ms: 1_000,
             zone: String::new(),
             zone_spill: 4,
             session_header: "x-session-affinity".into(),

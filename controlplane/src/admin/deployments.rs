@@ -45,7 +45,8 @@ pub(super) async fn list(State(core): State<Arc<Core>>) -> Json<Value> {
         .map(|(name, model, stored)| {
             let endpoints = show::endpoints(&view, name, model, &nodes);
             let waiting = reports.waiting.get(name).cloned().unwrap_or_default();
-            shown(&stored.value, stored.mod_revision, show::status(&endpoints, waiting))
+            let adapters = show::adapters(&view, model);
+            shown(&stored.value, stored.mod_revision, show::status(&endpoints, waiting), &adapters)
         })
         .collect();
     Json(json!({ "deployments": shown }))
@@ -86,6 +87,15 @@ pub(super) async fn put(
             if deployed >= core.config.limits.max_deployments {
                 let message = format!("there are {deployed} deployments already (limits.max_deployments)");
                 return Err(ApiError::new(StatusCode::FORBIDDEN, "too_many_deployments", message));
+            }
+            if let Some(route) = core.view().routes.get(&name)
+                && !route.value.targets.iter().any(|target| target.model == name)
+            {
+                let message = format!(
+                    "{name:?} is the name of a route that leads elsewhere, and would stay so: delete the route first \
+                     (DELETE /api/v2/routes/{name}), or deploy under another name"
+                );
+                return Err(ApiError::new(StatusCode::CONFLICT, "name_is_a_route", message));
             }
         }
         Ok(Deployment {
@@ -176,13 +186,19 @@ fn internal(error: serde_json::Error) -> ApiError {
 fn with_status(core: &Core, deployment: &Deployment, revision: Revision) -> Value {
     let (view, nodes) = (core.view(), core.roster.nodes());
     let name = &deployment.model;
-    let endpoints =
-        view.models.get(name).map(|model| show::endpoints(&view, name, model, &nodes)).unwrap_or_default();
+    let model = view.models.get(name);
+    let endpoints = model.map(|model| show::endpoints(&view, name, model, &nodes)).unwrap_or_default();
+    let adapters = model.map(|model| show::adapters(&view, model)).unwrap_or_default();
     let waiting = core.reports.borrow().waiting.get(name).cloned().unwrap_or_default();
-    shown(deployment, revision, show::status(&endpoints, waiting))
+    shown(deployment, revision, show::status(&endpoints, waiting), &adapters)
 }
 
-fn shown(deployment: &Deployment, revision: Revision, status: show::Status) -> Value {
+fn shown(
+    deployment: &Deployment,
+    revision: Revision,
+    status: show::Status,
+    adapters: &[show::AdapterShown],
+) -> Value {
     json!({
         "model": deployment.model,
         "replicas": deployment.replicas,
@@ -191,8 +207,10 @@ fn shown(deployment: &Deployment, revision: Revision, status: show::Status) -> V
         "args": deployment.spec.args,
         "env": deployment.spec.env,
         "gpus_per_replica": deployment.spec.gpus_per_replica,
+        "lora": deployment.spec.lora,
         "created_unix_s": deployment.created_unix_s,
         "revision": revision,
+        "adapters": adapters,
         "status": status,
     })
 }

@@ -8,6 +8,7 @@ mod deployments;
 mod endpoints;
 mod error;
 mod nodes;
+mod routes;
 mod show;
 
 use std::sync::Arc;
@@ -43,6 +44,8 @@ pub fn router(core: Arc<Core>) -> Router {
             "/api/v2/deployments/{*model}",
             get(deployments::get).put(deployments::put).patch(deployments::patch).delete(deployments::delete),
         )
+        .route("/api/v2/routes", get(routes::list))
+        .route("/api/v2/routes/{*name}", get(routes::get).put(routes::put).delete(routes::delete))
         .route("/api/v2/models", get(deployments::models))
         .route("/api/v2/endpoints", get(endpoints::list))
         .route("/api/v2/endpoints/{id}", get(endpoints::get))

@@ -23,7 +23,33 @@ pub(super) struct EndpointShown {
     pub(super) running: u32,
     pub(super) waiting: u32,
     pub(super) kv_used_ratio: f32,
+    pub(super) adapters: Vec<String>,
     pub(super) reason: String,
+}
+
+/// One LoRA adapter of a deployment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct AdapterShown {
+    pub(super) name: String,
+    /// Endpoints that have it loaded.
+    pub(super) endpoints: usize,
+    /// Why clients cannot ask for it by its name; empty if they can.
+    pub(super) reason: String,
+}
+
+/// A deployment's adapters. A deployment or a route of the same name wins over an adapter.
+pub(super) fn adapters(view: &View, model: &ModelView) -> Vec<AdapterShown> {
+    let taken = |name: &str| {
+        let deployed = view.models.get(name).is_some_and(|model| model.deployment.is_some());
+        match (view.routes.contains_key(name), deployed) {
+            (true, _) => "there is a route of that name, which is served instead".to_owned(),
+            (_, true) => "there is a deployment of that name, which is served instead".to_owned(),
+            _ => String::new(),
+        }
+    };
+    let has = |name: &str| model.endpoints.values().filter(|e| e.adapters.iter().any(|a| a == name)).count();
+    let shown = |name: &str| AdapterShown { name: name.into(), endpoints: has(name), reason: taken(name) };
+    model.adapters().into_iter().map(shown).collect()
 }
 
 /// How a deployment stands.
@@ -55,6 +81,7 @@ pub(super) fn endpoints(
             if let Some(registered) = model.endpoints.get(&a.replica_id) {
                 shown.address.clone_from(&registered.address);
                 shown.pid = registered.pid;
+                shown.adapters.clone_from(&registered.adapters);
             }
             shown
         })
@@ -89,6 +116,7 @@ fn shown(
         running: engine.map_or(0, |e| e.running),
         waiting: engine.map_or(0, |e| e.waiting),
         kv_used_ratio: engine.map_or(0.0, |e| e.kv_used_ratio),
+        adapters: Vec::new(),
         reason: String::new(),
     }
 }

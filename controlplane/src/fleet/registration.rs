@@ -4,6 +4,8 @@
 //! is withdrawn at the same moment cannot gain an endpoint. The placement also changes with other replicas of the model;
 //! then the judgement is simply made again.
 
+use std::collections::BTreeSet;
+
 use penstock_proto::v1;
 
 use crate::{
@@ -97,6 +99,7 @@ pub async fn register(core: &Core, node: &Node, asked: &v1::Registration) -> Res
             pid: asked.pid,
             node_id: node.node_id.clone(),
             zone: node.zone.clone(),
+            adapters: adapters(&asked.adapters),
         };
         let value = serde_json::to_vec(&endpoint)
             .map_err(|e| Refusal::new("store_error", format!("not registered: {e}")))?;
@@ -115,6 +118,12 @@ pub async fn register(core: &Core, node: &Node, asked: &v1::Registration) -> Res
         }
     }
     Err(Refusal::new("store_error", "not registered: the placement changes too fast; ask again"))
+}
+
+/// Adapters' names that can be served: those that no client could name are left out, and so is what is beyond the bound.
+fn adapters(asked: &[String]) -> Vec<String> {
+    let fine: BTreeSet<&String> = asked.iter().filter(|name| validate::model_name(name).is_ok()).collect();
+    fine.into_iter().take(validate::MAX_ADAPTERS).cloned().collect()
 }
 
 /// Takes an endpoint away. Returns the revision at which it was surely gone; one that is not there, or that is another
@@ -142,6 +151,14 @@ mod tests {
     use crate::model::EngineSpec;
 
     #[test]
+    fn adapters_are_names_each_once_and_not_too_many() {
+        let asked = |names: &[&str]| adapters(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>());
+        assert_eq!(asked(&["b", "a", "", "a b", "b"]), ["a", "b"]);
+        let many: Vec<String> = (0..300).map(|n| format!("a{n}")).collect();
+        assert_eq!(adapters(&many).len(), validate::MAX_ADAPTERS);
+    }
+
+    #[test]
     fn each_mismatch_has_its_own_word() {
         let spec = EngineSpec {
             engine: "sim".into(),
@@ -149,6 +166,7 @@ mod tests {
             args: vec![],
             env: Default::default(),
             gpus_per_replica: 1,
+            lora: vec![],
         };
         let assignment = |id: &str, phase| Assignment {
             replica_id: id.into(),
@@ -179,6 +197,7 @@ mod tests {
                 generation,
                 address: address.into(),
                 pid: 1,
+                adapters: vec![],
             };
             let outcome = judge(Some(&placement), node, &asked).map_or_else(|r| r.outcome, |_| "ok");
             assert_eq!(outcome, expected, "{id} {generation} {node} {address}");

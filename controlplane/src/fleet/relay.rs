@@ -14,15 +14,12 @@ use penstock_proto::{
     MAX_GRPC_MESSAGE_BYTES,
     v1::{self, agent_message::Message, fleet_client::FleetClient},
 };
-use tokio::{
-    sync::{mpsc, watch},
-    time::Instant,
-};
+use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status, Streaming, metadata::MetadataValue, transport::Endpoint};
 
 use super::session::{Outbound, PATIENCE, RENEWAL, hello, stopping};
-use crate::{core::Core, leadership::Leader, store::StoreError, view::View};
+use crate::{core::Core, leadership::Leader, store::StoreError};
 
 /// Metadata of a session that comes from another control plane.
 pub(super) const RELAYED: &str = "penstock-relayed";
@@ -73,12 +70,11 @@ async fn relay(
         }
     };
     tracing::debug!(node_id, leader = leader.id, "a fleet session is relayed");
-    let mut views = core.views.clone();
     loop {
         tokio::select! {
             biased;
             () = core.stop.cancelled() => return Err(stopping()),
-            () = another_leads(&mut views, &leader) => {
+            () = core.another_leads(&leader) => {
                 return Err(Status::unavailable("the leader has changed: connect again"));
             }
             message = inbound.message() => {
@@ -99,11 +95,6 @@ async fn relay(
             }
         }
     }
-}
-
-async fn another_leads(views: &mut watch::Receiver<Arc<View>>, leader: &Leader) {
-    // An error means that nobody keeps the view any more: the process ends, and with it this session.
-    drop(views.wait_for(|view| view.leader.as_ref().is_none_or(|l| l.value != *leader)).await);
 }
 
 /// The agent's lease, as the view knows it.

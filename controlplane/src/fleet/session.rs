@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     core::Core,
-    model::{Assignment, Gpu, Node, Phase, validate},
+    model::{Assignment, Gpu, LoraAdapter, Node, Phase, validate},
     store::{Compare, LeaseId, StoreError, Txn, TxnOutcome, keys},
     view::{NodeAssignments, View},
 };
@@ -219,6 +219,11 @@ impl Session {
             Some(Message::Report(report)) => self.report(report).await,
             Some(Message::Register(asked)) => self.register(asked).await,
             Some(Message::Deregister(asked)) => self.deregister(asked).await,
+            Some(Message::Load(report)) => {
+                let loads = report.loads.into_iter();
+                self.loads(loads.filter_map(|replica| Some((replica.replica_id, replica.load?))));
+                Ok(())
+            }
             Some(Message::Hello(_)) => Err(Status::invalid_argument("a session has one Hello, at its start")),
             // A newer agent may say more than this build knows.
             None => Ok(()),
@@ -228,6 +233,12 @@ impl Session {
     async fn report(&mut self, report: v1::NodeReport) -> Result<(), Status> {
         self.core.metrics.fleet_reports.inc();
         let gpus: Vec<Gpu> = report.gpus.iter().map(stored_gpu).collect();
+        self.loads(report.engines.iter().filter_map(|engine| {
+            Some((
+                engine.replica_id.clone(),
+                v1::EngineLoad { generation: engine.generation, ..engine.load? },
+            ))
+        }));
         self.core.roster.report(&self.node.node_id, report, Instant::now());
         if self.renewed.elapsed() >= self.core.lease_ttl() / 4 {
             let renewal = self.core.store.lease_keep_alive(self.registrant.lease);
@@ -252,6 +263,21 @@ impl Session {
                 .map_err(ended)?;
         }
         Ok(())
+    }
+
+    /// Takes in what is said of this node's engines.
+    fn loads(&self, loads: impl Iterator<Item = (String, v1::EngineLoad)>) {
+        let (view, now) = (self.core.view(), Instant::now());
+        let assigned = view.by_node.get(&self.node.node_id);
+        for (id, load) in loads {
+            let present = assigned.and_then(|assigned| assigned.get(&id));
+            let outcome = match present.filter(|(_, assignment)| assignment.generation == load.generation) {
+                Some((model, _)) if self.core.loads.put(model, &id, &load, now) => "new",
+                Some(_) => "known",
+                None => "unassigned",
+            };
+            self.core.metrics.loads.with_label_values(&[outcome]).inc();
+        }
     }
 
     async fn register(&mut self, asked: v1::Registration) -> Result<(), Status> {
@@ -337,9 +363,14 @@ fn on_wire(model: &str, a: &Assignment) -> v1::Assignment {
             served_model_name: model.to_owned(),
             args: a.spec.args.clone(),
             env: a.spec.env.clone().into_iter().collect(),
+            lora: a.spec.lora.iter().map(lora_on_wire).collect(),
         }),
         gpu_uuids: a.gpu_uuids.clone(),
     }
+}
+
+fn lora_on_wire(adapter: &LoraAdapter) -> v1::LoraAdapter {
+    v1::LoraAdapter { name: adapter.name.clone(), path: adapter.path.clone() }
 }
 
 pub(super) fn stopping() -> Status {

@@ -22,6 +22,18 @@ pub struct EngineSpec {
     pub env: BTreeMap<String, String>,
     /// GPUs that each replica gets for itself; at least 1.
     pub gpus_per_replica: u32,
+    /// LoRA adapters that each replica loads at its start.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lora: Vec<LoraAdapter>,
+}
+
+/// One LoRA adapter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoraAdapter {
+    /// The name clients ask for.
+    pub name: String,
+    /// Its folder or id.
+    pub path: String,
 }
 
 /// `/deployments/{model}`: what an operator wants.
@@ -104,6 +116,9 @@ pub struct RegisteredEndpoint {
     /// That node's zone.
     #[serde(default)]
     pub zone: String,
+    /// LoRA adapters it has loaded, by name, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<String>,
 }
 
 /// A GPU as far as placement cares; live figures are not stored.

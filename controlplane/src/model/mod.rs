@@ -3,7 +3,11 @@
 
 pub mod desired;
 pub mod observed;
+pub mod route;
 pub mod validate;
 
-pub use desired::{Assignment, Deployment, EngineSpec, Gpu, Node, Phase, Placement, RegisteredEndpoint};
+pub use desired::{
+    Assignment, Deployment, EngineSpec, Gpu, LoraAdapter, Node, Phase, Placement, RegisteredEndpoint,
+};
 pub use observed::{EngineObserved, EngineState, NodeObserved};
+pub use route::{Route, RouteTarget};

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fmt};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-use super::desired::EngineSpec;
+use super::desired::{EngineSpec, LoraAdapter};
 
 /// A field that was refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,8 +20,14 @@ pub struct FieldError {
 }
 
 impl FieldError {
-    fn new(field: &str, message: impl Into<String>) -> Self {
+    pub(super) fn new(field: &str, message: impl Into<String>) -> Self {
         Self { field: field.into(), message: message.into() }
+    }
+
+    /// The same, of a field inside another.
+    pub(super) fn inside(self, outer: &str) -> Self {
+        let field = if self.field.is_empty() { outer.to_owned() } else { format!("{outer}.{}", self.field) };
+        Self { field, message: format!("{outer}: {}", self.message) }
     }
 }
 
@@ -34,10 +40,12 @@ pub struct DeploymentBody {
     pub spec: EngineSpec,
 }
 
-const FIELDS: [&str; 6] = ["replicas", "engine", "model_path", "args", "env", "gpus_per_replica"];
+const FIELDS: [&str; 7] = ["replicas", "engine", "model_path", "args", "env", "gpus_per_replica", "lora"];
 /// Most GPUs of one replica: more than any one host has.
 const MAX_GPUS: u64 = 64;
 const MAX_ARGS: usize = 256;
+/// Most LoRA adapters of one deployment, and most that are taken from one engine.
+pub const MAX_ADAPTERS: usize = 256;
 const MAX_TEXT_BYTES: usize = 4_096;
 
 /// Arguments of `serve` that the agent sets itself.
@@ -52,12 +60,18 @@ pub fn deployment_body(model: &str, body: &Value, max_replicas: u32) -> Result<D
         model_path: text(fields, "model_path")?.unwrap_or(model).to_owned(),
         args: args(fields)?,
         env: env(fields)?,
-        gpus_per_replica: whole(fields, "gpus_per_replica", 1, MAX_GPUS)?.unwrap_or(1),
+        gpus_per_replica: whole_in(fields, "gpus_per_replica", 1, MAX_GPUS)?.unwrap_or(1),
+        lora: lora(model, fields)?,
     };
     let known = |c: char| c.is_ascii_alphanumeric() || "_-".contains(c);
     if spec.engine.is_empty() || spec.engine.len() > 64 || !spec.engine.chars().all(known) {
         let wanted = "must name an entry of the agents' [engines] settings, such as \"vllm\" or \"sim\"";
         return Err(FieldError::new("engine", format!("engine {wanted}; it is {:?}", spec.engine)));
+    }
+    let modules = |arg: &String| arg.replace('_', "-").starts_with("--lora-modules");
+    if !spec.lora.is_empty() && spec.args.iter().any(modules) {
+        let message = "lora and the argument --lora-modules exclude each other: name all adapters in lora";
+        return Err(FieldError::new("lora", message));
     }
     if spec.model_path.is_empty() || spec.model_path.starts_with('-') {
         let wanted = "must be a model folder or id that does not start with '-'";
@@ -66,14 +80,14 @@ pub fn deployment_body(model: &str, body: &Value, max_replicas: u32) -> Result<D
             format!("model_path {wanted}; it is {:?}", spec.model_path),
         ));
     }
-    let replicas = whole(fields, "replicas", 0, u64::from(max_replicas))?.unwrap_or(1);
+    let replicas = whole_in(fields, "replicas", 0, u64::from(max_replicas))?.unwrap_or(1);
     Ok(DeploymentBody { replicas, spec })
 }
 
 /// Checks the body of a PATCH, which can change the number of replicas.
 pub fn scale_body(body: &Value, max_replicas: u32) -> Result<u32, FieldError> {
     let fields = object(body, &["replicas"])?;
-    whole(fields, "replicas", 0, u64::from(max_replicas))?
+    whole_in(fields, "replicas", 0, u64::from(max_replicas))?
         .ok_or_else(|| FieldError::new("replicas", "replicas is missing: give a whole number"))
 }
 
@@ -132,7 +146,7 @@ pub fn json(bytes: &[u8]) -> Result<Value, String> {
     serde_json::from_slice::<Strict>(bytes).map(|strict| strict.0).map_err(|e| e.to_string())
 }
 
-fn object<'a>(body: &'a Value, known: &[&str]) -> Result<&'a Map<String, Value>, FieldError> {
+pub(super) fn object<'a>(body: &'a Value, known: &[&str]) -> Result<&'a Map<String, Value>, FieldError> {
     let Some(fields) = body.as_object() else {
         return Err(FieldError::new("", format!("the body must be a JSON object, not {}", kind(body))));
     };
@@ -155,7 +169,7 @@ fn text<'a>(fields: &'a Map<String, Value>, field: &str) -> Result<Option<&'a st
     }
 }
 
-fn string<'a>(field: &str, value: &'a Value) -> Result<&'a str, FieldError> {
+pub(super) fn string<'a>(field: &str, value: &'a Value) -> Result<&'a str, FieldError> {
     let Some(text) = value.as_str() else {
         return Err(FieldError::new(field, format!("{field} must be a string, not {}", kind(value))));
     };
@@ -166,7 +180,12 @@ fn string<'a>(field: &str, value: &'a Value) -> Result<&'a str, FieldError> {
     Ok(text)
 }
 
-fn whole(fields: &Map<String, Value>, field: &str, low: u64, high: u64) -> Result<Option<u32>, FieldError> {
+pub(super) fn whole_in(
+    fields: &Map<String, Value>,
+    field: &str,
+    low: u64,
+    high: u64,
+) -> Result<Option<u32>, FieldError> {
     let Some(value) = fields.get(field) else { return Ok(None) };
     let number = value.as_u64().filter(|n| (low..=high).contains(n)).and_then(|n| u32::try_from(n).ok());
     number.map(Some).ok_or_else(|| {
@@ -193,6 +212,41 @@ fn args(fields: &Map<String, Value>) -> Result<Vec<String>, FieldError> {
         out.push(arg.to_owned());
     }
     Ok(out)
+}
+
+fn lora(base: &str, fields: &Map<String, Value>) -> Result<Vec<LoraAdapter>, FieldError> {
+    let Some(value) = fields.get("lora") else { return Ok(Vec::new()) };
+    let Some(items) = value.as_array().filter(|items| items.len() <= MAX_ADAPTERS) else {
+        let wanted =
+            format!("lora must be an array of at most {MAX_ADAPTERS} objects {{\"name\", \"path\"}}");
+        return Err(FieldError::new("lora", wanted));
+    };
+    let mut out: Vec<LoraAdapter> = Vec::with_capacity(items.len());
+    for (n, item) in items.iter().enumerate() {
+        let at = format!("lora[{n}]");
+        let adapter = adapter(item).map_err(|error| error.inside(&at))?;
+        if adapter.name == base || out.iter().any(|before| before.name == adapter.name) {
+            let message =
+                format!("{at}.name is {:?}, which is taken by the model or by another", adapter.name);
+            return Err(FieldError::new(&format!("{at}.name"), message));
+        }
+        out.push(adapter);
+    }
+    Ok(out)
+}
+
+fn adapter(item: &Value) -> Result<LoraAdapter, FieldError> {
+    let fields = object(item, &["name", "path"])?;
+    let given = |field: &str| {
+        text(fields, field)?.ok_or_else(|| FieldError::new(field, format!("{field} is missing")))
+    };
+    let (name, path) = (given("name")?, given("path")?);
+    model_name(name).map_err(|error| FieldError::new("name", error.message))?;
+    if path.is_empty() || path.starts_with('-') {
+        let wanted = "path must be an adapter's folder or id that does not start with '-'";
+        return Err(FieldError::new("path", format!("{wanted}; it is {path:?}")));
+    }
+    Ok(LoraAdapter { name: name.to_owned(), path: path.to_owned() })
 }
 
 fn env(fields: &Map<String, Value>) -> Result<BTreeMap<String, String>, FieldError> {
@@ -327,6 +381,21 @@ mod tests {
             (value!({"env": {"A": 1}}), "env.A", "must be a string"),
             (value!({"env": {"1A": "x"}}), "env.1A", "digit"),
             (value!({"env": {"A": "x\u{0}"}}), "env.A", "NUL"),
+            (value!({"lora": {}}), "lora", "array"),
+            (
+                value!({"lora": [{"name": "a", "path": "p"}], "args": ["--lora_modules", "b=q"]}),
+                "lora",
+                "exclude each other",
+            ),
+            (value!({"lora": [{"name": "a"}]}), "lora[0].path", "missing"),
+            (value!({"lora": [{"name": "a b", "path": "p"}]}), "lora[0].name", "1 to 256 characters"),
+            (value!({"lora": [{"name": "a", "path": "-p"}]}), "lora[0].path", "start with '-'"),
+            (value!({"lora": [{"name": "m", "path": "p"}]}), "lora[0].name", "taken"),
+            (
+                value!({"lora": [{"name": "a", "path": "p", "max_rank_of_all": 1}]}),
+                "lora[0].max_rank_of_all",
+                "known are name, path",
+            ),
             (value!({"gpus_per_replica": 0}), "gpus_per_replica", "from 1 to 64"),
         ] {
             let error = deployment_body("m", &body, 10).expect_err(&body.to_string());

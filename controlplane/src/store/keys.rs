@@ -13,6 +13,8 @@ pub const PLACEMENTS: &str = "/placements/";
 pub const ENDPOINTS: &str = "/endpoints/";
 /// Prefix of nodes.
 pub const NODES: &str = "/nodes/";
+/// Prefix of routes.
+pub const ROUTES: &str = "/routes/";
 /// Prefix of drains.
 pub const DRAINS: &str = "/drains/";
 /// Who may write ([`crate::leadership::Leader`]); written once per term, and its revision is the term. With etcd it hangs
@@ -42,6 +44,11 @@ pub fn endpoint(model: &str, replica_id: &str) -> String {
 /// A node that is present.
 pub fn node(node_id: &str) -> String {
     format!("{NODES}{}", encode(node_id))
+}
+
+/// Where a name leads.
+pub fn route(name: &str) -> String {
+    format!("{ROUTES}{}", encode(name))
 }
 
 /// An operator's drain.

@@ -1,7 +1,8 @@
 //! The wire to the proxies: delta xDS over one stream per proxy.
 //!
 //! [`snapshot`] projects the view into resources, [`hub`] publishes one immutable snapshot to every subscriber,
-//! [`session`] is one subscriber's protocol state, [`server`] the gRPC around it.
+//! [`routes`] says where names lead, [`session`] is one subscriber's protocol state, [`server`] the gRPC around it.
+//! [`loads`] brings news of engines' loads on the same stream, in a lane of their own.
 //!
 //! Order is kept without the client's help: tables are sent before the routes that name them and withdrawn after them,
 //! and the next response goes out when the last one was acknowledged or refused. So nothing queues for a slow
@@ -11,6 +12,8 @@
 //! reconnects and says what it has is sent only what differs. Absent: state-of-the-world streams.
 
 pub mod hub;
+pub mod loads;
+pub mod routes;
 pub mod server;
 pub mod session;
 pub mod snapshot;

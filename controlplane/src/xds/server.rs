@@ -13,18 +13,19 @@ use penstock_proto::{
         aggregated_discovery_service_server::{AggregatedDiscoveryService, AggregatedDiscoveryServiceServer},
     },
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::MissedTickBehavior};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     hub::Subscriber,
+    loads::{Answer, LoadSession},
     session::{Heard, Session},
     snapshot::Kind,
 };
 use crate::core::Core;
 
-/// Responses that may wait for one proxy. The session keeps one outstanding, so this never fills.
+/// Responses that may wait for one proxy. One of state and one of loads may be outstanding, so this never fills.
 const OUTBOUND: usize = 4;
 /// A proxy that opens a stream and asks for nothing for this long is cut off.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -131,8 +132,11 @@ async fn serve(
     outbound: &Outbound,
 ) -> Result<(), Status> {
     let mut session = Session::new(Duration::from_millis(core.config.xds.nack_retry_ms));
+    let mut loads = LoadSession::default();
     let mut snapshots = core.hub.subscribe();
-    take(core, number, &mut session, first)?;
+    let mut news = tokio::time::interval(Duration::from_millis(core.config.xds.load_push_ms));
+    news.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    take(core, number, (&mut session, &mut loads), first)?;
     loop {
         // Before the first projection there is nothing to tell: an empty answer would be a lie.
         let snapshot = snapshots.borrow_and_update().clone();
@@ -159,14 +163,34 @@ async fn serve(
                 None => std::future::pending().await,
             }
         };
-        tokio::select! {
-            () = core.stop.cancelled() => return Err(stopping()),
-            message = inbound.message() => match message? {
-                Some(request) => take(core, number, &mut session, request)?,
-                None => return Ok(()),
-            },
-            changed = snapshots.changed() => changed.map_err(|_| stopping())?,
-            () = retry => {}
+        tokio::pin!(retry);
+        // Until there may be something to say of tables and routes; loads come and go beside it.
+        loop {
+            tokio::select! {
+                () = core.stop.cancelled() => return Err(stopping()),
+                message = inbound.message() => {
+                    let Some(request) = message? else { return Ok(()) };
+                    let of_loads = LoadSession::is_addressed(&request);
+                    take(core, number, (&mut session, &mut loads), request)?;
+                    if !of_loads {
+                        break;
+                    }
+                }
+                changed = snapshots.changed() => {
+                    changed.map_err(|_| stopping())?;
+                    break;
+                }
+                () = &mut retry => break,
+                _ = news.tick(), if loads.is_due() => {
+                    let response = loads.next(&core.loads, core.view().term, Instant::now());
+                    if let Some(response) = response {
+                        core.metrics.xds_responses.with_label_values(&["engine_load"]).inc();
+                        if outbound.send(Ok(response)).await.is_err() {
+                            return Ok(());
+                        }
+                    }
+                }
+            }
         }
     }
 }
@@ -174,9 +198,16 @@ async fn serve(
 fn take(
     core: &Core,
     number: u64,
-    session: &mut Session,
+    (session, loads): (&mut Session, &mut LoadSession),
     request: DeltaDiscoveryRequest,
 ) -> Result<(), Status> {
+    if LoadSession::is_addressed(&request) {
+        if let Answer::Nack(reason) = loads.hear(request) {
+            core.metrics.xds_nacks.with_label_values(&["engine_load"]).inc();
+            tracing::warn!(subscriber = number, reason, "a proxy refused news of loads");
+        }
+        return Ok(());
+    }
     let heard = session.hear(request, Instant::now()).map_err(Status::invalid_argument)?;
     if let Heard::Nack(kind) = heard {
         core.metrics.xds_nacks.with_label_values(&[kind.label()]).inc();

@@ -279,10 +279,10 @@ impl Session {
         state.refused.retain(|name, r| {
             dirty.contains(name) && r.version.as_deref() == version(name) && now < r.at + retry
         });
-        // A route is held back until the subscriber has its table, if it wants tables at all.
+        // A route is held back until the subscriber has its tables, if it wants tables at all.
         let has_table = |name: &str| {
-            let pool = resources.get(name).and_then(|r| r.pool.as_deref());
-            let lacks = |t: &&State| t.wanted.is_some() && pool.is_some_and(|p| !t.known.contains_key(p));
+            let mut pools = resources.get(name).into_iter().flat_map(|r| &r.pools);
+            let lacks = |t: &&State| t.wanted.is_some() && pools.any(|p| !t.known.contains_key(p));
             !tables.as_ref().is_some_and(lacks)
         };
         let may_go = |name: &&String| {

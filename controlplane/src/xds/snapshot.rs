@@ -1,9 +1,9 @@
 //! View → resources. Pure.
 //!
-//! Per model one pool of the model's name: its [`v1::EndpointTable`] and, while the model is deployed, its
-//! [`v1::ModelRoute`]. A deployment without endpoints has a route and an empty table, so that proxies answer "nobody
-//! serves it now" and not "no such model". A deleted one loses its route at once; its table stays while engines are
-//! registered, which are draining by then.
+//! Per model one pool of the model's name: its [`v1::EndpointTable`]. Per name that clients can ask for a
+//! [`v1::ModelRoute`] ([`super::routes`]). A deployment without endpoints has a route and an empty table, so that proxies
+//! answer "nobody serves it now" and not "no such model". A deleted one loses its route at once; its table stays while
+//! engines are registered, which are draining by then.
 //!
 //! Cost: a changed model costs its own table; the others cost a pointer comparison. A snapshot remembers which
 //! resources the last [`RECENT`] changes touched, so that a subscriber that keeps up never looks at the rest.
@@ -21,6 +21,7 @@ use penstock_proto::{
 use prost::Message;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::routes::Sources;
 use crate::view::{ModelView, View};
 
 /// Changes that a snapshot remembers. A subscriber that is further behind compares everything once.
@@ -68,15 +69,15 @@ pub struct Resource {
     pub version: Arc<str>,
     /// The protobuf message.
     pub body: Bytes,
-    /// Of a route: the table it needs.
-    pub pool: Option<String>,
+    /// Of a route: the tables it needs.
+    pub pools: Vec<String>,
 }
 
 impl Resource {
-    fn of(message: &impl Message, pool: Option<&str>) -> Self {
+    fn of(message: &impl Message, pools: Vec<String>) -> Self {
         let body: Bytes = message.encode_to_vec().into();
         let version = format!("{:016x}", xxh3_64(&body)).into();
-        Self { version, body, pool: pool.map(str::to_owned) }
+        Self { version, body, pools }
     }
 }
 
@@ -102,8 +103,8 @@ pub struct Snapshot {
     pub routes: BTreeMap<String, Resource>,
     /// The newest changes, oldest first.
     pub recent: VecDeque<Change>,
-    /// What each model looked like.
-    sources: BTreeMap<String, Arc<ModelView>>,
+    /// What they were made from.
+    sources: Sources,
 }
 
 impl Snapshot {
@@ -120,14 +121,18 @@ impl Snapshot {
         let mut next = self.clone();
         next.version = Version { term, revision: view.revision };
         next.sequence += 1;
+        let changed = next.sources.update(view);
         let mut names = Vec::new();
-        for (model, source) in &view.models {
-            if !self.sources.get(model).is_some_and(|before| Arc::ptr_eq(before, source)) {
-                next.project(model, Some(source), &mut names);
-            }
+        for model in changed.models {
+            let table = next.sources.model(&model).and_then(|source| table(&model, source));
+            put(&mut next.tables, (Kind::Table, model), table, &mut names);
         }
-        for model in self.sources.keys().filter(|model| !view.models.contains_key(*model)) {
-            next.project(model, None, &mut names);
+        for name in changed.names {
+            let route = next.sources.route(&name).map(|route| {
+                let pools = route.targets.iter().map(|target| target.pool.clone()).collect();
+                Resource::of(&route, pools)
+            });
+            put(&mut next.routes, (Kind::Route, name), route, &mut names);
         }
         next.recent.push_back(Change { sequence: next.sequence, names: names.into() });
         while next.recent.len() > RECENT {
@@ -136,34 +141,30 @@ impl Snapshot {
         next
     }
 
-    fn project(&mut self, model: &str, source: Option<&Arc<ModelView>>, names: &mut Vec<(Kind, String)>) {
-        let (table, route) = source.map_or((None, None), |source| (table(model, source), route(source)));
-        for (kind, resource) in [(Kind::Table, table), (Kind::Route, route)] {
-            let resources = match kind {
-                Kind::Table => &mut self.tables,
-                Kind::Route => &mut self.routes,
-            };
-            if resources.get(model) != resource.as_ref() {
-                names.push((kind, model.to_owned()));
-                match resource {
-                    Some(resource) => resources.insert(model.to_owned(), resource),
-                    None => resources.remove(model),
-                };
-            }
-        }
-        match source {
-            Some(source) => self.sources.insert(model.to_owned(), source.clone()),
-            None => self.sources.remove(model),
-        };
-    }
-
-    /// Whether every route has its table; else the routes that lack one.
+    /// Whether every route has its tables; else the routes that lack one.
     pub fn check(&self) -> Result<(), Vec<String>> {
-        let lacks = |route: &Resource| route.pool.as_ref().is_none_or(|pool| !self.tables.contains_key(pool));
+        let lacks = |route: &Resource| route.pools.iter().any(|pool| !self.tables.contains_key(pool));
         let dangling: Vec<String> =
             self.routes.iter().filter(|(_, route)| lacks(route)).map(|(model, _)| model.clone()).collect();
         if dangling.is_empty() { Ok(()) } else { Err(dangling) }
     }
+}
+
+/// Notes a resource as it is now, and its name if it was another one.
+fn put(
+    resources: &mut BTreeMap<String, Resource>,
+    (kind, name): (Kind, String),
+    resource: Option<Resource>,
+    names: &mut Vec<(Kind, String)>,
+) {
+    if resources.get(&name) == resource.as_ref() {
+        return;
+    }
+    names.push((kind, name.clone()));
+    match resource {
+        Some(resource) => resources.insert(name, resource),
+        None => resources.remove(&name),
+    };
 }
 
 fn table(pool: &str, model: &ModelView) -> Option<Resource> {
@@ -182,20 +183,11 @@ fn table(pool: &str, model: &ModelView) -> Option<Resource> {
             state: state.into(),
             zone: endpoint.zone.clone(),
             node_id: endpoint.node_id.clone(),
+            adapters: endpoint.adapters.clone(),
         }
     });
-    Some(Resource::of(&v1::EndpointTable { pool: pool.to_owned(), endpoints: endpoints.collect() }, None))
-}
-
-fn route(model: &ModelView) -> Option<Resource> {
-    let deployment = &model.deployment.as_ref()?.value;
-    let route = v1::ModelRoute {
-        model: deployment.model.clone(),
-        pool: deployment.model.clone(),
-        served_model: deployment.model.clone(),
-        created_unix_s: deployment.created_unix_s,
-    };
-    Some(Resource::of(&route, Some(&route.pool)))
+    let table = v1::EndpointTable { pool: pool.to_owned(), endpoints: endpoints.collect() };
+    Some(Resource::of(&table, Vec::new()))
 }
 
 #[cfg(test)]
@@ -214,6 +206,7 @@ pub(crate) mod tests {
             args: vec![],
             env: BTreeMap::new(),
             gpus_per_replica: 1,
+            lora: vec![],
         };
         let deployment = Deployment { model: name.into(), replicas: 1, spec, created_unix_s: 7 };
         let endpoint = |id: &&str| RegisteredEndpoint {
@@ -224,6 +217,7 @@ pub(crate) mod tests {
             pid: 1,
             node_id: "n".into(),
             zone: String::new(),
+            adapters: vec![],
         };
         Arc::new(ModelView {
             deployment: deployed.then_some(Stored { value: deployment, mod_revision: 1, lease: 0 }),

@@ -213,7 +213,13 @@ impl Agent {
             state: v1::EngineState::Ready.into(),
             address: address.clone(),
             pid: 4242,
-            load: Some(v1::EngineLoad { running: 3, waiting: 1, kv_used_ratio: 0.5, age_ms: 0 }),
+            load: Some(v1::EngineLoad {
+                running: 3,
+                waiting: 1,
+                kv_used_ratio: 0.5,
+                age_ms: 0,
+                generation: 0,
+            }),
             ..Default::default()
         };
         self.engines.lock().unwrap().insert(a.replica_id.clone(), status);
@@ -226,6 +232,16 @@ impl Agent {
         generation: u64,
         address: &str,
     ) -> v1::RegistrationResult {
+        self.register_with(a, generation, address, &[]).await
+    }
+
+    pub async fn register_with(
+        &self,
+        a: &v1::Assignment,
+        generation: u64,
+        address: &str,
+        adapters: &[&str],
+    ) -> v1::RegistrationResult {
         let before = self.seen.lock().unwrap().registrations.len();
         let registration = v1::Registration {
             model: a.model.clone(),
@@ -233,6 +249,7 @@ impl Agent {
             generation,
             address: address.into(),
             pid: 4242,
+            adapters: adapters.iter().map(|name| (*name).to_owned()).collect(),
         };
         self.send(agent_message::Message::Register(registration)).await;
         wait("a registration's result", async || self.seen.lock().unwrap().registrations.get(before).cloned())
@@ -430,5 +447,6 @@ fn apply(applied: &mut Applied, response: xds::DeltaDiscoveryResponse) {
         applied.versions.remove(&(response.type_url.clone(), name.clone()));
         if is_table { drop(applied.tables.remove(&name)) } else { drop(applied.routes.remove(&name)) }
     }
-    applied.dangling |= applied.routes.values().any(|route| !applied.tables.contains_key(&route.pool));
+    let mut targets = applied.routes.values().flat_map(|route| &route.targets);
+    applied.dangling |= targets.any(|target| !applied.tables.contains_key(&target.pool));
 }

@@ -5,6 +5,7 @@
 //! old address starts clean.
 
 use std::{
+    collections::BTreeSet,
     net::SocketAddr,
     sync::{
         Arc, OnceLock,
@@ -17,6 +18,7 @@ use penstock_config::proxy::UpstreamConfig;
 use pingora_core::upstreams::peer::HttpPeer;
 use tokio::time::Instant;
 
+use super::reported::{Measured, Reported, ReportedLoad};
 use crate::{
     admission::saturation::Busy,
     error::UpstreamFailure,
@@ -25,7 +27,7 @@ use crate::{
         progress::Signs,
         state::{Event, Failure},
     },
-    routing::affinity::HashKey,
+    routing::{affinity::HashKey, load},
 };
 
 /// One registered engine.
@@ -41,6 +43,8 @@ pub struct Endpoint {
     pub draining: bool,
     /// Where it runs; may be empty.
     pub zone: String,
+    /// LoRA adapters it has loaded, by name.
+    pub adapters: BTreeSet<String>,
     /// Prebuilt: a pool key that never varies, so that connections are reused.
     pub peer: HttpPeer,
     pub(super) live: Arc<Live>,
@@ -50,6 +54,8 @@ pub struct Endpoint {
 #[derive(Debug, Default)]
 pub(super) struct Live {
     inflight: AtomicU32,
+    /// What the engine says of its load.
+    reported: Reported,
     /// The last busy answer: how many of ours were there, and the millisecond after it; 0 is never.
     busy: (AtomicU32, AtomicU64),
     /// When it last got a request while it had none.
@@ -81,6 +87,7 @@ impl Endpoint {
             generation,
             draining: false,
             zone: String::new(),
+            adapters: BTreeSet::new(),
             peer,
             live,
         }
@@ -104,6 +111,26 @@ impl Endpoint {
     /// How it is doing.
     pub fn vitals(&self) -> &Vitals {
         &self.live.vitals
+    }
+
+    /// What the engine last said of its load. Old words are given, too: `age_ms` decides what they are worth.
+    pub fn reported(&self, now_ms: u64) -> Option<ReportedLoad> {
+        self.live.reported.get(now_ms)
+    }
+
+    /// The same for the estimate of a pick.
+    pub fn load_report(&self) -> Option<load::Report> {
+        self.live.reported.report()
+    }
+
+    /// Takes a report of its load in.
+    pub fn take_report(&self, measured: Measured, now_ms: u64) {
+        self.live.reported.take(measured, now_ms, self.inflight());
+    }
+
+    /// Remembers what is under way, for reports to come.
+    pub fn sample(&self, now_ms: u64) {
+        self.live.reported.sample(now_ms, self.inflight());
     }
 
     /// Whether its health keeps it out of picks at `now_ms`.

@@ -3,10 +3,12 @@
 //!
 //! - [`table`]: the one swap: a request loads one [`Snapshot`] and reads nothing else.
 //! - [`endpoint`]: identity (immutable) and live figures (shared across swaps), the in-flight [`Ticket`].
+//! - [`reported`]: what engines say of their load, and how old that is.
 //!
 //! Whether an endpoint is to be picked is [`crate::health`]'s business.
 
 pub mod endpoint;
+pub mod reported;
 pub mod table;
 
 pub use endpoint::{Endpoint, Ticket};

@@ -6,16 +6,16 @@
 //! Cost: a load is one atomic operation, no lock; an update is linear in the number of endpoints.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{SocketAddr, ToSocketAddrs},
     sync::{Arc, Mutex, PoisonError},
 };
 
 use arc_swap::ArcSwap;
 use penstock_config::proxy::UpstreamConfig;
-use penstock_proto::{Version, v1};
+use penstock_proto::{Version, v1, xds::split_load_name};
 
-use super::endpoint::Endpoint;
+use super::{endpoint::Endpoint, reported::Measured};
 use crate::{
     admission::queue::WaitQueue, routing::policy::Memory, upstream::retry::RetryBudget, xds::state::XdsState,
 };
@@ -35,17 +35,39 @@ pub struct Pool {
     pub source: Arc<v1::EndpointTable>,
 }
 
+/// One of those that serve a route.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// The pool, by its name, which is its deployment's.
+    pub pool: Arc<str>,
+    /// The name the engines use.
+    pub served_model: String,
+    /// Share of the route's requests, as a part of the sum.
+    pub weight: u32,
+    /// Only endpoints that have this adapter can answer.
+    pub adapter: Option<String>,
+}
+
+impl Target {
+    /// Whether both ask the same engines for the same thing.
+    pub fn same_place(&self, other: &Self) -> bool {
+        self.pool == other.pool && self.served_model == other.served_model
+    }
+}
+
 /// Where one client-visible model name leads.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Route {
     /// The name clients use.
     pub model: Arc<str>,
-    /// The name the engines use.
-    pub served_model: String,
+    /// Who serves it. Their pools are in the snapshot.
+    pub targets: Vec<Arc<Target>>,
+    /// Names to be tried when none of them can answer, in order.
+    pub fallbacks: Vec<String>,
+    /// Of an adapter: the model it extends; else empty.
+    pub parent: String,
     /// Unix seconds, for /v1/models.
     pub created_unix_s: i64,
-    /// Who serves it.
-    pub pool: Arc<Pool>,
 }
 
 /// Everything routable at one moment.
@@ -89,6 +111,34 @@ impl EndpointTable {
         self.current.store(Arc::new(next));
     }
 
+    /// Takes news of an engine's load in. Whether the endpoint is known, with that generation: what is told of others is
+    /// about engines that have gone or are not here yet.
+    pub fn report(&self, name: &str, load: &v1::EngineLoad, now_ms: u64) -> bool {
+        let snapshot = self.load();
+        let found = split_load_name(name).and_then(|(pool, id)| {
+            let endpoints = &snapshot.pools.get(pool)?.endpoints;
+            let at = endpoints.binary_search_by(|endpoint| (*endpoint.id).cmp(id)).ok()?;
+            endpoints.get(at).filter(|endpoint| endpoint.generation == load.generation)
+        });
+        let Some(endpoint) = found else { return false };
+        let measured = Measured {
+            running: load.running,
+            waiting: load.waiting,
+            kv_used_permille: permille(load.kv_used_ratio),
+            at_ms: now_ms.saturating_sub(load.age_ms),
+        };
+        endpoint.take_report(measured, now_ms);
+        true
+    }
+
+    /// Notes what is under way at every endpoint that has reports. To be called every [`super::reported::SAMPLE_MS`]; ten
+    /// thousand endpoints take under a millisecond.
+    pub fn sample(&self, now_ms: u64) {
+        for endpoint in self.load().pools.values().flat_map(|pool| &pool.endpoints) {
+            endpoint.sample(now_ms);
+        }
+    }
+
     fn next_snapshot(&self, old: &Snapshot, state: &XdsState) -> Snapshot {
         let pools: HashMap<String, Arc<Pool>> = state
             .tables()
@@ -98,16 +148,7 @@ impl EndpointTable {
         let routes = state
             .routes()
             .iter()
-            .filter_map(|(name, route)| {
-                let pool = pools.get(&route.value.pool)?; // xds has checked that a route's table exists
-                let route = Route {
-                    model: name.as_str().into(),
-                    served_model: route.value.served_model.clone(),
-                    created_unix_s: route.value.created_unix_s,
-                    pool: Arc::clone(pool),
-                };
-                Some((name.clone(), Arc::new(route)))
-            })
+            .map(|(name, route)| (name.clone(), next_route(old.routes.get(name), name, &route.value)))
             .collect();
         Snapshot { version: state.version(), loaded: true, routes, pools }
     }
@@ -137,7 +178,11 @@ impl EndpointTable {
     fn next_endpoint(&self, old: Option<&Arc<Endpoint>>, wire: &v1::Endpoint) -> Option<Arc<Endpoint>> {
         let draining = wire.state() == v1::EndpointState::Draining;
         let same_process = old.filter(|old| old.address == wire.address && old.generation == wire.generation);
-        if let Some(old) = same_process.filter(|old| old.draining == draining && old.zone == wire.zone) {
+        let adapters: BTreeSet<String> = wire.adapters.iter().cloned().collect();
+        let unchanged = |old: &&Arc<Endpoint>| {
+            old.draining == draining && old.zone == wire.zone && old.adapters == adapters
+        };
+        if let Some(old) = same_process.filter(unchanged) {
             return Some(Arc::clone(old));
         }
         let resolved = match resolve(&wire.address) {
@@ -156,9 +201,38 @@ impl EndpointTable {
         let mut endpoint =
             Endpoint::new(&wire.id, &wire.address, resolved, wire.generation, &self.upstream, live);
         endpoint.draining = draining;
+        endpoint.adapters = adapters;
         endpoint.zone.clone_from(&wire.zone);
         Some(Arc::new(endpoint))
     }
+}
+
+fn next_route(old: Option<&Arc<Route>>, name: &str, wire: &v1::ModelRoute) -> Arc<Route> {
+    let targets = wire.targets.iter().map(|target| {
+        Arc::new(Target {
+            pool: target.pool.as_str().into(),
+            served_model: target.served_model.clone(),
+            weight: target.weight,
+            adapter: (!target.adapter.is_empty()).then(|| target.adapter.clone()),
+        })
+    });
+    let route = Route {
+        model: name.into(),
+        targets: targets.collect(),
+        fallbacks: wire.fallbacks.clone(),
+        parent: wire.parent.clone(),
+        created_unix_s: wire.created_unix_s,
+    };
+    old.filter(|old| ***old == route).map_or_else(|| Arc::new(route), Arc::clone)
+}
+
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "`as` saturates, NaN becomes 0, and the value is at most 1000"
+)]
+fn permille(ratio: f32) -> u32 {
+    (ratio.clamp(0.0, 1.0) * 1_000.0).round() as u32
 }
 
 /// Addresses are nearly always literal; a name costs a blocking lookup, on the control thread, never on a request's.
@@ -266,6 +340,6 @@ mod tests {
         let snapshot = table.load();
         assert_eq!(snapshot.pools["p"].endpoints.len(), 1);
         assert_eq!(&*snapshot.pools["p"].endpoints[0].id, "b");
-        assert_eq!(snapshot.routes["m"].served_model, "m");
+        assert_eq!(snapshot.routes["m"].targets[0].served_model, "m");
     }
 }

@@ -13,7 +13,7 @@ use super::Gateway;
 use crate::{
     admission::queue::{Freed, Full, Number, Waiting},
     downstream::{self, respond},
-    endpoints::{Endpoint, Ticket},
+    endpoints::{Endpoint, Ticket, table::Target},
     error::{GatewayError, UpstreamFailure},
     health,
     record::Record,
@@ -29,9 +29,22 @@ use crate::{
     },
 };
 
+/// Names the deployment that answered.
+const MODEL: &str = "x-penstock-model";
+
+/// What came of asking a target's engines.
+pub(super) enum Outcome {
+    /// The client has its answer, or the beginning of one.
+    Answered,
+    /// It has seen nothing; the last failure, if any engine was asked.
+    Unanswered(Option<Failed>),
+    /// It has seen nothing, and each engine is at its limit.
+    Saturated,
+}
+
 /// One request's search for an engine that answers.
 struct Search<'a> {
-    model: &'a str,
+    target: &'a Target,
     asked: &'a Asked<'a>,
     rules: Rules,
     /// Endpoints that failed it.
@@ -47,9 +60,9 @@ struct Search<'a> {
 }
 
 impl<'a> Search<'a> {
-    fn new(model: &'a str, asked: &'a Asked<'a>, rules: Rules) -> Self {
+    fn new(target: &'a Target, asked: &'a Asked<'a>, rules: Rules) -> Self {
         Self {
-            model,
+            target,
             asked,
             rules,
             tried: Vec::new(),
@@ -80,21 +93,26 @@ fn retry_after_s(oldest_ms: u64) -> u32 {
 }
 
 impl Gateway {
-    /// Asks engines in turn until one has answered, then hands the answer on.
+    /// Asks a target's engines in turn until one has answered, then hands the answer on. `waits`: in the pool's queue while
+    /// each is at its limit.
     pub(super) async fn attempts(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
-        model: &str,
+        (model, target): (&str, &Target),
         asked: &Asked<'_>,
         request: &EngineRequest,
-    ) -> Result<(), GatewayError> {
-        self.pool(model)?.budget.earn();
+        waits: bool,
+    ) -> Result<Outcome, GatewayError> {
+        let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(None)) };
+        pool.budget.earn();
         let patience = self.config.upstream.patience(model);
-        let mut search = Search::new(model, asked, self.pick_rules.of(model));
+        let mut search = Search::new(target, asked, self.pick_rules.of(model));
         loop {
-            let Some(place) = self.place(session, &mut search).await? else {
-                return self.give_up(session, record, model, search.last).await;
+            let place = match self.place(session, &mut search, waits).await? {
+                Ok(place) => place,
+                Err(Unpicked::Nobody) => return Ok(Outcome::Unanswered(search.last)),
+                Err(Unpicked::Saturated) => return Ok(Outcome::Saturated),
             };
             let first_byte = Duration::from_millis(patience.first_byte_ms);
             let answered = tokio::select! {
@@ -104,12 +122,16 @@ impl Gateway {
                 () = self.lifecycle.cut().cancelled() => return Err(GatewayError::Draining),
             };
             let failed = match answered {
-                Ok(answer) => return self.hand_on(session, record, answer, place, patience).await,
+                Ok(mut answer) => {
+                    name_model(&mut answer, model, target);
+                    self.hand_on(session, record, answer, place, patience).await?;
+                    return Ok(Outcome::Answered);
+                }
                 Err(failed) => failed,
             };
             self.note_failure(&place.ticket, &failed);
             search.tries += 1;
-            let pool = self.pool(model)?;
+            let Some(pool) = self.pool(target)? else { return Ok(Outcome::Unanswered(Some(failed))) };
             let budget = || pool.budget.take(self.now_ms());
             let attempts = self.config.upstream.attempts;
             match retry::after_failure(failed.failure, search.tries, attempts, search.resent, budget) {
@@ -120,26 +142,30 @@ impl Gateway {
                     search.resent = true;
                     search.tries -= 1;
                 }
-                Next::GiveUp => return self.give_up(session, record, model, Some(failed)).await,
+                Next::GiveUp => return Ok(Outcome::Unanswered(Some(failed))),
             }
             self.metrics.retries.with_label_values(&[failed.failure.label()]).inc();
             search.last = Some(failed);
         }
     }
 
-    /// A place at an endpoint, waited for in order of arrival while each is at its limit; `None` when there is none to
-    /// wait for.
+    /// A place at an endpoint, waited for in order of arrival, if it `waits`, while each is at its limit.
     async fn place(
         &self,
         session: &mut ServerSession,
         search: &mut Search<'_>,
-    ) -> Result<Option<Place>, GatewayError> {
-        let queue = Arc::clone(&self.pool(search.model)?.queue);
+        waits: bool,
+    ) -> Result<Result<Place, Unpicked>, GatewayError> {
+        let Some(pool) = self.pool(search.target)? else { return Ok(Err(Unpicked::Nobody)) };
+        let queue = Arc::clone(&pool.queue);
         if queue.is_empty() {
             match self.pick(search)? {
                 Err(Unpicked::Saturated) => {}
-                picked => return Ok(picked.ok()),
+                picked => return Ok(picked),
             }
+        }
+        if !waits {
+            return Ok(Err(Unpicked::Saturated));
         }
         let now_ms = self.now_ms();
         let (since_ms, deadline) = *search.waiting_since.get_or_insert_with(|| {
@@ -175,18 +201,22 @@ impl Gateway {
     }
 
     /// Looks for a place whenever it may be there, as the first in the queue.
-    async fn found(&self, search: &Search<'_>, waiting: &Waiting) -> Result<Option<Place>, GatewayError> {
+    async fn found(
+        &self,
+        search: &Search<'_>,
+        waiting: &Waiting,
+    ) -> Result<Result<Place, Unpicked>, GatewayError> {
         loop {
             waiting.worth_looking().await;
             match self.pick(search)? {
                 Err(Unpicked::Saturated) => {}
-                picked => return Ok(picked.ok()),
+                picked => return Ok(picked),
             }
         }
     }
 
     fn pick(&self, search: &Search<'_>) -> Result<Result<Place, Unpicked>, GatewayError> {
-        let pool = self.pool(search.model)?;
+        let Some(pool) = self.pool(search.target)? else { return Ok(Err(Unpicked::Nobody)) };
         let chance = |n| fastrand::usize(0..n);
         let with = (&self.pick_rules, &search.rules);
         let picked = routing::pick(&pool, &search.tried, search.asked, self.now_ms(), with, chance);
@@ -270,7 +300,7 @@ impl Gateway {
     }
 
     /// No attempt is left: the engine's own error answer if there is one, else ours.
-    async fn give_up(
+    pub(super) async fn give_up(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,
@@ -312,5 +342,17 @@ impl Gateway {
     fn note_end(&self, ticket: &Ticket) {
         let change = ticket.finished(self.now_ms(), &self.health_rules);
         health::report(&self.metrics, ticket.endpoint(), change, "");
+    }
+}
+
+/// Says which deployment answered, where that is not what was asked for.
+fn name_model(answer: &mut Answer, model: &str, target: &Target) {
+    if *target.pool != *model {
+        let head = match answer {
+            Answer::Whole(whole) => &mut whole.head,
+            Answer::Open(open) => &mut open.head,
+        };
+        // A name that no header can hold is not worth the answer.
+        head.insert_header(MODEL, &*target.pool).ok();
     }
 }

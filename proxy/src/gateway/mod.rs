@@ -15,6 +15,7 @@ use penstock_config::proxy::{LimitsConfig, ProxyConfig};
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
 use tokio::time::Instant;
 
+use self::attempts::Outcome;
 pub use self::host::Host;
 use crate::{
     admission::auth::KeyRing,
@@ -24,7 +25,7 @@ use crate::{
         respond,
     },
     drain::Lifecycle,
-    endpoints::{EndpointTable, Pool, Snapshot},
+    endpoints::{EndpointTable, Pool, Snapshot, table::Target},
     error::GatewayError,
     health,
     openai::{
@@ -32,7 +33,12 @@ use crate::{
         request::{RequestFacts, ScanLimits},
     },
     record::Record,
-    routing::{PickRules, policy::Asked, prefix::Chain},
+    routing::{
+        PickRules,
+        policy::Asked,
+        prefix::Chain,
+        resolve::{self, Step},
+    },
     telemetry::metrics::Metrics,
     upstream::{
         client::EngineClient,
@@ -155,24 +161,48 @@ impl Gateway {
         let mut chain = self.pick_rules.chain();
         let facts = openai::request::scan_with(&held.bytes, &self.scan_limits, chain.as_mut())
             .map_err(GatewayError::Body)?;
-        let served_model = self.served_model(&facts.model)?;
-        record.model(&facts.model);
         let query = &target[path.len()..];
-        let request = EngineRequest {
+        let mut request = EngineRequest {
             api,
             stream: facts.stream,
             request_id: record.request_id().to_owned(),
             target: [engine_path, query].concat(),
             headers: forwarded_headers(&session.req_header().headers, record.request_id()),
-            body: body_for_engine(&held.bytes, &facts, &served_model),
+            body: Bytes::new(),
         };
         let user = facts.user_range.clone().and_then(|range| held.bytes.get(range));
         let (header, cookie) = (&*self.config.routing.session_header, &*self.config.routing.session_cookie);
         let headers = &session.req_header().headers;
         let affinity = self.pick_rules.key.session(headers, header, cookie, user);
         let prefix = chain.map(Chain::hashes).unwrap_or_default();
-        let asked = Asked { session: affinity, prefix: &prefix };
-        self.attempts(session, record, &facts.model, &asked, &request).await
+        let asked = Asked { session: affinity, prefix: &prefix, adapter: None };
+        let places = self.places(&facts.model, affinity)?;
+        record.model(&facts.model);
+        // Whoever has room now goes first; only when nobody has is it worth to wait, and then for who should have answered.
+        let alone = places.len() == 1;
+        let (mut last, mut full) = (None, None);
+        for Step { target, fallback } in places {
+            self.metrics.routed(&facts.model, &target.pool, fallback);
+            request.body = body_for_engine(&held.bytes, &facts, &target.served_model);
+            let asked = Asked { adapter: target.adapter.as_deref(), ..asked };
+            let place = (&*facts.model, &*target);
+            match self.attempts(session, record, place, &asked, &request, alone).await? {
+                Outcome::Answered => return Ok(()),
+                Outcome::Unanswered(failed) => last = failed.or(last),
+                Outcome::Saturated => full = full.or(Some(target)),
+            }
+        }
+        if let Some(target) = full {
+            request.body = body_for_engine(&held.bytes, &facts, &target.served_model);
+            let asked = Asked { adapter: target.adapter.as_deref(), ..asked };
+            let place = (&*facts.model, &*target);
+            match self.attempts(session, record, place, &asked, &request, true).await? {
+                Outcome::Answered => return Ok(()),
+                Outcome::Unanswered(failed) => last = failed.or(last),
+                Outcome::Saturated => {}
+            }
+        }
+        self.give_up(session, record, &facts.model, last).await
     }
 
     fn check_head(&self, session: &ServerSession) -> Result<(), GatewayError> {
@@ -188,22 +218,17 @@ impl Gateway {
         if snapshot.loaded { Ok(snapshot) } else { Err(GatewayError::NotReady) }
     }
 
-    fn pool(&self, model: &str) -> Result<Arc<Pool>, GatewayError> {
+    /// Who may answer a request for `model`, in the order in which they are asked.
+    fn places(&self, model: &str, session: Option<u64>) -> Result<Vec<Step>, GatewayError> {
         let snapshot = self.snapshot()?;
-        let route = snapshot
-            .routes
-            .get(model)
-            .ok_or_else(|| GatewayError::UnknownModel { model: model.to_owned() })?;
-        Ok(Arc::clone(&route.pool))
+        let draw = session.unwrap_or_else(|| fastrand::u64(..));
+        resolve::resolve(&snapshot.routes, model, self.pick_rules.key, draw)
+            .ok_or_else(|| GatewayError::UnknownModel { model: model.to_owned() })
     }
 
-    fn served_model(&self, model: &str) -> Result<String, GatewayError> {
-        let snapshot = self.snapshot()?;
-        let route = snapshot
-            .routes
-            .get(model)
-            .ok_or_else(|| GatewayError::UnknownModel { model: model.to_owned() })?;
-        Ok(route.served_model.clone())
+    /// As it is now; `None` once it is gone.
+    fn pool(&self, target: &Target) -> Result<Option<Arc<Pool>>, GatewayError> {
+        Ok(self.snapshot()?.pools.get(&*target.pool).map(Arc::clone))
     }
 
     async fn say(

@@ -7,7 +7,7 @@
 //! - [`peers`]: who does worse than the rest of its pool, by success rate or by speed.
 //! - [`progress`]: whether an engine that says nothing is hung or merely busy.
 //! - [`probe`]: the questions put to an engine: its health, one token, its counters.
-//! - [`watch`]: the task that looks at all endpoints four times a second and has them probed and examined.
+//! - [`watch`]: the task that looks at all endpoints ten times a second and has them probed and examined.
 //!
 //! The four sources: *requests* (each attempt's end, told by [`crate::gateway`]), *probes*, *progress* (bytes of answers), and
 //! the *control plane's word*. The last is kept apart on purpose. A draining endpoint is filtered out by
@@ -53,13 +53,13 @@ pub fn rules(config: &HealthConfig) -> Rules {
 pub fn describe(endpoint: &Endpoint, now_ms: u64) -> Value {
     let vitals = endpoint.vitals();
     let reading = vitals.read(now_ms);
-    let speed = vitals.first_tokens.speed(now_ms);
+    let first_tokens: Vec<u64> = vitals.first_tokens.recent(now_ms).map(|sample| sample.took_ms).collect();
     json!({
         "state": reading.phase.label(),
         "reason": reading.out.map(|out| out.reason.label()),
         "ejected_for_ms": reading.out.map(|out| out.until_ms.saturating_sub(now_ms)),
         "success_rate": vitals.window.recent(now_ms, 1).map(|tally| tally.rate()),
-        "first_token_median_ms": speed.map(|speed| speed.median_ms),
+        "first_token_ms": first_tokens,
         "last_progress_age_ms": reading.progress_age_ms,
         "flowing": endpoint.signs(now_ms).flowing,
     })

@@ -15,15 +15,16 @@
 //!
 //! # Speed
 //!
-//! An endpoint is out if even the fastest of its last five streams took `factor` times, and `floor` longer, than the
-//! others' usual one (the median of their medians) to its first token. The fastest, because a few long prompts make any
-//! engine slow for some; five in a row that are all slow are no chance. A longer queue is no fault: where the endpoint has
-//! more requests under way than the others have on average, it may take as many times longer.
+//! An endpoint is out if even the fastest of its last five streams took `factor` times, and `floor` longer, than what is usual
+//! at the others to its first token. The fastest, because a few long prompts make any engine slow for some; five in a row
+//! that are all slow are no chance. Usual is the median of what the others have shown since the first of those five: when all
+//! of a pool become slow at once, they all show it. A longer queue is no fault: where the endpoint has more requests under way
+//! than the others have on average, it may take as many times longer.
 //! Only streams are compared: the time of a whole answer is its length.
 
 use super::{
     state::Reason,
-    window::{Speed, Tally},
+    window::{STREAMS, Sample, Tally},
 };
 
 /// Hosts from which on deviations say something; Envoy's `success_rate_minimum_hosts`.
@@ -34,6 +35,9 @@ const GOOD_ENOUGH: f64 = 0.95;
 
 /// How much better the others must do, as a rate.
 const MARGIN: f64 = 0.1;
+
+/// First tokens of others without which nothing is usual.
+const USUAL: usize = 3;
 
 /// The rules of comparison.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -49,12 +53,12 @@ pub struct Rules {
 }
 
 /// One admitted endpoint of a pool.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Standing {
     /// Its requests of late, if there were enough.
     pub tally: Option<Tally>,
-    /// Its first-token times, if there were enough.
-    pub speed: Option<Speed>,
+    /// Its last first tokens.
+    pub first_tokens: Vec<Sample>,
     /// Requests under way.
     pub inflight: u32,
 }
@@ -101,24 +105,26 @@ fn rate_of_others(at: usize, pool: &[Standing]) -> f64 {
 }
 
 fn is_slow(at: usize, one: &Standing, pool: &[Standing], rules: &Rules) -> bool {
-    let Some(speed) = one.speed else { return false };
-    let others: Vec<(u64, u32)> = pool
-        .iter()
-        .enumerate()
-        .filter(|(other, _)| *other != at)
-        .filter_map(|(_, other)| Some((other.speed?.median_ms, other.inflight)))
-        .collect();
-    if rules.latency_factor == 0 || others.is_empty() {
+    let fastest = one.first_tokens.iter().map(|sample| sample.took_ms).min();
+    let since = one.first_tokens.iter().map(|sample| sample.at_ms).min();
+    let (Some(fastest), Some(since)) = (fastest, since) else { return false };
+    // Mostly nobody is slow by any measure: the others need not be looked at.
+    let judged = rules.latency_factor > 0 && one.first_tokens.len() >= STREAMS;
+    if !judged || fastest <= rules.latency_floor_ms {
         return false;
     }
-    let mut medians: Vec<u64> = others.iter().map(|(median, _)| *median).collect();
-    medians.sort_unstable();
-    let usual = medians.get(medians.len() / 2).copied().unwrap_or(0);
+    let others = || pool.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, other)| other);
+    let shown = others().flat_map(|other| &other.first_tokens).filter(|sample| sample.at_ms >= since);
+    let mut shown: Vec<u64> = shown.map(|sample| sample.took_ms).collect();
+    shown.sort_unstable();
+    let Some(usual) = shown.get(shown.len() / 2).copied().filter(|_| shown.len() >= USUAL) else {
+        return false;
+    };
     // Requests here for each one there, both plus one; never less than one for one.
-    let load: u64 = others.iter().map(|(_, inflight)| u64::from(*inflight) + 1).sum();
-    let here = (u64::from(one.inflight) + 1).saturating_mul(others.len() as u64).max(load);
+    let load: u64 = others().map(|other| u64::from(other.inflight) + 1).sum();
+    let here = (u64::from(one.inflight) + 1).saturating_mul(others().count() as u64).max(load);
     let explained = usual.saturating_mul(rules.latency_factor).saturating_mul(here) / load.max(1);
-    speed.fastest_ms > explained && speed.fastest_ms > usual.saturating_add(rules.latency_floor_ms)
+    fastest > explained && fastest > usual.saturating_add(rules.latency_floor_ms)
 }
 
 #[cfg(test)]
@@ -134,8 +140,14 @@ mod tests {
         Standing { tally: Some(Tally { good, bad }), ..Standing::default() }
     }
 
-    fn timed(fastest_ms: u64, median_ms: u64, inflight: u32) -> Standing {
-        Standing { speed: Some(Speed { fastest_ms, median_ms }), inflight, tally: None }
+    /// Five streams, all since then, each as long.
+    fn timed_since(at_ms: u64, took_ms: u64, inflight: u32) -> Standing {
+        let first_tokens = (0..5).map(|i| Sample { at_ms: at_ms + i, took_ms }).collect();
+        Standing { first_tokens, inflight, tally: None }
+    }
+
+    fn timed(took_ms: u64, inflight: u32) -> Standing {
+        timed_since(1_000, took_ms, inflight)
     }
 
     #[test]
@@ -149,7 +161,7 @@ mod tests {
 
     #[test]
     fn a_failure_that_all_share_ejects_nobody() {
-        assert!(outliers(&[rated(50, 50); 4], &RULES).is_empty());
+        assert!(outliers(&vec![rated(50, 50); 4], &RULES).is_empty());
         assert!(outliers(&[rated(10, 90), rated(11, 89), rated(12, 88)], &RULES).is_empty());
     }
 
@@ -169,7 +181,7 @@ mod tests {
 
     #[test]
     fn two_seconds_more_than_the_others_is_slow() {
-        let pool = [timed(20, 30, 3), timed(2_020, 2_050, 3), timed(18, 25, 2)];
+        let pool = [timed(20, 3), timed(2_020, 3), timed(18, 2)];
         assert_eq!(outliers(&pool, &RULES), [(1, Reason::Latency)]);
         assert_eq!(outliers(&pool[..2], &RULES), [(1, Reason::Latency)], "one other is enough");
         assert!(outliers(&pool[1..2], &RULES).is_empty(), "alone there is nothing to compare with");
@@ -177,34 +189,43 @@ mod tests {
 
     #[test]
     fn a_few_long_prompts_make_nobody_slow() {
-        let pool = [timed(20, 30, 3), timed(25, 9_000, 3)];
-        assert!(outliers(&pool, &RULES).is_empty());
+        let mut pool = [timed(20, 3), timed(9_000, 3)];
+        pool[1].first_tokens[4].took_ms = 30;
+        assert!(outliers(&pool, &RULES).is_empty(), "one of five was fast");
+        pool[1].first_tokens.truncate(4);
+        assert!(outliers(&pool, &RULES).is_empty(), "too few to tell");
+    }
+
+    #[test]
+    fn what_the_others_showed_before_is_not_compared_with_what_one_shows_now() {
+        let pool = [timed_since(5_000, 3_000, 3), timed_since(4_000, 20, 3)];
+        assert!(outliers(&pool, &RULES).is_empty(), "perhaps all have become slow");
+        let pool = [timed_since(5_000, 3_000, 3), timed_since(5_000, 20, 3)];
+        assert_eq!(outliers(&pool, &RULES), [(0, Reason::Latency)]);
     }
 
     #[test]
     fn a_long_queue_explains_a_long_wait() {
-        let busy = [timed(900, 1_000, 10), timed(5_900, 6_000, 60)];
+        let busy = [timed(1_000, 10), timed(5_900, 60)];
         assert!(outliers(&busy, &RULES).is_empty(), "six times the requests, six times the wait");
-        let slow = [timed(900, 1_000, 10), timed(5_900, 6_000, 10)];
+        let slow = [timed(1_000, 10), timed(5_900, 10)];
         assert_eq!(outliers(&slow, &RULES), [(1, Reason::Latency)]);
-        assert!(outliers(&[timed(9_000, 9_000, 50); 3], &RULES).is_empty(), "all are busy");
+        assert!(outliers(&vec![timed(9_000, 50); 3], &RULES).is_empty(), "all are busy");
     }
 
     #[test]
     fn off_is_off() {
         let off = Rules { floor_rate: 0.0, stdev_factor: 0.0, latency_factor: 0, latency_floor_ms: 0 };
         let mut pool = vec![rated(100, 0); 9];
-        pool.extend([rated(0, 100), timed(9, 9, 1), timed(9_000, 9_000, 1)]);
+        pool.extend([rated(0, 100), timed(9, 1), timed(9_000, 1)]);
         assert!(outliers(&pool, &off).is_empty());
     }
 
     fn standing() -> impl Strategy<Value = Standing> {
         let tally = prop::option::of((0u32..200, 0u32..200).prop_map(|(good, bad)| Tally { good, bad }));
-        let speed = prop::option::of(
-            (0u64..5_000, 0u64..5_000)
-                .prop_map(|(fastest_ms, more)| Speed { fastest_ms, median_ms: fastest_ms + more }),
-        );
-        (tally, speed, 0u32..100).prop_map(|(tally, speed, inflight)| Standing { tally, speed, inflight })
+        let sample = (0u64..5_000, 0u64..5_000).prop_map(|(at_ms, took_ms)| Sample { at_ms, took_ms });
+        (tally, prop::collection::vec(sample, 0..=5), 0u32..100)
+            .prop_map(|(tally, first_tokens, inflight)| Standing { tally, first_tokens, inflight })
     }
 
     proptest! {
@@ -217,8 +238,9 @@ mod tests {
                 match reason {
                     Reason::SuccessRate => prop_assert!(rated(at).is_some_and(|rate| rate < best || pool.iter().filter(|s| s.tally.is_some()).count() == 1)),
                     _ => {
-                        let least = pool.iter().filter_map(|s| s.speed).map(|s| s.fastest_ms).min();
-                        prop_assert!(pool[at].speed.map(|s| s.fastest_ms) > least);
+                        let fastest = |one: &Standing| one.first_tokens.iter().map(|s| s.took_ms).min();
+                        let least = pool.iter().filter_map(fastest).min();
+                        prop_assert!(fastest(&pool[at]) > least);
                     }
                 }
             }

@@ -11,7 +11,7 @@
 //! - A request has timed out: `hang_ms`, whatever was going on.
 //!
 //! Silence is the time since a byte came from the engine, on any of its streams, or since it got its first request after
-//! having none. A stream whose client does not read is not counted: its silence is the client's.
+//! having none, unless one has timed out since. A stream whose client does not read is not counted: its silence is the client's.
 //!
 //! # The examination
 //!
@@ -95,19 +95,16 @@ pub fn verdict(canary: Canary, before: Option<&Counters>, after: Option<&Counter
     match (canary, before.zip(after)) {
         (Canary::Answered, _) => Verdict::Alive,
         (Canary::Unreached, _) => Verdict::Unknown,
-        (_, Some((before, after))) if before != after => Verdict::Alive,
+        (_, Some((before, after))) if after.have_moved_since(before) => Verdict::Alive,
         (_, Some(_)) | (Canary::Silent, None) => Verdict::Hung,
         (Canary::Refused, None) => Verdict::Unknown,
     }
 }
 
-/// Series of vLLM that move whenever its core does: tokens and steps, and cache taken for a prompt still being computed.
-const SERIES: [&str; 4] = [
-    "vllm:generation_tokens_total",
-    "vllm:prompt_tokens_total",
-    "vllm:iteration_tokens_total_count",
-    "vllm:kv_cache_usage_perc",
-];
+/// Series of vLLM that move only when its core does: tokens, steps, and the cache that a prompt takes while it is being computed.
+/// `prompt_tokens_total` is not among them: the question itself may move it.
+const SERIES: [&str; 3] =
+    ["vllm:generation_tokens_total", "vllm:iteration_tokens_total_count", "vllm:kv_cache_usage_perc"];
 
 /// An engine's counters of work, summed over its ranks; only good for comparing.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -130,6 +127,11 @@ impl Counters {
             }
         }
         found.then_some(sums)
+    }
+
+    /// Whether work was done between the two. Less than before is none: requests that are given up free their cache.
+    pub fn have_moved_since(&self, before: &Self) -> bool {
+        self.0.iter().zip(&before.0).any(|(now, then)| now > then)
     }
 }
 
@@ -164,9 +166,10 @@ mod tests {
 
     #[test]
     fn a_busy_engine_is_known_by_its_counters_when_its_queue_is_long() {
-        let (before, after) = (Counters([1.0; 4]), Counters([2.0, 1.0, 1.0, 1.0]));
+        let (before, after) = (Counters([1.0; 3]), Counters([2.0, 1.0, 1.0]));
         assert_eq!(verdict(Canary::Silent, Some(&before), Some(&after)), Verdict::Alive);
         assert_eq!(verdict(Canary::Silent, Some(&before), Some(&before)), Verdict::Hung);
+        assert_eq!(verdict(Canary::Silent, Some(&after), Some(&before)), Verdict::Hung, "less is no work");
         assert_eq!(verdict(Canary::Refused, Some(&before), Some(&before)), Verdict::Hung);
         assert_eq!(verdict(Canary::Silent, None, None), Verdict::Hung);
         assert_eq!(verdict(Canary::Silent, Some(&before), None), Verdict::Hung);
@@ -181,14 +184,14 @@ mod tests {
             vllm:generation_tokens_total{engine=\"0\",model_name=\"m\"} 10.0\n\
             vllm:generation_tokens_total{engine=\"1\",model_name=\"m\"} 5\n\
             vllm:generation_tokens_total_created{engine=\"0\"} 1.7e9\n\
-            vllm:kv_cache_usage_perc 0.5\nhttp_requests_total 7\nvllm:prompt_tokens_total NaN\n";
-        assert_eq!(Counters::parse(text), Some(Counters([15.0, 0.0, 0.0, 0.5])));
+            vllm:kv_cache_usage_perc 0.5\nhttp_requests_total 7\nvllm:iteration_tokens_total_count NaN\n";
+        assert_eq!(Counters::parse(text), Some(Counters([15.0, 0.0, 0.5])));
         assert_eq!(Counters::parse("http_requests_total 7\n"), None);
     }
 
     proptest! {
         #[test]
-        fn any_text_can_be_read(text in "\\PC{0,200}", tail in "(vllm:prompt_tokens_total[{} 0-9a-z]{0,9}\n){0,3}") {
+        fn any_text_can_be_read(text in "\\PC{0,200}", tail in "(vllm:generation_tokens_total[{} 0-9a-z]{0,9}\n){0,3}") {
             let _any = Counters::parse(&(text + "\n" + &tail));
         }
 

@@ -31,12 +31,14 @@
 //! whatever the client did are not events at all ([`Failure::of`]).
 //!
 //! A good probe proves that the engine can be reached, and so cures an endpoint that could not be; it is no proof against
-//! errors or a hang, which answer probes all the while. For errors and slowness only trials are proof.
+//! errors or a hang, which answer probes all the while. For errors and slowness only trials are proof. A trial at a hung engine
+//! would cost a client all of its patience, so there the request for one token stands in for trials: a hang lasts for `max`
+//! from the last time that none came, and ends as soon as one does.
 //!
 //! # Invariants
 //!
 //! - No ejection lasts longer than `max` from its beginning, whatever probes say: a wrong probe path or a broken check
-//!   cannot keep an engine out for good; it is tried.
+//!   cannot keep an engine out for good; it is tried. (A hang begins anew each time it is found; that was a try.)
 //! - Events change nothing that is older than they are: a request sent before an ejection that fails during it, or after it,
 //!   does not lengthen it. Only trials count in half-open.
 //! - Without an event against it, an endpoint is never ejected.
@@ -331,8 +333,8 @@ impl Machine {
                 }
             }
             Event::Hung => {
-                out.cure = Cure::Token;
-                out.extend(now_ms.saturating_add(length), rules);
+                let until_ms = now_ms.saturating_add(rules.max_ejection_ms);
+                *out = Out { since_ms: now_ms, until_ms, cure: Cure::Token, ..*out };
             }
             Event::Alive if out.cure == Cure::Token => out.until_ms = now_ms,
             Event::Began if out.cure != Cure::Time => out.until_ms = now_ms,
@@ -384,7 +386,10 @@ impl Machine {
         let before = if forgotten { 0 } else { self.ejections };
         *self =
             Self { ejections: before.saturating_add(1), returned_ms: self.returned_ms, ..Self::default() };
-        let for_ms = self.length(rules);
+        let for_ms = match cure {
+            Cure::Token => rules.max_ejection_ms.max(1),
+            Cure::Time | Cure::Probe => self.length(rules),
+        };
         let until_ms = now_ms.saturating_add(for_ms);
         self.out = Some(Out { since_ms: now_ms, until_ms, reason, cure });
         Transition::Ejected { reason, for_ms }

@@ -129,6 +129,18 @@ fn good_probes_prove_nothing_for_one_that_answers_with_errors_or_hangs() {
     assert_eq!(failing.phase(20), Phase::Ejected);
 }
 
+/// A client's request sent there to find out would wait for minutes.
+#[test]
+fn a_hang_lasts_until_a_token_comes_and_no_trial_is_made_before() {
+    let mut machine = Machine::default();
+    let change = machine.on(Event::Hung, 0, &RULES);
+    assert_eq!(change, Some(Transition::Ejected { reason: Reason::Hang, for_ms: RULES.max_ejection_ms }));
+    for now in (0..100_000).step_by(5_000) {
+        machine.on(Event::Hung, now, &RULES);
+        assert_eq!(machine.phase(now + 5_000), Phase::Ejected);
+    }
+}
+
 #[test]
 fn failing_probes_hold_it_out_but_never_beyond_the_longest_ejection() {
     let mut machine = ejected(Failure::Unreached, 0);

@@ -195,11 +195,14 @@ impl Vitals {
 
     /// What is seen of it, with `inflight` requests under way, the first of them since `busy_since_ms`.
     pub fn signs(&self, now_ms: u64, inflight: u32, busy_since_ms: u64) -> Signs {
+        let timed_out = self.timed_out.load(Relaxed);
+        // One that has timed out waited before those that wait now.
+        let busy_since_ms = if timed_out { 0 } else { busy_since_ms };
         Signs {
             inflight,
             flowing: self.flowing.load(Relaxed),
             silent_ms: now_ms.saturating_sub(self.progress_ms().max(busy_since_ms)),
-            timed_out: self.timed_out.load(Relaxed),
+            timed_out,
         }
     }
 
@@ -342,7 +345,7 @@ mod tests {
         (0..9).for_each(|_| vitals.first_tokens.record(0, 5));
         vitals.on(Event::Outlier(Reason::Latency), 0, &RULES);
         assert_eq!(vitals.window.recent(0, 1), None);
-        assert_eq!(vitals.first_tokens.speed(0), None);
+        assert_eq!(vitals.first_tokens.recent(0).count(), 0);
     }
 
     #[tokio::test(start_paused = true)]

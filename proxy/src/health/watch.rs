@@ -1,5 +1,6 @@
-//! The task that looks after all endpoints: four times a second it compares each pool's members and starts the probes and
-//! examinations that are due, each a task of its own with a deadline, so that no endpoint's silence delays another's check.
+//! The task that looks after all endpoints: ten times a second it starts the probes and examinations that are due, and twice
+//! a second it compares each pool's members. A check is a task of its own with a deadline, so that no endpoint's silence
+//! delays another's check.
 //!
 //! Nothing is kept here of an endpoint: when it was last probed is among its [`Vitals`](super::Vitals), which go when the
 //! tables drop it, so checks follow the tables by themselves. At most [`MOST_CHECKS`] run at a time; those that are due longest go
@@ -11,8 +12,8 @@
 //! - For an idle one every `probe_interval`, a tenth less or more, so that proxies and endpoints do not fall into step.
 //! - Five times as often while requests wait at an endpoint that has been silent for a second, and while one is out because it
 //!   could not be reached.
-//! - A quarter of a second after a failure, until it is ejected or a success clears it: with the default settings an endpoint
-//!   that drops all packets is out three seconds after the first sign.
+//! - A tenth of a second after a failure, until it is ejected or a success clears it: with the default settings an endpoint
+//!   that drops all packets is out within three seconds of the first failed connection.
 
 use std::{
     collections::HashMap,
@@ -41,10 +42,13 @@ use crate::{
 };
 
 /// Time between two looks.
-const LOOK: Duration = Duration::from_millis(250);
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Looks for each that compares.
+const COMPARE_EVERY: u64 = 5;
 
 /// Time between the probes of an endpoint that has just failed, in milliseconds.
-const RETRY_MS: u64 = 250;
+const RETRY_MS: u64 = 100;
 
 /// Silence with requests under way after which an endpoint is probed, in milliseconds.
 const SILENT_MS: u64 = 1_000;
@@ -58,11 +62,20 @@ pub async fn run(gateway: Arc<Gateway>, stop: CancellationToken) {
     let mut checks = JoinSet::new();
     let mut looks = interval(LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut looked = 0u64;
     loop {
         tokio::select! {
             () = stop.cancelled() => break,
             Some(_ended) = checks.join_next() => {}
-            _ = looks.tick() => look(&watch, &mut checks),
+            _ = looks.tick() => {
+                let snapshot = Arc::clone(&watch.gateway.table.load());
+                if looked.is_multiple_of(COMPARE_EVERY) {
+                    let now_ms = watch.gateway.now_ms();
+                    snapshot.pools.values().for_each(|pool| watch.compare(pool, now_ms));
+                }
+                check(&watch, &snapshot, &mut checks);
+                looked += 1;
+            }
         }
     }
     checks.shutdown().await;
@@ -122,13 +135,14 @@ impl Watch {
             .iter()
             .map(|endpoint| Standing {
                 tally: endpoint.vitals().window.recent(now_ms, self.enough),
-                speed: endpoint.vitals().first_tokens.speed(now_ms),
+                first_tokens: endpoint.vitals().first_tokens.recent(now_ms).collect(),
                 inflight: endpoint.inflight(),
             })
             .collect();
         for (at, reason) in peers::outliers(&standings, &self.compare) {
             let (Some(endpoint), Some(standing)) = (members.get(at), standings.get(at)) else { continue };
-            let detail = format!("against its pool: {:?}, {:?}", standing.tally, standing.speed);
+            let took: Vec<u64> = standing.first_tokens.iter().map(|sample| sample.took_ms).collect();
+            let detail = format!("unlike its pool: {:?}, first tokens after {took:?} ms", standing.tally);
             self.tell(endpoint, Event::Outlier(reason), &detail);
         }
     }
@@ -204,14 +218,12 @@ impl Watch {
     }
 }
 
-/// One look at everything.
-fn look(watch: &Arc<Watch>, checks: &mut JoinSet<()>) {
-    let snapshot = Arc::clone(&watch.gateway.table.load());
+/// Starts what is due.
+fn check(watch: &Arc<Watch>, snapshot: &Snapshot, checks: &mut JoinSet<()>) {
     let now_ms = watch.gateway.now_ms();
-    let names = served_models(&snapshot);
+    let names = served_models(snapshot);
     let mut due: Vec<Due> = Vec::new();
     for pool in snapshot.pools.values() {
-        watch.compare(pool, now_ms);
         let served_model = names.get(&Arc::as_ptr(pool));
         due.extend(pool.endpoints.iter().filter_map(|endpoint| watch.due(endpoint, served_model, now_ms)));
     }
@@ -232,8 +244,11 @@ fn look(watch: &Arc<Watch>, checks: &mut JoinSet<()>) {
 /// By which name the engines of each pool know their model.
 fn served_models(snapshot: &Snapshot) -> HashMap<*const Pool, Arc<str>> {
     let mut names = HashMap::new();
-    for route in snapshot.routes.values() {
-        names.entry(Arc::as_ptr(&route.pool)).or_insert_with(|| Arc::from(route.served_model.as_str()));
+    // An adapter's name is known only to the engines that have it.
+    let targets = snapshot.routes.values().flat_map(|route| &route.targets).filter(|t| t.adapter.is_none());
+    for target in targets {
+        let Some(pool) = snapshot.pools.get(&*target.pool) else { continue };
+        names.entry(Arc::as_ptr(pool)).or_insert_with(|| Arc::from(target.served_model.as_str()));
     }
     names
 }

@@ -36,7 +36,7 @@ fn what_serves_is_not_probed_and_what_is_idle_is_at_its_regular_time() {
 #[test]
 fn a_failure_brings_the_next_probe_at_once() {
     let suspect = machine(&[UNREACHED], 20_000);
-    assert_eq!(probe_due(&TIMES, &Signs::default(), &suspect, 20_100), 20_250);
+    assert_eq!(probe_due(&TIMES, &Signs::default(), &suspect, 20_050), 20_100);
     let never_probed = ProbeTimes { last_ms: 0, ..TIMES };
     assert_eq!(probe_due(&never_probed, &Signs::default(), &suspect, 20_100), 20_100);
 }

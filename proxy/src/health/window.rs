@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 /// Seconds looked back at most.
-const BUCKETS: u64 = 10;
+const BUCKETS: usize = 10;
 
 /// Seconds looked back at least: the present one has only begun.
 const LEAST: u64 = 2;
@@ -25,7 +25,7 @@ const STREAMS_AGE_MS: u64 = 30_000;
 #[derive(Debug, Default)]
 pub struct Window {
     /// Of each: the second it is of, then successes, then failures: 32, 16 and 16 bits.
-    buckets: [AtomicU64; BUCKETS as usize],
+    buckets: [AtomicU64; BUCKETS],
 }
 
 /// Requests, by how they went.
@@ -56,7 +56,7 @@ impl Window {
     /// Counts a request.
     pub fn record(&self, now_ms: u64, good: bool) {
         let second = second(now_ms);
-        let Some(bucket) = self.buckets.get((second % BUCKETS) as usize) else { return };
+        let Some(bucket) = self.buckets.get(slot(second)) else { return };
         // The closure always gives a value, so the update cannot fail.
         let _always = bucket.fetch_update(Relaxed, Relaxed, |packed| {
             let (of, mut tally) = unpack(packed);
@@ -73,9 +73,9 @@ impl Window {
     pub fn recent(&self, now_ms: u64, enough: u32) -> Option<Tally> {
         let now = second(now_ms);
         let mut sum = Tally::default();
-        for back in 0..BUCKETS.min(now + 1) {
+        for back in 0..(BUCKETS as u64).min(now + 1) {
             let wanted = now - back;
-            let packed = self.buckets.get((wanted % BUCKETS) as usize).map_or(0, |b| b.load(Relaxed));
+            let packed = self.buckets.get(slot(wanted)).map_or(0, |b| b.load(Relaxed));
             let (of, tally) = unpack(packed);
             if of == wanted {
                 sum.good += tally.good;
@@ -98,6 +98,10 @@ fn second(now_ms: u64) -> u64 {
     (now_ms / 1_000) & 0xffff_ffff
 }
 
+fn slot(second: u64) -> usize {
+    usize::try_from(second % BUCKETS as u64).unwrap_or(0)
+}
+
 fn pack(second: u64, tally: Tally) -> u64 {
     second << 32 | u64::from(tally.good) << 16 | u64::from(tally.bad)
 }
@@ -115,13 +119,13 @@ pub struct FirstTokens {
     next: AtomicUsize,
 }
 
-/// What the last first-token times have in common.
+/// One stream's first token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Speed {
-    /// The fastest of them.
-    pub fastest_ms: u64,
-    /// The middle one.
-    pub median_ms: u64,
+pub struct Sample {
+    /// When it came.
+    pub at_ms: u64,
+    /// How long after its request was sent.
+    pub took_ms: u64,
 }
 
 impl FirstTokens {
@@ -133,16 +137,14 @@ impl FirstTokens {
         }
     }
 
-    /// The last five; `None` when fewer have come in the last thirty seconds.
-    pub fn speed(&self, now_ms: u64) -> Option<Speed> {
-        let mut took = [0; STREAMS];
-        for (took, slot) in took.iter_mut().zip(&self.ring) {
+    /// The last five, in no order, those that came in the last thirty seconds.
+    pub fn recent(&self, now_ms: u64) -> impl Iterator<Item = Sample> {
+        self.ring.iter().filter_map(move |slot| {
             let packed = slot.load(Relaxed);
-            let fresh = packed != 0 && now_ms.saturating_sub(packed >> 24) <= STREAMS_AGE_MS;
-            *took = fresh.then(|| (packed & 0xff_ffff).saturating_sub(1))?;
-        }
-        took.sort_unstable();
-        Some(Speed { fastest_ms: took[0], median_ms: took[STREAMS / 2] })
+            let sample = Sample { at_ms: packed >> 24, took_ms: (packed & 0xff_ffff).saturating_sub(1) };
+            let fresh = packed != 0 && now_ms.saturating_sub(sample.at_ms) <= STREAMS_AGE_MS;
+            fresh.then_some(sample)
+        })
     }
 
     /// Forgets everything.
@@ -190,28 +192,29 @@ mod tests {
     }
 
     #[test]
-    fn speed_needs_five_streams_that_are_not_old() {
+    fn the_last_five_streams_are_kept_for_half_a_minute() {
         let tokens = FirstTokens::default();
-        for (at, took) in [(1_000, 30), (1_100, 10), (1_200, 20), (1_300, 50)] {
+        let took = |now_ms| {
+            let mut took: Vec<u64> = tokens.recent(now_ms).map(|sample| sample.took_ms).collect();
+            took.sort_unstable();
+            took
+        };
+        for (at, took) in [(1_000, 30), (1_100, 10), (1_200, 20), (1_300, 50), (1_400, 40)] {
             tokens.record(at, took);
         }
-        assert_eq!(tokens.speed(1_300), None);
-        tokens.record(1_400, 40);
-        assert_eq!(tokens.speed(1_400), Some(Speed { fastest_ms: 10, median_ms: 30 }));
+        assert_eq!(took(1_400), [10, 20, 30, 40, 50]);
         tokens.record(1_500, 0);
-        assert_eq!(
-            tokens.speed(1_500),
-            Some(Speed { fastest_ms: 0, median_ms: 20 }),
-            "the first has given way"
-        );
-        assert_eq!(tokens.speed(40_000), None);
+        assert_eq!(took(1_500), [0, 10, 20, 40, 50], "the first has given way");
+        assert_eq!(took(31_250), [0, 40, 50]);
+        tokens.clear();
+        assert!(took(1_500).is_empty());
     }
 
     #[test]
     fn an_endless_wait_does_not_spill_into_the_time() {
         let tokens = FirstTokens::default();
-        (0..5).for_each(|_| tokens.record(7, u64::from(u32::MAX)));
-        assert_eq!(tokens.speed(7).map(|s| s.fastest_ms), Some(0xff_fffe));
+        tokens.record(7, u64::from(u32::MAX));
+        assert_eq!(tokens.recent(7).next(), Some(Sample { at_ms: 7, took_ms: 0xff_fffe }));
     }
 
     proptest! {
@@ -225,7 +228,10 @@ mod tests {
                 window.record(now, good);
                 all.push((now / 1_000, good));
             }
-            let of = |seconds: u64, wanted: bool| all.iter().filter(|(s, good)| now / 1_000 - s < seconds && *good == wanted).count() as u32;
+            let of = |seconds: u64, wanted: bool| {
+                let counted = all.iter().filter(|(s, good)| now / 1_000 - s < seconds && *good == wanted);
+                u32::try_from(counted.count()).expect("few")
+            };
             let most = of(10, true) + of(10, false);
             match window.recent(now, enough) {
                 None => prop_assert!(most < enough),

@@ -136,7 +136,7 @@ pub(super) fn rendezvous(session: u64, views: &[View], bound: LoadBound) -> (Opt
 }
 
 /// Both are hashes under the secret key; this spreads every bit of either over all (the finaliser of `SplitMix64`).
-fn mix(session: u64, endpoint: u64) -> u64 {
+pub(super) fn mix(session: u64, endpoint: u64) -> u64 {
     let mut bits = session ^ endpoint.rotate_left(32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

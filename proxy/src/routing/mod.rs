@@ -4,20 +4,24 @@
 //! - [`load`]: how busy an endpoint is thought to be, and how much a young one should carry.
 //! - [`affinity`]: sessions to endpoints, by keyed hashes and under a load bound.
 //! - [`prefix`]: who probably has a prompt's beginning in its cache, in fixed memory.
+//! - [`resolve`]: which pools, in which order, for the name that a client asked for.
 //!
-//! Filters, in order: not draining, not tried by this request before, healthy ([`crate::health`]). At most a share of the pool
+//! Filters, in order: not draining, has the adapter that is asked for, not tried by this request before, healthy ([`crate::health`]). At most a share of the pool
 //! may be out for its health. Beyond it, and when nothing healthy is left, the pool is in *panic*: those that react at all are
 //! taken, however badly they do, since suspicion against so many is more likely wrong, and since trying a sick engine beats
 //! refusing a client; those that do not react only when there is nobody else. Last: not at its limit ([`saturation`]); when
 //! that takes out all that were left, the request waits. No policy ever sees an endpoint that a filter took out.
 //!
-//! Absent: engines' own reports. No wire brings them to the proxy yet; its estimate is what it has under way itself, which
-//! is what [`load::estimate`] says without a report.
+//! Reports of the engines ([`crate::endpoints::reported`]) tell of other proxies' requests and of engines' own queues. What
+//! they say may be wrong (vLLM's gauges can stay up after a mass abort) or may not come any more, and an engine that
+//! answers is then still an engine that answers: so they decide between endpoints and how many requests one gets at a time,
+//! never that an idle one gets none.
 
 pub mod affinity;
 pub mod load;
 pub mod policy;
 pub mod prefix;
+pub mod resolve;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -29,8 +33,8 @@ use self::{
     prefix::{Blocks, Chain},
 };
 use crate::{
-    admission::saturation::{self, Limits},
-    endpoints::{Endpoint, Pool, Ticket},
+    admission::saturation::{self, Limits, Reported},
+    endpoints::{Endpoint, Pool, Ticket, reported::ReportedLoad},
 };
 
 /// What a pick may look at besides the pool and the request.
@@ -40,6 +44,8 @@ pub struct PickRules {
     pub max_ejected_percent: u32,
     /// Milliseconds until a new endpoint carries its whole share; 0: at once.
     pub slow_start_ms: u64,
+    /// Age at which an engine's report of its load is not believed any more; 0: reports are not looked at.
+    pub load_stale_ms: u64,
     /// This proxy's zone; empty: every endpoint is near.
     pub zone: String,
     /// Of all hashes.
@@ -69,6 +75,7 @@ impl PickRules {
         Self {
             max_ejected_percent,
             slow_start_ms: config.slow_start_ms,
+            load_stale_ms: config.load_stale_ms,
             zone: config.zone.clone(),
             key,
             blocks: Blocks { bytes: config.prefix_block_bytes, most: config.prefix_blocks },
@@ -123,14 +130,16 @@ pub fn pick(
     (with, rules): (&PickRules, &Rules),
     mut chance: impl FnMut(usize) -> usize,
 ) -> Result<(Ticket, How), Unpicked> {
-    let eligible = |endpoint: &Endpoint| !endpoint.draining && !tried.contains(&endpoint.id);
+    let able = |endpoint: &Endpoint| asked.adapter.is_none_or(|name| endpoint.adapters.contains(name));
+    let eligible =
+        |endpoint: &Endpoint| !endpoint.draining && able(endpoint) && !tried.contains(&endpoint.id);
     let all: Vec<&Arc<Endpoint>> = pool.endpoints.iter().filter(|e| eligible(e)).collect();
     let mut among = |healthy: &dyn Fn(&Endpoint) -> bool,
                      reserve: &dyn Fn(&Arc<Endpoint>) -> Option<Ticket>| {
         let of_health = || all.iter().copied().filter(|e| healthy(e));
         let (mut left, mut views): (Vec<&Arc<Endpoint>>, Vec<View>) = of_health()
             .map(|endpoint| (endpoint, view(endpoint, now_ms, with)))
-            .filter(|(endpoint, view)| !is_full(endpoint, view, now_ms, &with.limits))
+            .filter(|(endpoint, view)| !is_full(endpoint, view, now_ms, with))
             .unzip();
         let none = if left.len() < of_health().count() { Unpicked::Saturated } else { Unpicked::Nobody };
         loop {
@@ -167,14 +176,24 @@ pub fn in_panic(pool: &Pool, now_ms: u64, max_ejected_percent: u32) -> bool {
             || !candidates.any(|e| e.vitals().is_open(now_ms)))
 }
 
-fn is_full(endpoint: &Endpoint, view: &View, now_ms: u64, limits: &Limits) -> bool {
-    saturation::is_full((endpoint.inflight(), view.load), None, endpoint.busy(), now_ms, limits)
+/// A report is believed only while it is fresh, and only of an engine that has a request of ours: whatever it says, one may be
+/// sent, and its answer tells more.
+fn is_full(endpoint: &Endpoint, view: &View, now_ms: u64, with: &PickRules) -> bool {
+    let fresh = |report: &ReportedLoad| view.own > 0 && report.age_ms < with.load_stale_ms;
+    let reported = endpoint.reported(now_ms).filter(fresh).map(|report| Reported {
+        running: report.running,
+        waiting: report.waiting,
+        kv_permille: report.kv_used_permille,
+    });
+    saturation::is_full((view.own, view.load), reported, endpoint.busy(), now_ms, &with.limits)
 }
 
 fn view(endpoint: &Endpoint, now_ms: u64, with: &PickRules) -> View {
+    let (own, report) = (endpoint.inflight(), endpoint.load_report());
     View {
         key: endpoint.key(with.key),
-        load: load::estimate(endpoint.inflight(), None, now_ms, 0),
+        load: load::estimate(own, report.as_ref(), now_ms, with.load_stale_ms),
+        own,
         weight: load::weight(endpoint.age_ms(now_ms), with.slow_start_ms),
         near: with.zone.is_empty() || endpoint.zone == with.zone,
     }
@@ -195,7 +214,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        endpoints::endpoint::tests::endpoint, error::UpstreamFailure, health, upstream::retry::RetryBudget,
+        endpoints::{endpoint::tests::endpoint, reported::Measured},
+        error::UpstreamFailure,
+        health,
+        upstream::retry::RetryBudget,
     };
 
     /// Ejects for a second: an engine that answers with errors, or one that does not react.
@@ -291,6 +313,58 @@ mod tests {
     }
 
     #[test]
+    fn only_endpoints_that_have_the_adapter_are_asked_for_it() {
+        let mut pool = pool(3);
+        let has = Arc::get_mut(&mut pool.endpoints[2]).expect("not shared");
+        has.adapters.insert("sql".into());
+        let with = with(Policy::LeastLoaded);
+        let of = |name| {
+            let asked = Asked { adapter: Some(name), ..Asked::default() };
+            pick(&pool, &[], &asked, 0, (&with, &with.rules), |_| 0).ok().map(|(ticket, _)| ticket)
+        };
+        assert_eq!(picked(&of("sql")), Some("e2"));
+        assert_eq!(picked(&of("other")), None);
+    }
+
+    fn measured(load: u32, at_ms: u64) -> Measured {
+        Measured { running: load, waiting: 0, kv_used_permille: 0, at_ms }
+    }
+
+    #[test]
+    fn a_fresh_report_turns_a_pick_and_an_old_one_does_not() {
+        let pool = pool(2);
+        let _own = pool.endpoints[1].reserve(0);
+        pool.endpoints[0].take_report(measured(9, 0), 0);
+        let other = |n| n - 1;
+        assert_eq!(picked(&pick_from(&pool, &[], 10, other)), Some("e1"), "nine of others at e0");
+        assert_eq!(picked(&pick_from(&pool, &[], 1_000, other)), Some("e0"), "nobody knows any more");
+    }
+
+    /// vLLM's gauges can stay up after a mass abort (its issue 29928): fresh reports of load that is not there. And where
+    /// the way that reports come is broken, they are old. Neither may stop dispatch.
+    #[test]
+    fn reports_that_are_wrong_or_stale_never_stop_dispatch() {
+        for age in [0, 500, 1_000_000] {
+            let pool = pool(3);
+            for endpoint in &pool.endpoints {
+                endpoint.take_report(measured(u32::MAX, 0), 0);
+            }
+            let held: Vec<_> = (0..300).map_while(|n| pick_from(&pool, &[], age, |of| n % of)).collect();
+            assert_eq!(held.len(), 300, "aged {age} ms");
+            assert!(pool.endpoints.iter().all(|e| e.inflight() > 50), "and nobody is shunned for ever");
+        }
+        // A queue that is not there either: each engine still gets a request at a time.
+        let pool = pool(3);
+        for endpoint in &pool.endpoints {
+            endpoint.take_report(Measured { waiting: 50, ..measured(16, 0) }, 0);
+        }
+        for n in 0..300 {
+            let ticket = pick_from(&pool, &[], 1, |of| n % of);
+            assert!(ticket.is_some(), "request {n}");
+        }
+    }
+
+    #[test]
     fn a_pool_is_saturated_once_each_endpoint_has_refused_and_until_one_has_room() {
         let pool = pool(2);
         let with = with(Policy::LeastLoaded);
@@ -351,7 +425,7 @@ mod tests {
                 }
             }
             let mut rng = fastrand::Rng::with_seed(seed);
-            let asked = Asked { session, prefix: &prefix };
+            let asked = Asked { session, prefix: &prefix, adapter: None };
             for policy in [Policy::LeastLoaded, Policy::PowerOfTwo, Policy::RoundRobin, Policy::PrefixAffinity, Policy::SessionAffinity] {
                 let with = with(policy);
                 for _ in 0..times {

@@ -1,8 +1,11 @@
 //! Which of the endpoints that are left takes a request: one function over plain data, the same for the proxy and for the
 //! simulator ([`crate::simulator`]).
 //!
-//! - *Least loaded*: the smallest load estimate of all; ties go to a random one of the tied, so that an idle pool is not
-//!   always begun at its first endpoint. Looking at all of them costs under a microsecond for a hundred.
+//! - *Least loaded*: where it has the fewest requests under way itself; ties go to a random one of the tied, so that an idle
+//!   pool is not always begun at its first endpoint. Looking at all of them costs under a microsecond for a hundred. Where
+//!   engines' reports tell of others' requests, that one and one random other are compared by the estimate, and the less busy
+//!   takes it. The estimate is not minimised over all: every proxy that has the same report would run to the same engine
+//!   until the next (docs/routing.md has the figures); each has its own least busy, and its own random other.
 //! - *Power of two*: the better of two random ones. Worse than all where the estimate is good; better where many proxies
 //!   act on the same old reports, since they do not all run to the same place.
 //! - *Round robin*: in turn, load not looked at.
@@ -49,6 +52,8 @@ pub struct View {
     pub key: u64,
     /// Requests thought to be there, see [`super::load::estimate`].
     pub load: u32,
+    /// Those of them that are the chooser's own; at most `load`.
+    pub own: u32,
     /// Of [`FULL_WEIGHT`], see [`super::load::weight`].
     pub weight: u32,
     /// Whether it is in the chooser's zone.
@@ -58,7 +63,7 @@ pub struct View {
 impl Default for View {
     /// An idle, full-grown endpoint near by.
     fn default() -> Self {
-        Self { key: 0, load: 0, weight: FULL_WEIGHT, near: true }
+        Self { key: 0, load: 0, own: 0, weight: FULL_WEIGHT, near: true }
     }
 }
 
@@ -69,6 +74,8 @@ pub struct Asked<'a> {
     pub session: Option<u64>,
     /// Keyed hashes of its prompt's prefixes, the shortest first.
     pub prefix: &'a [u64],
+    /// Only an engine that has this adapter loaded can answer.
+    pub adapter: Option<&'a str>,
 }
 
 /// What a pool remembers from pick to pick. Bounded; survives changes of the pool.
@@ -201,9 +208,10 @@ impl<'a> Set<'a> {
 
     fn least_loaded(self, chance: &mut impl FnMut(usize) -> usize) -> Option<usize> {
         let mut best: Option<(usize, u64)> = None;
-        let mut ties = 0;
+        let (mut ties, mut foreign) = (0, false);
         for (index, view) in self.iter() {
-            let busy = score(view.load, view.weight);
+            let busy = score(view.own, view.weight);
+            foreign |= view.load > view.own;
             match best {
                 Some((_, least)) if busy > least => {}
                 Some((_, least)) if busy == least => {
@@ -219,7 +227,16 @@ impl<'a> Set<'a> {
                 }
             }
         }
-        best.map(|(index, _)| index)
+        let (least, _) = best?;
+        if !foreign {
+            return Some(least);
+        }
+        let other = self.nth(chance(self.len()))?;
+        Some(if self.busy(other) < self.busy(least) { other } else { least })
+    }
+
+    fn busy(self, index: usize) -> u64 {
+        self.views.get(index).map_or(u64::MAX, |view| score(view.load, view.weight))
     }
 
     fn two_random(self, chance: &mut impl FnMut(usize) -> usize) -> Option<usize> {
@@ -230,8 +247,7 @@ impl<'a> Set<'a> {
         let first = chance(all);
         let second = (first + 1 + chance(all - 1)) % all;
         let (first, second) = (self.nth(first)?, self.nth(second)?);
-        let busy = |index: usize| self.views.get(index).map(|view| score(view.load, view.weight));
-        Some(if busy(second) < busy(first) { second } else { first })
+        Some(if self.busy(second) < self.busy(first) { second } else { first })
     }
 }
 

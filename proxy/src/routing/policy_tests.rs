@@ -19,7 +19,7 @@ fn views(loads: &[u32]) -> Vec<View> {
     loads
         .iter()
         .enumerate()
-        .map(|(index, load)| View { key: key(index), load: *load, ..View::default() })
+        .map(|(index, load)| View { key: key(index), load: *load, own: *load, ..View::default() })
         .collect()
 }
 
@@ -30,7 +30,7 @@ fn first(rules: &Rules, views: &[View], asked: &Asked<'_>, memory: &Memory) -> O
 #[test]
 fn nobody_is_chosen_of_none() {
     for policy in ALL {
-        let asked = Asked { session: Some(1), prefix: &[1] };
+        let asked = Asked { session: Some(1), prefix: &[1], adapter: None };
         assert_eq!(first(&rules(policy), &[], &asked, &Memory::default()), None, "{policy:?}");
     }
 }
@@ -125,7 +125,36 @@ fn a_session_stays_and_leaves_only_for_the_bound_or_a_loss() {
     );
 }
 
+#[test]
+fn of_ones_own_idlest_and_a_random_other_the_less_busy_by_the_reports_is_taken() {
+    let mut views = views(&[0, 1, 2]);
+    views[0].load = 9;
+    let with = |other: usize| {
+        let dice = &mut |n| if n == 3 { other } else { 0 };
+        choose(&rules(Policy::LeastLoaded), &views, &Asked::default(), &Memory::default(), dice)
+    };
+    assert_eq!(with(0), Some((0, How::Balanced)), "against itself");
+    assert_eq!(with(1), Some((1, How::Balanced)));
+    assert_eq!(with(2), Some((2, How::Balanced)), "not the best of all: of those two");
+}
+
 proptest! {
+    #[test]
+    fn reports_choose_among_endpoints_and_never_leave_a_request_without_one(
+        loads in prop::collection::vec((0u32..9, any::<u32>()), 1..20), seed in any::<u64>(),
+    ) {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut views = views(&loads.iter().map(|(own, _)| *own).collect::<Vec<_>>());
+        for (view, (own, foreign)) in views.iter_mut().zip(&loads) {
+            view.load = own.saturating_add(*foreign);
+        }
+        for policy in ALL {
+            let asked = Asked { session: Some(1), prefix: &[1], adapter: None };
+            let chosen = choose(&rules(policy), &views, &asked, &Memory::default(), &mut |n| rng.usize(0..n));
+            prop_assert!(chosen.is_some_and(|(index, _)| index < views.len()), "{policy:?}");
+        }
+    }
+
     #[test]
     fn least_loaded_is_never_busier_than_another(loads in prop::collection::vec(0u32..9, 1..20), seed in any::<u64>()) {
         let mut rng = fastrand::Rng::with_seed(seed);
@@ -144,7 +173,7 @@ proptest! {
             let (rules, memory) = (rules(policy), Memory::default());
             let mut views = views(&loads);
             for (session, prefix) in &requests {
-                let asked = Asked { session: *session, prefix };
+                let asked = Asked { session: *session, prefix, adapter: None };
                 let limit = rules.bound.limit(&views);
                 let (index, how) = choose(&rules, &views, &asked, &memory, &mut |n| rng.usize(0..n)).expect("one");
                 prop_assert!(index < views.len());

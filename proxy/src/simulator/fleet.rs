@@ -184,7 +184,7 @@ impl Fleet<'_> {
             false => self.rng.usize(0..self.proxies.len()),
         };
         let views: Vec<View> = (0..self.engines.len()).map(|engine| self.view(proxy, engine)).collect();
-        let asked = Asked { session: Some(key), prefix: &prompt };
+        let asked = Asked { session: Some(key), prefix: &prompt, adapter: None };
         let rng = &mut self.rng;
         let memory = &self.proxies[proxy].memory;
         let chosen = policy::choose(&self.rules, &views, &asked, memory, &mut |n| rng.usize(0..n));
@@ -210,7 +210,12 @@ impl Fleet<'_> {
         let (proxy, now_ms) = (&self.proxies[proxy], self.now_us / 1_000);
         let report = proxy.reports[engine].as_ref();
         let load = load::estimate(proxy.local[engine], report, now_ms, self.scenario.stale_bound_ms);
-        View { key: scramble(self.scenario.seed, !(engine as u64)), load, ..View::default() }
+        View {
+            key: scramble(self.scenario.seed, !(engine as u64)),
+            load,
+            own: proxy.local[engine],
+            ..View::default()
+        }
     }
 
     fn under_way(&mut self, proxy: usize, engine: usize, change: i32) {

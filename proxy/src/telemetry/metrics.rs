@@ -64,6 +64,12 @@ pub struct Metrics {
     pub retries: IntCounterVec,
     /// Endpoints chosen, by policy and by how: balanced, affine, spilled.
     pub picks: IntCounterVec,
+    /// Targets that requests came to, by the model that was asked for and the deployment that was asked.
+    pub targets: IntCounterVec,
+    /// Requests that came to a fallback, by the model that was asked for.
+    pub fallbacks: IntCounterVec,
+    /// Reports of engines' loads, by whether the endpoint was known.
+    pub load_reports: IntCounterVec,
     /// Requests that had to wait for a place, by how that ended: see [`QUEUE_OUTCOMES`].
     pub queue_outcomes: IntCounterVec,
     /// How long they waited.
@@ -168,6 +174,21 @@ impl Metrics {
                 "Endpoints chosen; affine: for its session or prefix, spilled: that one was too busy.",
                 &["policy", "how"],
             )?,
+            targets: make.counters(
+                "penstock_proxy_targets_total",
+                "Deployments asked, by the model that clients named; more than requests where one could not answer.",
+                &["model", "target"],
+            )?,
+            fallbacks: make.counters(
+                "penstock_proxy_fallbacks_total",
+                "Fallbacks asked because no target of the model could answer.",
+                &["model"],
+            )?,
+            load_reports: make.counters(
+                "penstock_proxy_load_reports_total",
+                "Engines' reports of their load that arrived; unknown: of an endpoint that is not in the tables.",
+                &["endpoint"],
+            )?,
             queue_outcomes: make.counters(
                 "penstock_proxy_queue_outcomes_total",
                 "Requests for which every engine was at its limit, by how their wait ended.",
@@ -257,6 +278,9 @@ impl Metrics {
                 metrics.picks.with_label_values(&[policy.name(), how.label()]).inc_by(0);
             }
         }
+        for endpoint in ["known", "unknown"] {
+            metrics.load_reports.with_label_values(&[endpoint]).inc_by(0);
+        }
         for outcome in QUEUE_OUTCOMES {
             metrics.queue_outcomes.with_label_values(&[outcome]).inc_by(0);
         }
@@ -319,6 +343,19 @@ impl Metrics {
     /// Counts a connection that a request used.
     pub fn connected(&self, origin: Origin) {
         self.upstream_connections.with_label_values(&[origin.label()]).inc();
+    }
+
+    /// Counts a target that a request for `model` came to. Both are names of the tables in use.
+    pub fn routed(&self, model: &str, target: &str, fallback: bool) {
+        self.targets.with_label_values(&[model, target]).inc();
+        if fallback {
+            self.fallbacks.with_label_values(&[model]).inc();
+        }
+    }
+
+    /// Counts a report of an engine's load.
+    pub fn load_reported(&self, known: bool) {
+        self.load_reports.with_label_values(&[if known { "known" } else { "unknown" }]).inc();
     }
 
     /// Counts a finished request.

@@ -4,6 +4,7 @@
 
 pub mod daemon;
 pub mod tls;
+pub mod watched;
 
 use std::{
     collections::BTreeMap,
@@ -44,8 +45,13 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn start(config: ProxyConfig, engines: &[SocketAddr]) -> Self {
+        Self::start_on(config, &state(engines))
+    }
+
+    /// A gateway that knows this state.
+    pub fn start_on(config: ProxyConfig, state: &XdsState) -> Self {
         let gateway = Arc::new(Gateway::new(config.clone()).expect("valid settings"));
-        gateway.table.apply(&state(engines));
+        gateway.table.apply(state);
         let runtime = listener::runtime(&config.public);
         let (mut listeners, mut watched) = (BTreeMap::new(), Vec::new());
         for (name, settings) in config.client_listeners() {
@@ -86,37 +92,64 @@ impl Proxy {
     }
 }
 
-/// Tables that route the model "m" to `engines`.
+/// Tables in which "m" is served by endpoints "e0", "e1" and so on.
 pub fn state(engines: &[SocketAddr]) -> XdsState {
-    let endpoints = engines
+    fleet(vec![table("m", engines)], vec![route("m", &[("m", 1)], &[])])
+}
+
+/// The engines of a pool, as `e0`, `e1`, and so on.
+pub fn table(pool: &str, engines: &[SocketAddr]) -> v1::EndpointTable {
+    let endpoint = |(i, address): (usize, &SocketAddr)| v1::Endpoint {
+        id: format!("e{i}"),
+        address: address.to_string(),
+        generation: 1,
+        state: v1::EndpointState::Ready.into(),
+        ..Default::default()
+    };
+    v1::EndpointTable { pool: pool.into(), endpoints: engines.iter().enumerate().map(endpoint).collect() }
+}
+
+/// A route to deployments, by their names and weights.
+pub fn route(model: &str, targets: &[(&str, u32)], fallbacks: &[&str]) -> v1::ModelRoute {
+    let target = |(pool, weight): &(&str, u32)| v1::RouteTarget {
+        pool: (*pool).into(),
+        served_model: (*pool).into(),
+        weight: *weight,
+        adapter: String::new(),
+    };
+    v1::ModelRoute {
+        model: model.into(),
+        targets: targets.iter().map(target).collect(),
+        fallbacks: fallbacks.iter().map(|name| (*name).into()).collect(),
+        created_unix_s: 7,
+        ..Default::default()
+    }
+}
+
+/// What a control plane that has these would tell.
+pub fn fleet(tables: Vec<v1::EndpointTable>, routes: Vec<v1::ModelRoute>) -> XdsState {
+    let resource = |type_url: &str, name: String, value: Vec<u8>| xds::Resource {
+        name,
+        version: "1".into(),
+        resource: Some(xds::Any { type_url: type_url.into(), value }),
+        ..Default::default()
+    };
+    let tables = tables
         .iter()
-        .enumerate()
-        .map(|(i, address)| v1::Endpoint {
-            id: format!("e{i}"),
-            address: address.to_string(),
-            generation: 1,
-            state: v1::EndpointState::Ready.into(),
-            ..Default::default()
-        })
-        .collect();
-    let table = v1::EndpointTable { pool: "m".into(), endpoints };
-    let route =
-        v1::ModelRoute { model: "m".into(), pool: "m".into(), served_model: "m".into(), created_unix_s: 7 };
-    let response = |type_url: &str, value: Vec<u8>| xds::DeltaDiscoveryResponse {
+        .map(|table| resource(xds::ENDPOINT_TABLE_TYPE, table.pool.clone(), table.encode_to_vec()));
+    let routes = routes
+        .iter()
+        .map(|route| resource(xds::MODEL_ROUTE_TYPE, route.model.clone(), route.encode_to_vec()));
+    let response = |type_url: &str, resources: Vec<xds::Resource>| xds::DeltaDiscoveryResponse {
         type_url: type_url.into(),
         system_version_info: "1.1".into(),
         nonce: "1".into(),
-        resources: vec![xds::Resource {
-            name: "m".into(),
-            version: "1".into(),
-            resource: Some(xds::Any { type_url: type_url.into(), value }),
-            ..Default::default()
-        }],
+        resources,
         ..Default::default()
     };
     XdsState::default()
-        .apply(&response(xds::ENDPOINT_TABLE_TYPE, table.encode_to_vec()))
-        .and_then(|state| state.apply(&response(xds::MODEL_ROUTE_TYPE, route.encode_to_vec())))
+        .apply(&response(xds::ENDPOINT_TABLE_TYPE, tables.collect()))
+        .and_then(|state| state.apply(&response(xds::MODEL_ROUTE_TYPE, routes.collect())))
         .expect("a good state")
 }
 
@@ -154,6 +187,11 @@ pub struct Engine {
 impl Engine {
     /// `script` gives the steps for the n-th request.
     pub async fn start(script: impl Fn(usize) -> Vec<Step> + Send + Sync + 'static) -> Self {
+        Self::replying(move |number, _| script(number)).await
+    }
+
+    /// The same with a look at the request.
+    pub async fn replying(script: impl Fn(usize, &Seen) -> Vec<Step> + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (seen, closed_at) = (Arc::<Mutex<Vec<Seen>>>::default(), Arc::<Mutex<Vec<Instant>>>::default());
@@ -176,6 +214,11 @@ impl Engine {
         Self::start(move |_| vec![Step::Send(answer.clone().into_bytes())]).await
     }
 
+    /// Requests that were no probes.
+    pub fn served(&self) -> usize {
+        self.seen.lock().unwrap().iter().filter(|seen| seen.head.starts_with("post")).count()
+    }
+
     pub fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()
     }
@@ -190,15 +233,15 @@ async fn converse(
     mut stream: TcpStream,
     seen: Arc<Mutex<Vec<Seen>>>,
     closed_at: Arc<Mutex<Vec<Instant>>>,
-    script: Arc<impl Fn(usize) -> Vec<Step>>,
+    script: Arc<impl Fn(usize, &Seen) -> Vec<Step>>,
 ) {
     while let Some(request) = read_request(&mut stream).await {
         let number = {
             let mut seen = seen.lock().unwrap();
-            seen.push(request);
+            seen.push(request.clone());
             seen.len() - 1
         };
-        for step in script(number) {
+        for step in script(number, &request) {
             match step {
                 Step::Send(bytes) => {
                     if stream.write_all(&bytes).await.is_err() {

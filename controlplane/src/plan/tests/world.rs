@@ -101,6 +101,7 @@ impl World {
             args: vec![],
             env: BTreeMap::new(),
             gpus_per_replica,
+            lora: vec![],
         };
         let deployment = Deployment { model: model.into(), replicas, spec, created_unix_s: 0 };
         self.deployments.insert(model.to_owned(), deployment);
@@ -131,6 +132,7 @@ impl World {
             pid: 1,
             node_id: a.node_id.clone(),
             zone: String::new(),
+            adapters: vec![],
         };
         self.registered.insert(id.to_owned(), endpoint);
     }

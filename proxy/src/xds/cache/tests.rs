@@ -19,6 +19,7 @@ fn state(endpoints: usize, revision: u64) -> XdsState {
         pool: "m".to_owned(),
         served_model: "served".to_owned(),
         created_unix_s: 7,
+        ..Default::default()
     };
     let resource = |type_url, value: Vec<u8>| Resource {
         name: "m".to_owned(),

@@ -1,4 +1,5 @@
-//! The delta ADS subscription to the control plane: one stream, two types, for as long as the process lives.
+//! The delta ADS subscription to the control plane: one stream, for as long as the process lives: tables and routes, and once
+//! those are complete, news of engines' loads ([`loads`]).
 //!
 //! A session: connect, subscribe to all tables and all routes (naming the versions already held, so that only the
 //! difference is sent), then answer every response with an ACK or with a NACK that gives the reasons. Whatever ends a
@@ -15,6 +16,7 @@
 //! Invariants: one session at a time; the state in the cell is complete and only ever replaced by what
 //! [`XdsState::apply`] gave; requests waiting to be sent are bounded.
 
+mod loads;
 #[cfg(test)]
 mod tests;
 
@@ -27,7 +29,8 @@ use std::{
 use penstock_proto::{
     MAX_GRPC_MESSAGE_BYTES,
     xds::{
-        DeltaDiscoveryRequest, DeltaDiscoveryResponse, ENDPOINT_TABLE_TYPE, MODEL_ROUTE_TYPE, Node, Status,
+        DeltaDiscoveryRequest, DeltaDiscoveryResponse, ENDPOINT_TABLE_TYPE, ENGINE_LOAD_TYPE,
+        MODEL_ROUTE_TYPE, Node, Status,
         aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
     },
 };
@@ -36,6 +39,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, transport::Endpoint};
 
+pub use self::loads::LoadSink;
 use crate::xds::{state::XdsState, status::XdsStatus};
 
 /// ACKs that may wait for the connection; a server that takes none of so many is not reading.
@@ -100,11 +104,18 @@ pub enum XdsSettingsError {
 }
 
 /// A subscription that can be run.
-#[derive(Debug)]
 pub struct XdsClient {
     settings: XdsSettings,
     /// Each with the name it was configured by. Never empty.
     peers: Vec<(String, Endpoint)>,
+    /// Where news of loads go; without it none are asked for.
+    loads: Option<LoadSink>,
+}
+
+impl std::fmt::Debug for XdsClient {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("XdsClient").field("settings", &self.settings).finish_non_exhaustive()
+    }
 }
 
 /// Why a session ended.
@@ -114,6 +125,8 @@ enum SessionEnd {
     Lost(String),
     /// Something was refused a while ago; ask for it again.
     Resync,
+    /// The peer is of before there were loads; ask it again, not for those.
+    WithoutLoads,
 }
 
 /// What a session leaves to the next.
@@ -123,6 +136,8 @@ struct Progress {
     heard: bool,
     /// Whether it refused any.
     refused: bool,
+    /// Whether loads are to be asked for, once the state is complete.
+    ask_loads: bool,
 }
 
 impl XdsClient {
@@ -139,7 +154,13 @@ impl XdsClient {
         if peers.is_empty() {
             return Err(XdsSettingsError::NoEndpoints);
         }
-        Ok(Self { settings, peers })
+        Ok(Self { settings, peers, loads: None })
+    }
+
+    /// The same, with news of engines' loads handed to `sink` as they come.
+    #[must_use]
+    pub fn with_loads(self, sink: LoadSink) -> Self {
+        Self { loads: Some(sink), ..self }
     }
 
     /// Keeps `cell` up to date until `shutdown`. The state that is in `cell` at the start (from disk, or empty) is what
@@ -150,13 +171,16 @@ impl XdsClient {
         status: Arc<XdsStatus>,
         shutdown: CancellationToken,
     ) {
-        let mut progress = Progress { state: Arc::clone(&cell.borrow()), heard: false, refused: false };
+        let state = Arc::clone(&cell.borrow());
+        let mut progress = Progress { state, heard: false, refused: false, ask_loads: false };
+        let mut without_loads = false;
         let mut turn = fastrand::usize(..self.peers.len());
         let (mut failures, mut refusals) = (0u32, 0u32);
         loop {
             let Some((name, endpoint)) = self.peers.get(turn % self.peers.len()) else { return };
             status.connecting(name);
             (progress.heard, progress.refused) = (false, false);
+            progress.ask_loads = self.loads.is_some() && !std::mem::take(&mut without_loads);
             let started = Instant::now();
             let resync_after =
                 self.settings.resync_after.max(self.settings.backoff_min) * 2u32.pow(refusals.min(5));
@@ -165,7 +189,15 @@ impl XdsClient {
                 end = self.session(endpoint, resync_after, &mut progress, &cell, &status) => end,
             };
             refusals = if progress.refused { refusals.saturating_add(1) } else { 0 };
-            let SessionEnd::Lost(error) = end else { continue };
+            let error = match end {
+                SessionEnd::Lost(error) => error,
+                SessionEnd::Resync => continue,
+                SessionEnd::WithoutLoads => {
+                    tracing::info!(control_plane = %name, "the control plane tells no loads: it is of an older release");
+                    without_loads = true;
+                    continue;
+                }
+            };
             if status.lost(&error) {
                 tracing::warn!(control_plane = %name, error, "lost the control plane; serving the last good state");
             }
@@ -225,19 +257,32 @@ impl XdsClient {
             let response = match response {
                 Ok(Some(response)) => response,
                 Ok(None) => return SessionEnd::Lost("the control plane closed the stream".to_owned()),
+                Err(status) if loads::is_refusal(&status) => return SessionEnd::WithoutLoads,
                 Err(status) => return SessionEnd::Lost(status_in_words(&status)),
             };
             progress.heard = true;
             if status.responded(Instant::now()) {
                 tracing::info!(control_plane = %endpoint.uri(), "connected to the control plane");
             }
-            let answer = take(&response, progress, cell, status);
-            if answer.error_detail.is_some() {
+            let answer = match &self.loads {
+                Some(sink) if response.type_url == ENGINE_LOAD_TYPE => {
+                    let taken = loads::take(&response, &progress.state, sink);
+                    answer(&response, taken, status)
+                }
+                _ => take(&response, progress, cell, status),
+            };
+            if answer.error_detail.is_some() && answer.type_url != ENGINE_LOAD_TYPE {
                 progress.refused = true;
                 resync_at.get_or_insert_with(|| tokio::time::Instant::now() + resync_after);
             }
             if requests.try_send(answer).is_err() {
                 return SessionEnd::Lost("the control plane takes no answers".to_owned());
+            }
+            if progress.ask_loads && progress.state.is_complete() {
+                progress.ask_loads = false;
+                if requests.try_send(self.subscription(ENGINE_LOAD_TYPE, &progress.state)).is_err() {
+                    return SessionEnd::Lost("the control plane takes no subscriptions".to_owned());
+                }
             }
         }
     }
@@ -268,31 +313,38 @@ fn take(
     cell: &watch::Sender<Arc<XdsState>>,
     status: &XdsStatus,
 ) -> DeltaDiscoveryRequest {
+    let taken = progress.state.apply(response).map(|next| {
+        status.accepted(next.version());
+        progress.state = Arc::new(next);
+        if progress.state.is_complete() {
+            cell.send_replace(Arc::clone(&progress.state));
+        }
+    });
+    answer(response, taken, status)
+}
+
+/// The ACK, or the NACK with its reasons.
+fn answer(
+    response: &DeltaDiscoveryResponse,
+    taken: Result<(), Vec<String>>,
+    status: &XdsStatus,
+) -> DeltaDiscoveryRequest {
     let mut answer = DeltaDiscoveryRequest {
         type_url: response.type_url.clone(),
         response_nonce: response.nonce.clone(),
         ..Default::default()
     };
-    match progress.state.apply(response) {
-        Ok(next) => {
-            status.accepted(next.version());
-            progress.state = Arc::new(next);
-            if progress.state.is_complete() {
-                cell.send_replace(Arc::clone(&progress.state));
-            }
+    if let Err(reasons) = taken {
+        let message = cut(reasons.join("; "), MAX_NACK_BYTES);
+        if status.refused(&message) {
+            tracing::warn!(
+                version = response.system_version_info,
+                reasons = message,
+                "refused what the control plane sent; keeping the last good state"
+            );
         }
-        Err(reasons) => {
-            let message = cut(reasons.join("; "), MAX_NACK_BYTES);
-            if status.refused(&message) {
-                tracing::warn!(
-                    version = response.system_version_info,
-                    reasons = message,
-                    "refused what the control plane sent; keeping the last good state"
-                );
-            }
-            answer.error_detail =
-                Some(Status { code: Code::InvalidArgument as i32, message, details: Vec::new() });
-        }
+        answer.error_detail =
+            Some(Status { code: Code::InvalidArgument as i32, message, details: Vec::new() });
     }
     answer
 }

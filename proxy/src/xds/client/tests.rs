@@ -164,9 +164,12 @@ fn quick(endpoints: &[SocketAddr]) -> XdsSettings {
 }
 
 fn start(settings: XdsSettings) -> Running {
+    start_client(XdsClient::new(settings).expect("good settings"))
+}
+
+fn start_client(client: XdsClient) -> Running {
     let (cell, states) = watch::channel(Arc::default());
     let (status, shutdown) = (Arc::<XdsStatus>::default(), CancellationToken::new());
-    let client = XdsClient::new(settings).expect("good settings");
     let task = tokio::spawn(client.run(cell, Arc::clone(&status), shutdown.clone()));
     Running { states, status, shutdown, task }
 }
@@ -197,6 +200,55 @@ async fn until(condition: impl Fn() -> bool) {
         }
     })
     .await;
+}
+
+/// A client that wants loads, and those that it heard of.
+fn start_with_loads(settings: XdsSettings) -> (Running, mpsc::Receiver<(String, u32)>) {
+    let (heard, loads) = mpsc::channel(16);
+    let sink: LoadSink =
+        Box::new(move |name, load| heard.try_send((name.to_owned(), load.running)).expect("room"));
+    (start_client(XdsClient::new(settings).expect("good settings").with_loads(sink)), loads)
+}
+
+#[tokio::test]
+async fn loads_are_asked_for_once_the_state_is_complete_and_change_nothing_of_it() {
+    let mut server = Server::start().await;
+    let (mut running, mut loads) = start_with_loads(quick(&[server.address]));
+    let mut stream = server.stream().await;
+    stream.subscriptions().await;
+    stream.serve("1.5", &["127.0.0.1:1"]).await;
+    assert_eq!(stream.request().await.type_url, ENGINE_LOAD_TYPE);
+    running.addresses_at("1.5").await;
+    running.states.mark_unchanged();
+    let load = v1::EngineLoad { running: 3, ..Default::default() };
+    let news = response(ENGINE_LOAD_TYPE, "1.900", &load);
+    assert_eq!(stream.send(news).await.error_detail, None);
+    assert_eq!(soon(loads.recv()).await, Some(("m".to_owned(), 3)));
+    let stale = response(ENGINE_LOAD_TYPE, "0.901", &load);
+    assert!(stream.send(stale).await.error_detail.is_some_and(|e| e.message.contains("term 0")));
+    assert!(loads.try_recv().is_err());
+    assert!(!running.states.has_changed().expect("running"), "no state came of it");
+    // Nor does the number of a load stand in the way of the next table.
+    assert_eq!(stream.send(tables("1.6", &["127.0.0.1:2"])).await.error_detail, None);
+    assert_eq!(running.addresses_at("1.6").await, ["127.0.0.1:2"]);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_control_plane_without_loads_is_asked_without_and_its_state_is_kept() {
+    let mut server = Server::start().await;
+    let (mut running, _loads) = start_with_loads(quick(&[server.address]));
+    let mut stream = server.stream().await;
+    stream.subscriptions().await;
+    stream.serve("1.5", &["127.0.0.1:1"]).await;
+    let asked = stream.request().await;
+    let refusal = format!("resources of type {:?} are not served here; others are", asked.type_url);
+    stream.responses.send(Err(tonic::Status::invalid_argument(refusal))).await.expect("open");
+    let mut stream = server.stream().await;
+    assert_eq!(stream.subscriptions().await[0].initial_resource_versions.len(), 1, "it is resumed");
+    assert_eq!(stream.send(tables("1.6", &["127.0.0.1:2"])).await.error_detail, None);
+    assert_eq!(running.addresses_at("1.6").await, ["127.0.0.1:2"], "and no loads were asked for again");
+    running.stop().await;
 }
 
 #[tokio::test]

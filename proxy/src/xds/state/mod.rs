@@ -23,6 +23,12 @@ use prost::Message;
 /// Reasons given in one NACK; the rest are counted.
 const MAX_REASONS: usize = 20;
 
+/// Targets of one route: more than anybody splits by hand, fewer than a pick would notice.
+const MAX_TARGETS: usize = 64;
+
+/// Fallbacks of one route.
+const MAX_FALLBACKS: usize = 64;
+
 /// One accepted resource.
 #[derive(Debug, PartialEq)]
 pub struct Resource<T> {
@@ -118,7 +124,8 @@ impl XdsState {
         &self.tables.resources
     }
 
-    /// The routes by the model that clients ask for. Every route's table exists, and its `served_model` is not empty.
+    /// The routes by the model that clients ask for. The tables of all their targets exist, and no `served_model` is empty.
+    /// What came without targets, from a control plane of before there were any, has the one that it names.
     #[must_use]
     pub const fn routes(&self) -> &BTreeMap<String, Resource<v1::ModelRoute>> {
         &self.routes.resources
@@ -201,7 +208,7 @@ impl XdsState {
             return;
         }
         let named: HashSet<&str> =
-            self.routes.resources.values().map(|route| route.value.pool.as_str()).collect();
+            self.routes.resources.values().flat_map(|route| pools(&route.value)).collect();
         let tables = &mut self.tables.resources;
         self.withdrawn.retain(|pool| {
             let kept = named.contains(pool.as_str());
@@ -214,8 +221,7 @@ impl XdsState {
 
     fn check_references(&self, reasons: &mut Vec<String>) {
         for (model, route) in &self.routes.resources {
-            let pool = &route.value.pool;
-            if !self.tables.resources.contains_key(pool) {
+            for pool in pools(&route.value).filter(|pool| !self.tables.resources.contains_key(*pool)) {
                 reasons.push(format!(
                     "route {model:?} names pool {pool:?}, of which there is no endpoint table"
                 ));
@@ -313,11 +319,33 @@ fn check_table(name: &str, table: &mut v1::EndpointTable, reasons: &mut Vec<Stri
     }
 }
 
-/// An empty `served_model` is filled in: the engines then know the model by the name clients use.
+fn pools(route: &v1::ModelRoute) -> impl Iterator<Item = &str> {
+    route.targets.iter().map(|target| target.pool.as_str())
+}
+
+/// An empty `served_model` is filled in: the engines then know the model by the name clients use. So is the one target of a
+/// route without any that names a pool.
 fn check_route(name: &str, route: &mut v1::ModelRoute, reasons: &mut Vec<String>) {
     check_name(name, "route", "model", &route.model, reasons);
     if route.served_model.is_empty() {
         route.served_model.clone_from(&route.model);
+    }
+    if route.targets.is_empty() && !route.pool.is_empty() {
+        let (pool, served_model) = (route.pool.clone(), route.served_model.clone());
+        route.targets.push(v1::RouteTarget { pool, served_model, weight: 1, adapter: String::new() });
+    }
+    for target in route.targets.iter_mut().filter(|target| target.served_model.is_empty()) {
+        target.served_model.clone_from(&route.model);
+    }
+    if route.targets.is_empty() && route.fallbacks.is_empty() {
+        reasons.push(format!("route {name:?} has neither a target nor a fallback"));
+    }
+    for (what, count, most) in
+        [("targets", route.targets.len(), MAX_TARGETS), ("fallbacks", route.fallbacks.len(), MAX_FALLBACKS)]
+    {
+        if count > most {
+            reasons.push(format!("route {name:?} has {count} {what}; at most {most} are accepted"));
+        }
     }
 }
 

@@ -280,6 +280,44 @@ prop_compose! {
     }
 }
 
+#[test]
+fn a_route_of_before_there_were_targets_has_the_one_that_it_names() {
+    let state = serving();
+    let wanted = [v1::RouteTarget {
+        pool: "a".to_owned(),
+        served_model: "a".to_owned(),
+        weight: 1,
+        ..Default::default()
+    }];
+    assert_eq!(state.route("a").expect("there").targets, wanted);
+}
+
+#[test]
+fn every_target_of_a_route_needs_its_table_and_a_route_leads_somewhere() {
+    let split = |model: &str, pools: &[&str], fallbacks: &[&str]| {
+        let target = |pool: &&str| v1::RouteTarget { pool: (*pool).to_owned(), ..Default::default() };
+        let route = v1::ModelRoute {
+            model: model.to_owned(),
+            targets: pools.iter().map(target).collect(),
+            fallbacks: fallbacks.iter().map(|&name| name.to_owned()).collect(),
+            ..Default::default()
+        };
+        resource(MODEL_ROUTE_TYPE, model, &route)
+    };
+    let state = serving();
+    let apply = |route| state.apply(&routes("2.11", vec![route]));
+    let good = apply(split("s", &["a", "b"], &["nobody yet"])).expect("both are there");
+    assert_eq!(good.route("s").expect("there").targets[1].served_model, "s", "filled in");
+    apply(split("s", &[], &["a"])).expect("a route may have fallbacks alone");
+    assert!(apply(split("s", &["a", "gone"], &[])).unwrap_err()[0].contains("\"gone\""));
+    assert!(apply(split("s", &[], &[])).unwrap_err()[0].contains("neither a target nor a fallback"));
+    assert!(apply(split("s", &["a"; 65], &[])).unwrap_err()[0].contains("65 targets"));
+    // A table that is withdrawn stays for as long as any target needs it.
+    let kept = good.apply(&removed(tables("2.12", vec![]), &["b"])).expect("kept");
+    let gone = kept.apply(&removed(routes("2.13", vec![]), &["b", "s"])).expect("its routes go");
+    assert!(kept.table("b").is_some() && gone.table("b").is_none());
+}
+
 proptest! {
     #[test]
     fn whatever_comes_a_state_is_whole_and_versions_only_grow(responses in prop::collection::vec(any_response(), 0..40)) {
