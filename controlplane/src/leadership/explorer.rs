@@ -347,12 +347,13 @@ fn three_candidates_never_write_out_of_order() {
 
 #[test]
 fn without_the_fence_the_search_finds_a_stale_write() {
-    let fault = explore(&Setup { fenced: false, horizon: 5, ..PAIR }, false).expect_err("a late write");
+    let fault =
+        explore(&Setup { fenced: false, horizon: 5, faults: 0, ..PAIR }, false).expect_err("a late write");
     assert!(fault.contains("wrote after"), "{fault}");
 }
 
 #[test]
 fn with_leases_shorter_than_promised_the_search_finds_two_writers() {
-    let fault = explore(&Setup { ttl: 1, horizon: 5, ..PAIR }, false).expect_err("two writers");
+    let fault = explore(&Setup { ttl: 1, horizon: 5, faults: 0, ..PAIR }, false).expect_err("two writers");
     assert!(fault.contains("may write at"), "{fault}");
 }
