@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::logging::LogConfig;
+pub use crate::store::{ElectionConfig, StoreConfig};
 
 /// Everything the controlplane process can be told. All of it is read once, at start.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -16,6 +17,8 @@ pub struct ControlPlaneConfig {
     pub listen: ListenConfig,
     /// Where its state lives.
     pub store: StoreConfig,
+    /// Who may write to it.
+    pub election: ElectionConfig,
     /// How it deals with nodes.
     pub fleet: FleetConfig,
     /// How it decides.
@@ -39,28 +42,6 @@ pub struct ListenConfig {
 impl Default for ListenConfig {
     fn default() -> Self {
         Self { http: "127.0.0.1:18090".into(), grpc: "127.0.0.1:18091".into() }
-    }
-}
-
-/// `[store]`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct StoreConfig {
-    /// "embedded": one file, one process.
-    pub kind: String,
-    /// The embedded store's file; its folder is made if missing.
-    pub path: String,
-    /// Events kept for watchers that fall behind; 100 to 10,000,000.
-    pub history_events: usize,
-}
-
-impl Default for StoreConfig {
-    fn default() -> Self {
-        Self {
-            kind: "embedded".into(),
-            path: "/var/lib/penstock/controlplane.redb".into(),
-            history_events: 20_000,
-        }
     }
 }
 
@@ -182,14 +163,15 @@ impl ControlPlaneConfig {
                 ));
             }
         }
-        if self.store.kind != "embedded" {
-            return Err(format!("store.kind is {:?}: this build knows \"embedded\"", self.store.kind));
-        }
-        if self.store.path.is_empty() {
-            return Err("store.path is empty: name the file that holds the state".into());
+        self.store.validate()?;
+        if self.store.is_etcd() {
+            let listen = [("listen.http", &*self.listen.http), ("listen.grpc", &*self.listen.grpc)];
+            self.election.validate(listen)?;
         }
         let ranges = [
             ("store.history_events", self.store.history_events as u64, 100, 10_000_000),
+            ("store.request_timeout_ms", self.store.request_timeout_ms, 500, 60_000),
+            ("store.member_timeout_ms", self.store.member_timeout_ms, 100, self.store.request_timeout_ms),
             ("fleet.lease_ttl_ms", self.fleet.lease_ttl_ms, 1_000, 600_000),
             ("fleet.report_interval_ms", self.fleet.report_interval_ms, 50, self.fleet.lease_ttl_ms / 3),
             ("fleet.lost_grace_ms", self.fleet.lost_grace_ms, 0, 86_400_000),
@@ -245,6 +227,47 @@ mod tests {
         let mut config = ControlPlaneConfig::default();
         config.store.kind = "mysql".into();
         assert!(config.validate().expect_err("unknown").contains("embedded"));
+    }
+
+    #[test]
+    fn settings_for_etcd_that_cannot_work_are_refused_in_words() {
+        let etcd = |change: fn(&mut ControlPlaneConfig)| {
+            let mut config = ControlPlaneConfig::default();
+            config.store.kind = "etcd".into();
+            change(&mut config);
+            config.validate().err().unwrap_or_default()
+        };
+        assert_eq!(etcd(|_| {}), "");
+        assert_eq!(etcd(|c| c.store.endpoints = vec!["a:2379".into(), "http://[::1]:2379".into()]), "");
+        for (change, part) in [
+            ((|c| c.store.endpoints.clear()) as fn(&mut ControlPlaneConfig), "store.endpoints is empty"),
+            (|c| c.store.endpoints = vec!["http://a".into()], "store.endpoints has \"http://a\""),
+            (|c| c.store.endpoints = vec!["ftp://a:1".into()], "store.endpoints has"),
+            (|c| c.store.endpoints = vec!["https://a:1".into()], "https needs the file"),
+            (|c| c.store.ca_file = "ca.pem".into(), "http must not"),
+            (|c| c.store.cert_file = "c.pem".into(), "go together"),
+            (|c| c.store.username = "u".into(), "store.username"),
+            (|c| c.store.password = "p".into(), "store.username"),
+            (|c| c.store.prefix = "/x/".into(), "store.prefix"),
+            (|c| c.election.lease_ttl_ms = 2_500, "election.lease_ttl_ms"),
+            (|c| c.listen.grpc = "0.0.0.0:18091".into(), "election.advertise_grpc is empty"),
+            (|c| c.election.advertise_http = "host".into(), "election.advertise_http is \"host\""),
+        ] {
+            let error = etcd(change);
+            assert!(error.contains(part), "{part}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_control_plane_in_an_arbitration_zone_never_leads() {
+        let mut config = ElectionConfig { zone: "az1".into(), ..ElectionConfig::default() };
+        assert!(config.may_lead());
+        config.zone = "reserved-arbitration".into();
+        assert!(!config.may_lead());
+        config.arbitration_zones.clear();
+        assert!(config.may_lead());
+        config.candidate = false;
+        assert!(!config.may_lead());
     }
 
     #[test]

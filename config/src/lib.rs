@@ -13,6 +13,7 @@ pub mod controlplane;
 mod load;
 pub mod logging;
 pub mod proxy;
+mod store;
 mod tree;
 
 pub use announce::announce;

@@ -12,7 +12,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     demand::Demands,
     fleet::roster::Roster,
-    leadership::Leadership,
+    leadership::{Leader, Leadership},
     metrics::Metrics,
     reconcile::Reports,
     store::{Revision, Store, StoreError, Txn, TxnOutcome},
@@ -56,17 +56,40 @@ impl Core {
         self.views.borrow().clone()
     }
 
-    /// Commits under this process's term.
+    /// Commits under this process's term: the first condition is that no later term has begun.
     ///
     /// # Errors
-    /// The store's, and [`StoreError::Unavailable`] if the term has passed.
-    pub async fn commit(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
-        let outcome = self.store.txn(txn.when(self.leadership.guard())).await?;
+    /// The store's, and [`StoreError::NotLeading`] if this control plane does not lead, or another has led since.
+    pub async fn commit(&self, mut txn: Txn) -> Result<TxnOutcome, StoreError> {
+        let Some((term, guard)) = self.leadership.guard() else {
+            return Err(StoreError::NotLeading(self.who_leads()));
+        };
+        txn.compares.insert(0, guard.clone());
+        let outcome = self.store.txn(txn).await?;
         match &outcome {
-            TxnOutcome::Conflict { failed, .. } if *failed == self.leadership.guard() => {
-                Err(StoreError::Unavailable("this control plane's term has passed".into()))
+            TxnOutcome::Conflict { failed, .. } if *failed == guard => {
+                self.metrics.fenced_writes.inc();
+                self.leadership.fenced(term);
+                Err(StoreError::NotLeading(format!("its term {term} has passed")))
             }
             _ => Ok(outcome),
+        }
+    }
+
+    /// Until `leader` is not the leader any more, as far as this control plane sees.
+    pub async fn another_leads(&self, leader: &Leader) {
+        let mut views = self.views.clone();
+        // An error means that nobody keeps the view any more: the process ends.
+        drop(views.wait_for(|view| view.leader.as_ref().is_none_or(|l| l.value != *leader)).await);
+    }
+
+    /// For a sentence on why this control plane does not write.
+    pub fn who_leads(&self) -> String {
+        let view = self.view();
+        match (&view.leader, self.leadership.elected()) {
+            (_, Some(term)) => format!("it cannot renew its lease for term {term} at the moment"),
+            (Some(leader), None) => format!("{} leads", leader.value.id),
+            (None, None) => "nobody leads at the moment".to_owned(),
         }
     }
 

@@ -18,6 +18,7 @@ pub mod admin;
 pub mod core;
 pub mod demand;
 pub mod fleet;
+mod forward;
 pub mod leadership;
 pub mod metrics;
 pub mod model;

@@ -13,8 +13,16 @@ use crate::view::View;
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    /// The term this process writes in.
+    /// The term as of the view.
     pub term: IntGauge,
+    /// 1 while this process leads.
+    pub leading: IntGauge,
+    /// Times this process was elected.
+    pub elections_won: IntCounter,
+    /// Writes of a passed term that the store refused.
+    pub fenced_writes: IntCounter,
+    /// Requests and sessions handed to the leader, by `outcome`.
+    pub forwarded: IntCounterVec,
     /// The store's revision that the view has reached.
     pub view_revision: IntGauge,
     /// Times the whole store was read again because the watch broke off or fell behind.
@@ -86,7 +94,17 @@ impl Metrics {
         let r = Registry::new();
         let types = ["endpoint_table", "model_route", "engine_load"];
         let metrics = Self {
-            term: gauge(&r, "term", "The term this process writes in.")?,
+            term: gauge(&r, "term", "The last term that anybody took.")?,
+            leading: gauge(&r, "leading", "1 while this process leads.")?,
+            elections_won: counter(&r, "elections_won_total", "Times this process was elected.")?,
+            fenced_writes: counter(&r, "fenced_writes_total", "Writes of a passed term, refused.")?,
+            forwarded: counters(
+                &r,
+                "forwarded_total",
+                "Requests and sessions handed to the leader.",
+                "outcome",
+                &["ok", "no_leader", "failed"],
+            )?,
             view_revision: gauge(&r, "view_revision", "Store revision that the view has reached.")?,
             view_resyncs: counter(&r, "view_resyncs_total", "Times the whole store was read again.")?,
             view_unreadable: counter(
@@ -179,6 +197,7 @@ impl Metrics {
         self.endpoints.with_label_values(&["ready"]).set(ready);
         self.endpoints.with_label_values(&["draining"]).set(draining);
         self.nodes.set(i64::try_from(view.nodes.len()).unwrap_or(i64::MAX));
+        self.term.set(i64::try_from(view.term).unwrap_or(i64::MAX));
         self.view_revision.set(i64::try_from(view.revision).unwrap_or(i64::MAX));
     }
 

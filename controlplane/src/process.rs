@@ -25,10 +25,11 @@ use crate::{
     admin,
     core::Core,
     fleet::{roster::Roster, server::FleetService},
-    leadership::Leadership,
+    forward,
+    leadership::{Elector, Leader, Leadership},
     metrics::Metrics,
     reconcile,
-    store::{EmbeddedStore, Store, StoreError},
+    store::{EmbeddedStore, EtcdStore, Store, StoreError},
     view::ViewKeeper,
     xds::{
         hub::{self, Hub},
@@ -59,6 +60,15 @@ struct Args {
     /// Keep the embedded store in DIR/controlplane.redb, instead of store.path.
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    /// Share state with other control planes through etcd: its members, as http://HOST:2379, instead of store.endpoints.
+    #[arg(
+        long,
+        alias = "etcd-endpoint",
+        value_name = "URL,URL,...",
+        value_delimiter = ',',
+        conflicts_with = "data_dir"
+    )]
+    etcd_endpoints: Vec<String>,
 }
 
 /// Why the process could not start, or could not go on.
@@ -153,6 +163,10 @@ fn settings(args: &Args) -> Result<ControlPlaneConfig, String> {
         let text = path.to_str().ok_or("--data-dir: the path is not UTF-8")?;
         config.store.path = text.to_owned();
     }
+    if !args.etcd_endpoints.is_empty() {
+        config.store.kind = "etcd".into();
+        config.store.endpoints.clone_from(&args.etcd_endpoints);
+    }
     config.validate()?;
     Ok(config)
 }
@@ -169,15 +183,19 @@ pub async fn run(
     config.validate().map_err(Error::Settings)?;
     let http = bind(&config.listen.http, "listen.http").await?;
     let grpc = bind(&config.listen.grpc, "listen.grpc").await?;
-    let path = PathBuf::from(&config.store.path);
-    let store: Arc<dyn Store> = Arc::new(EmbeddedStore::open(&path, config.store.history_events).await?);
+    let store: Arc<dyn Store> = if config.store.is_etcd() {
+        Arc::new(EtcdStore::new(config.store.clone()))
+    } else {
+        let path = PathBuf::from(&config.store.path);
+        Arc::new(EmbeddedStore::open(&path, config.store.history_events).await?)
+    };
     let outcome = with_store(config, announce, shutdown, store.clone(), http, grpc).await;
     store.close().await;
     outcome
 }
 
 async fn with_store(
-    config: ControlPlaneConfig,
+    mut config: ControlPlaneConfig,
     announce: Option<PathBuf>,
     shutdown: CancellationToken,
     store: Arc<dyn Store>,
@@ -185,9 +203,22 @@ async fn with_store(
     grpc: TcpListener,
 ) -> Result<(), Error> {
     let metrics = Arc::new(Metrics::new().map_err(|e| Error::Settings(format!("metrics: {e}")))?);
-    let leadership = Leadership::take(&store).await?;
-    let keeper = ViewKeeper::load(store.clone(), metrics.clone()).await?;
-    metrics.term.set(i64::try_from(leadership.term).unwrap_or(i64::MAX));
+    let addresses = (local(&http)?, local(&grpc)?);
+    let leader = introduce(&mut config, &addresses);
+    let mut keeper = ViewKeeper::new(store.clone(), metrics.clone());
+    let (leadership, elector) = if config.store.is_etcd() {
+        let ttl = Duration::from_millis(config.election.lease_ttl_ms);
+        let may_lead = config.election.may_lead();
+        let views = keeper.subscribe();
+        let (elector, leadership) =
+            Elector::new(store.clone(), views, leader, ttl, may_lead, metrics.clone());
+        (leadership, Some(elector))
+    } else {
+        let leadership = Leadership::seize(&store, &leader).await?;
+        keeper.load().await?;
+        metrics.leading.set(1);
+        (leadership, None)
+    };
     let grace = Duration::from_millis(config.limits.shutdown_grace_ms);
     let stop = shutdown.child_token();
     let core = Arc::new(Core {
@@ -205,17 +236,23 @@ async fn with_store(
         started: Instant::now(),
         config,
     });
-    let addresses = (local(&http)?, local(&grpc)?);
     let (ended, mut first_ended) = watch::channel(None);
     let parts = Parts { core: core.clone(), ended };
     parts.spawn("the view", keeper.run());
+    if let Some(elector) = elector {
+        let stop = core.stop.clone();
+        parts.serve("the election", async move {
+            elector.run(stop).await;
+            Ok(())
+        });
+    }
     parts.spawn("reconcile", reconcile::run(core.clone()));
     parts.spawn("publishing", hub::publish(core.clone()));
     parts.serve("the gRPC server", serve_grpc(core.clone(), grpc));
     parts.serve("the HTTP server", serve_http(core.clone(), http));
     core.tasks.close();
-    let (term, revision) = (leadership.term, core.view().revision);
-    tracing::info!(http = addresses.0, grpc = addresses.1, term, revision, "the control plane is up");
+    let (term, revision, store) = (core.view().term, core.view().revision, core.store.kind());
+    tracing::info!(http = addresses.0, grpc = addresses.1, store, term, revision, "the control plane is up");
     let announced = announce.map_or(Ok(()), |file| {
         let addresses = json!({ "pid": std::process::id(), "http": addresses.0, "grpc": addresses.1 });
         penstock_config::announce(&file, &addresses)
@@ -272,7 +309,7 @@ impl Parts {
 
 async fn serve_http(core: Arc<Core>, listener: TcpListener) -> Result<(), String> {
     let stop = core.stop.clone();
-    let app = admin::router(core);
+    let app = forward::before(core.clone(), admin::router(core));
     let server = axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned());
     server.await.map_err(|e| e.to_string())
 }
@@ -289,6 +326,22 @@ async fn serve_grpc(core: Arc<Core>, listener: TcpListener) -> Result<(), String
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
         .await
         .map_err(|e| e.to_string())
+}
+
+/// How the other control planes shall know this one; what was left empty is filled in.
+fn introduce(config: &mut ControlPlaneConfig, (http, grpc): &(String, String)) -> Leader {
+    let election = &mut config.election;
+    let or = |given: &str, otherwise: &str| if given.is_empty() { otherwise } else { given }.to_owned();
+    election.advertise_http = or(&election.advertise_http, http);
+    election.advertise_grpc = or(&election.advertise_grpc, grpc);
+    election.id = or(&election.id, &election.advertise_grpc);
+    Leader {
+        id: election.id.clone(),
+        http: election.advertise_http.clone(),
+        grpc: election.advertise_grpc.clone(),
+        zone: election.zone.clone(),
+        version: env!("CARGO_PKG_VERSION").into(),
+    }
 }
 
 async fn bind(address: &str, setting: &'static str) -> Result<TcpListener, Error> {

@@ -50,11 +50,26 @@ pub async fn run(core: Arc<Core>) {
     let mut roster: watch::Receiver<u64> = core.roster.changes();
     let mut demands = core.demands.changes();
     let mut since = Since::default();
+    let mut standing = core.leadership.changes();
     let tick = Duration::from_millis(core.config.reconcile.tick_ms);
     loop {
         views.mark_unchanged();
         roster.mark_unchanged();
         demands.mark_unchanged();
+        standing.mark_unchanged();
+        // Not before the view holds everything that was written before this term: a stale view decides nothing.
+        if core.leadership.term() != Some(core.view().term) {
+            // Whoever leads next counts for itself how long nodes are lost.
+            since = Since::default();
+            core.reports.send_replace(Arc::default());
+            tokio::select! {
+                changed = views.changed() => if changed.is_err() { return },
+                // A process that cannot be elected any more has no sender.
+                Ok(()) = standing.changed() => {}
+                () = tokio::time::sleep(tick) => {}
+            }
+            continue;
+        }
         let started = Instant::now();
         let outcome = pass(&core, &mut since, started).await;
         core.metrics.reconcile_seconds.observe(started.elapsed().as_secs_f64());

@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 
 use crate::{
-    leadership::number,
+    leadership::{Leader, number},
     metrics::Metrics,
     model::{
         Assignment, Deployment, Node, NodePolicy, Phase, Placement, RegisteredEndpoint, Route, desired::Drain,
@@ -93,6 +93,10 @@ pub struct View {
     pub node_policies: BTreeMap<String, Arc<Stored<NodePolicy>>>,
     /// Assignments by node.
     pub by_node: BTreeMap<String, Arc<NodeAssignments>>,
+    /// The last term that anybody took; the revision belongs to it.
+    pub term: u64,
+    /// Who leads; None while nobody does.
+    pub leader: Option<Stored<Leader>>,
     /// The last generation given out.
     pub last_generation: u64,
     /// Revision of the key that holds it; 0 if there is none yet.
@@ -112,6 +116,8 @@ enum Slot {
     NodePolicy(String),
     Route(String),
     Generation,
+    Leader,
+    Term,
 }
 
 /// Makes views out of entries and events.
@@ -163,6 +169,12 @@ impl Builder {
             self.view.last_generation = number(&entry.value, key)?;
             self.view.generation_revision = entry.mod_revision;
             Slot::Generation
+        } else if key == keys::LEADER {
+            self.view.leader = Some(read(entry)?);
+            Slot::Leader
+        } else if key == keys::TERM {
+            self.view.term = entry.mod_revision;
+            Slot::Term
         } else {
             return Ok(());
         };
@@ -180,7 +192,9 @@ impl Builder {
             Some(Slot::NodePolicy(name)) => drop(self.view.node_policies.remove(&name)),
             Some(Slot::Route(name)) => drop(self.view.routes.remove(&name)),
             Some(Slot::Generation) => (self.view.last_generation, self.view.generation_revision) = (0, 0),
-            None => {}
+            Some(Slot::Leader) => self.view.leader = None,
+            // Terms never fall.
+            Some(Slot::Term) | None => {}
         }
         self.view.models.retain(|_, model| !model.is_empty());
     }
@@ -227,12 +241,14 @@ pub struct ViewKeeper {
 }
 
 impl ViewKeeper {
+    /// Nothing was read yet: views begin with one of revision 0, which says nothing.
+    pub fn new(store: Arc<dyn Store>, metrics: Arc<Metrics>) -> Self {
+        Self { store, metrics, builder: Builder::default(), views: watch::Sender::new(Arc::default()) }
+    }
+
     /// Reads the whole store once.
-    pub async fn load(store: Arc<dyn Store>, metrics: Arc<Metrics>) -> Result<Self, StoreError> {
-        let views = watch::Sender::new(Arc::default());
-        let mut keeper = Self { store, metrics, builder: Builder::default(), views };
-        keeper.list().await?;
-        Ok(keeper)
+    pub async fn load(&mut self) -> Result<(), StoreError> {
+        self.list().await
     }
 
     /// Follows the views.
@@ -243,6 +259,15 @@ impl ViewKeeper {
     /// Follows the store for ever. While it cannot be read the last view stands.
     pub async fn run(mut self) {
         let mut pause = Duration::from_millis(50);
+        while self.builder.view.revision == 0 {
+            match self.list().await {
+                Ok(()) => break,
+                Err(error) => tracing::warn!(%error, "the store cannot be read yet; trying again"),
+            }
+            tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
+            pause = (pause * 2).min(Duration::from_secs(5));
+        }
+        pause = Duration::from_millis(50);
         loop {
             match self.follow().await {
                 Ok(()) => pause = Duration::from_millis(50),
@@ -286,6 +311,10 @@ impl ViewKeeper {
 
     async fn list(&mut self) -> Result<(), StoreError> {
         let listing = self.store.list(keys::ROOT).await?;
+        if listing.revision < self.builder.view.revision {
+            let (now, had) = (listing.revision, self.builder.view.revision);
+            return Err(StoreError::Rewound(format!("it is at revision {now} and was at {had}")));
+        }
         self.builder = Builder::default();
         for entry in &listing.entries {
             self.put(entry);

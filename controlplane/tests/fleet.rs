@@ -133,19 +133,21 @@ async fn a_restart_keeps_everything_and_raises_the_term() {
     })
     .await;
     let deployment = plane.get("/api/v2/deployments/m").await;
+    let first_term = agent.welcome().term;
     plane.stop().await;
 
     let plane = Plane::start(dir.path()).await;
     let status = plane.get("/api/v2/cluster/status").await;
-    assert_eq!((status["term"].as_u64(), status["endpoints_ready"].as_u64()), (Some(2), Some(2)), "{status}");
+    let term = status["term"].as_u64().unwrap();
+    assert!(term > first_term && status["endpoints_ready"] == 2, "{status}");
     assert_eq!(plane.get("/api/v2/deployments/m").await["created_unix_s"], deployment["created_unix_s"]);
     let mut known = before.clone();
     (known.log, known.ended) = (Vec::new(), None);
     let proxy = Proxy::connect_with(&plane, "p", known).await;
-    let after = proxy.wait("a version of the new term", |p| p.version.starts_with("2.")).await;
+    let after = proxy.wait("a version of the new term", |p| p.version.starts_with(&format!("{term}."))).await;
     assert!(after.log.is_empty(), "nothing had changed, so nothing was sent: {:?}", after.log);
     let agent = Agent::connect(&plane, "n", 2).await;
-    assert_eq!(agent.welcome().term, 2);
+    assert_eq!(agent.welcome().term, term);
     assert_eq!(agent.assignments(), assigned);
     // Renewed by reports, the endpoints outlive the lease that the restart left them.
     tokio::time::sleep(std::time::Duration::from_millis(2_000)).await;
@@ -196,21 +198,25 @@ async fn a_rollout_replaces_one_at_a_time() {
 #[tokio::test]
 async fn a_control_plane_whose_term_has_passed_cannot_write() {
     use penstock_controlplane::{
-        leadership::Leadership,
+        leadership::{Leader, Leadership},
         store::{EmbeddedStore, Store, Txn, TxnOutcome, keys},
     };
     let dir = tempfile::tempdir().unwrap();
     let opened = EmbeddedStore::open(&dir.path().join("s.redb"), 1_000).await.unwrap();
     let store: std::sync::Arc<dyn Store> = std::sync::Arc::new(opened);
-    let old = Leadership::take(&store).await.unwrap();
-    let new = Leadership::take(&store).await.unwrap();
-    assert!(new.term > old.term);
-    let late = store.txn(Txn::new().when(old.guard()).put("/x", "late")).await.unwrap();
+    // As a build of the first schema left it: a decimal term, which the new one exceeds.
+    store.txn(Txn::new().put(keys::SCHEMA, "1").put(keys::LEADER, "1")).await.unwrap();
+    let old = Leadership::seize(&store, &Leader::default()).await.unwrap();
+    assert_eq!(&store.get(keys::SCHEMA).await.unwrap().unwrap().value[..], b"2", "migrated");
+    let new = Leadership::seize(&store, &Leader::default()).await.unwrap();
+    let ((first, stale), (second, guard)) = (old.guard().unwrap(), new.guard().unwrap());
+    assert!(1 < first && first < second);
+    let late = store.txn(Txn::new().when(stale).put("/x", "late")).await.unwrap();
     assert!(matches!(late, TxnOutcome::Conflict { failed, .. } if failed.key() == keys::LEADER));
-    let present = store.txn(Txn::new().when(new.guard()).put("/x", "present")).await.unwrap();
+    let present = store.txn(Txn::new().when(guard).put("/x", "present")).await.unwrap();
     assert!(matches!(present, TxnOutcome::Committed { .. }));
     store.txn(Txn::new().put(keys::SCHEMA, "999")).await.unwrap();
-    let refused = Leadership::take(&store).await.unwrap_err().to_string();
+    let refused = Leadership::seize(&store, &Leader::default()).await.unwrap_err().to_string();
     assert!(refused.contains("schema version \"999\""), "{refused}");
     store.close().await;
 }

@@ -3,19 +3,51 @@
 
 use std::{sync::Arc, time::Duration};
 
+mod etcd_support;
+
+use etcd_support::Cluster;
 use futures_util::StreamExt;
+use penstock_config::controlplane::StoreConfig;
 use penstock_controlplane::store::{
-    Compare, EmbeddedStore, Event, Store, StoreError, Txn, TxnOutcome, Watch, WatchError,
+    Compare, EmbeddedStore, EtcdStore, Event, Store, StoreError, Txn, TxnOutcome, Watch, WatchError,
 };
 
-/// A store that lives as long as the guard beside it.
-type Made = (Arc<dyn Store>, tempfile::TempDir);
+/// A store, and what lives as long as it does.
+enum Guard {
+    Embedded { _dir: tempfile::TempDir },
+    Etcd(Box<Cluster>),
+}
 
-/// `history` events are kept for watchers, as far as the implementation can be told.
+type Made = Option<(Arc<dyn Store>, Guard)>;
+
+/// The embedded store keeps `history` events for watchers; etcd is compacted by [`Guard::compact`].
 async fn embedded(history: usize) -> Made {
     let dir = tempfile::tempdir().unwrap();
     let store = EmbeddedStore::open(&dir.path().join("s.redb"), history).await.unwrap();
-    (Arc::new(store), dir)
+    Some((Arc::new(store), Guard::Embedded { _dir: dir }))
+}
+
+async fn etcd_of(members: usize, prefix: &str) -> Made {
+    let cluster = Cluster::start(members).await?;
+    let settings = StoreConfig { prefix: prefix.into(), ..cluster.settings() };
+    Some((Arc::new(EtcdStore::new(settings)), Guard::Etcd(Box::new(cluster))))
+}
+
+async fn etcd(_history: usize) -> Made {
+    etcd_of(1, "").await
+}
+
+async fn etcd_cluster(_history: usize) -> Made {
+    etcd_of(3, "/penstock/test").await
+}
+
+impl Guard {
+    /// Only the newest events are kept from now on.
+    async fn compact(&self) {
+        if let Self::Etcd(cluster) = self {
+            cluster.compact().await;
+        }
+    }
 }
 
 async fn commit(store: &dyn Store, txn: Txn) -> u64 {
@@ -120,12 +152,13 @@ async fn watches_from_a_revision_without_gap_or_split(store: &dyn Store) {
     assert_eq!(next(&mut future).await.last().unwrap().revision(), third);
 }
 
-async fn a_watcher_that_fell_behind_is_told(store: &dyn Store) {
+async fn a_watcher_that_fell_behind_is_told(store: &dyn Store, guard: &Guard) {
     let start = commit(store, Txn::new().put("/c", "0")).await;
-    let mut slow = store.watch("/c", start).await.unwrap();
     for n in 0..300 {
         commit(store, Txn::new().put("/c", n.to_string())).await;
     }
+    guard.compact().await;
+    let mut slow = store.watch("/c", start).await.unwrap();
     let first = slow.next().await.unwrap();
     assert!(matches!(first, Err(WatchError::Compacted { through }) if through > start), "{first:?}");
     assert!(slow.next().await.is_none(), "it ends after its error");
@@ -176,6 +209,19 @@ async fn a_closed_store_says_so(store: &dyn Store) {
     assert!(matches!(watch.next().await.unwrap(), Err(WatchError::Broken(_))));
 }
 
+async fn a_listing_of_many_keys_is_whole_and_of_one_revision(store: &dyn Store) {
+    for part in 0..12 {
+        let names = (0..100).map(|n| format!("/many/{:04}", part * 100 + n));
+        commit(store, names.fold(Txn::new(), |txn, name| txn.put(name, "v"))).await;
+    }
+    let (outcome, listing) = tokio::join!(store.txn(Txn::new().delete("/many/1199")), store.list("/many/"));
+    let TxnOutcome::Committed { revision } = outcome.unwrap() else { panic!("no condition was set") };
+    let listing = listing.unwrap();
+    let expected = if listing.revision >= revision { 1_199 } else { 1_200 };
+    assert_eq!(listing.entries.len(), expected);
+    assert!(listing.entries.is_sorted_by(|a, b| a.key < b.key));
+}
+
 macro_rules! suite {
     ($name:ident, $make:path) => {
         mod $name {
@@ -183,15 +229,16 @@ macro_rules! suite {
 
             #[tokio::test]
             async fn keys_and_transactions() {
-                let (store, _guard) = $make(10_000).await;
+                let Some((store, _guard)) = $make(10_000).await else { return };
                 counts_revisions_and_versions(&*store).await;
                 lists_by_prefix_in_order_at_one_revision(&*store).await;
+                a_listing_of_many_keys_is_whole_and_of_one_revision(&*store).await;
                 store.close().await;
             }
 
             #[tokio::test]
             async fn compares() {
-                let (store, _guard) = $make(10_000).await;
+                let Some((store, _guard)) = $make(10_000).await else { return };
                 compares_decide_all_or_nothing(&*store).await;
                 of_many_racing_writers_one_wins(store.clone()).await;
                 store.close().await;
@@ -199,28 +246,28 @@ macro_rules! suite {
 
             #[tokio::test]
             async fn watches() {
-                let (store, _guard) = $make(10_000).await;
+                let Some((store, _guard)) = $make(10_000).await else { return };
                 watches_from_a_revision_without_gap_or_split(&*store).await;
                 store.close().await;
             }
 
             #[tokio::test]
             async fn compaction() {
-                let (store, _guard) = $make(100).await;
-                a_watcher_that_fell_behind_is_told(&*store).await;
+                let Some((store, guard)) = $make(100).await else { return };
+                a_watcher_that_fell_behind_is_told(&*store, &guard).await;
                 store.close().await;
             }
 
             #[tokio::test]
             async fn leases() {
-                let (store, _guard) = $make(10_000).await;
+                let Some((store, _guard)) = $make(10_000).await else { return };
                 leases_take_their_keys_with_them(&*store).await;
                 store.close().await;
             }
 
             #[tokio::test]
             async fn close() {
-                let (store, _guard) = $make(10_000).await;
+                let Some((store, _guard)) = $make(10_000).await else { return };
                 a_closed_store_says_so(&*store).await;
             }
         }
@@ -228,3 +275,5 @@ macro_rules! suite {
 }
 
 suite!(on_embedded, embedded);
+suite!(on_etcd, etcd);
+suite!(on_three_members_of_etcd, etcd_cluster);

@@ -1,6 +1,6 @@
 //! `/api/v2/cluster/status`, `/readyz` and `/metrics`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json,
@@ -13,14 +13,19 @@ use serde_json::{Value, json};
 use super::error::ApiError;
 use crate::{core::Core, store::keys};
 
+/// Probes do not wait for a store longer than this.
+const STORE_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Why this process should get no work; empty when it should.
 async fn reasons(core: &Core) -> Vec<String> {
     let mut reasons = Vec::new();
     if core.stop.is_cancelled() {
         reasons.push("it is stopping".to_owned());
     }
-    if let Err(error) = core.store.get(keys::LEADER).await {
-        reasons.push(error.to_string());
+    match tokio::time::timeout(STORE_PATIENCE, core.store.get(keys::LEADER)).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => reasons.push(error.to_string()),
+        Err(_) => reasons.push(format!("the store does not answer within {STORE_PATIENCE:?}")),
     }
     if core.hub.snapshot().sequence == 0 {
         reasons.push("no snapshot has been published yet".to_owned());
@@ -52,10 +57,11 @@ pub(super) async fn status(State(core): State<Arc<Core>>) -> Json<Value> {
     let ready =
         view.models.values().flat_map(|m| m.endpoints.values().filter(|e| m.takes_requests(e))).count();
     Json(json!({
-        "term": core.leadership.term,
+        "term": view.term,
         "revision": view.revision,
         "store": core.store.kind(),
-        "leader": true,
+        "leader": core.leadership.term().is_some(),
+        "leader_id": view.leader.as_ref().map_or("", |leader| &leader.value.id),
         "version": env!("CARGO_PKG_VERSION"),
         "uptime_s": core.started.elapsed().as_secs(),
         "models": deployed,

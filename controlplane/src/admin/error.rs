@@ -2,7 +2,7 @@
 
 use axum::{
     Json,
-    http::StatusCode,
+    http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde_json::json;
@@ -42,7 +42,23 @@ impl From<FieldError> for ApiError {
 
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
+        if let StoreError::NotLeading(_) = error {
+            let message = format!("{error}; nothing was changed, try again in a moment");
+            return Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_leading", message);
+        }
         tracing::error!(%error, "a request could not be served");
+        if let StoreError::Denied(_) | StoreError::Rewound(_) | StoreError::Invalid(_) = error {
+            return Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "store_refuses",
+                format!("{error}; nothing was changed"),
+            );
+        }
+        if let StoreError::NoQuorum(_) = error {
+            let message =
+                "the store has no quorum; whether the change took place is unknown: read it, then try again";
+            return Self::new(StatusCode::SERVICE_UNAVAILABLE, "store_no_quorum", message);
+        }
         let message =
             "the store is not available; whether the change took place is unknown: read it, then try again";
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", message)
@@ -55,6 +71,11 @@ impl IntoResponse for ApiError {
         if let Some(field) = self.field {
             error["field"] = field.into();
         }
-        (self.status, Json(json!({ "error": error }))).into_response()
+        let mut response = (self.status, Json(json!({ "error": error }))).into_response();
+        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            // A new leader is found in about this time.
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
+        }
+        response
     }
 }

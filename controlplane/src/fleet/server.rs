@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::session;
+use super::{relay, session};
 use crate::core::Core;
 
 /// Messages to one agent that may wait: it reads them as they come, and a full set replaces the one before.
@@ -38,7 +38,15 @@ impl v1::fleet_server::Fleet for FleetService {
         request: Request<Streaming<v1::AgentMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
         let (outbound, stream) = mpsc::channel(OUTBOUND);
-        self.core.tasks.spawn(session::run(self.core.clone(), request.into_inner(), outbound));
+        let core = self.core.clone();
+        let relayed = request.metadata().contains_key(relay::RELAYED);
+        if core.leadership.elected().is_some() {
+            self.core.tasks.spawn(session::run(core, request.into_inner(), outbound));
+        } else if relayed {
+            return Err(Status::unavailable("this control plane leads no more: connect again"));
+        } else {
+            self.core.tasks.spawn(relay::run(core, request.into_inner(), outbound));
+        }
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 }

@@ -23,10 +23,12 @@ use crate::{
     view::{NodeAssignments, View},
 };
 
-type Outbound = mpsc::Sender<Result<v1::ControllerMessage, Status>>;
+pub(super) type Outbound = mpsc::Sender<Result<v1::ControllerMessage, Status>>;
 
 /// An agent that says nothing at first, or does not read for this long, is gone.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+/// A renewal of a node's lease holds its session up no longer than this.
+pub(super) const RENEWAL: Duration = Duration::from_secs(1);
 /// Deregistrations that wait for proxies at the same time; more are answered without waiting.
 const WAITING_DEREGISTRATIONS: usize = 1_024;
 
@@ -45,7 +47,10 @@ pub(super) async fn run(core: Arc<Core>, mut inbound: Streaming<v1::AgentMessage
     }
 }
 
-async fn hello(core: &Core, inbound: &mut Streaming<v1::AgentMessage>) -> Result<v1::Hello, Status> {
+pub(super) async fn hello(
+    core: &Core,
+    inbound: &mut Streaming<v1::AgentMessage>,
+) -> Result<v1::Hello, Status> {
     let first = tokio::select! {
         () = core.stop.cancelled() => return Err(stopping()),
         first = tokio::time::timeout(PATIENCE, inbound.message()) => first,
@@ -168,7 +173,7 @@ impl Session {
         use v1::controller_message::Message;
         let core = self.core.clone();
         let welcome = v1::Welcome {
-            term: core.leadership.term,
+            term: core.view().term,
             lease_ttl_ms: core.config.fleet.lease_ttl_ms,
             report_interval_ms: core.config.fleet.report_interval_ms,
         };
@@ -176,10 +181,14 @@ impl Session {
         let mut views = core.views.clone();
         views.mark_changed();
         let mut heard = tokio::time::Instant::now();
+        let term = core.leadership.elected();
         loop {
             tokio::select! {
                 biased;
                 () = core.stop.cancelled() => return Err(stopping()),
+                () = core.leadership.lost(term) => {
+                    return Err(Status::unavailable("this control plane leads no more: connect again"));
+                }
                 () = seat.replaced.cancelled() => {
                     let node = &self.node.node_id;
                     return Err(Status::aborted(format!("node {node} connected again: the newer session goes on")));
@@ -234,8 +243,18 @@ impl Session {
         }));
         self.core.roster.report(&self.node.node_id, report, Instant::now());
         if self.renewed.elapsed() >= self.core.lease_ttl() / 4 {
-            self.core.store.lease_keep_alive(self.registrant.lease).await.map_err(ended)?;
-            self.renewed = Instant::now();
+            let renewal = self.core.store.lease_keep_alive(self.registrant.lease);
+            match tokio::time::timeout(RENEWAL, renewal).await {
+                Ok(Ok(())) => self.renewed = Instant::now(),
+                Ok(Err(error @ StoreError::LeaseNotFound(_))) => return Err(ended(error)),
+                // A store without quorum ends no lease either: the session outlives the outage.
+                Ok(Err(_)) | Err(_) => {
+                    tracing::warn!(
+                        node_id = self.node.node_id,
+                        "a node's lease was not renewed; trying again"
+                    );
+                }
+            }
         }
         // Figures that placement does not use are not stored, so this writes only when a GPU fails, comes or goes.
         if gpus != self.node.gpus {
@@ -311,7 +330,7 @@ impl Session {
         let assignments: Vec<_> = active.map(|(model, a)| on_wire(model, a)).collect();
         if self.sent.as_ref() != Some(&assignments) {
             let message = v1::Assignments {
-                term: self.core.leadership.term,
+                term: view.term,
                 revision: view.revision,
                 assignments: assignments.clone(),
             };
@@ -356,7 +375,7 @@ fn lora_on_wire(adapter: &LoraAdapter) -> v1::LoraAdapter {
     v1::LoraAdapter { name: adapter.name.clone(), path: adapter.path.clone() }
 }
 
-fn stopping() -> Status {
+pub(super) fn stopping() -> Status {
     Status::unavailable("the control plane is stopping: connect again")
 }
 

@@ -21,15 +21,15 @@ pub const DRAINS: &str = "/drains/";
 pub const REVISIONS: &str = "/revisions/";
 /// Prefix of what operators say of nodes.
 pub const NODE_POLICIES: &str = "/node-policies/";
-/// Holds the term that may write, in decimal.
+/// Who may write ([`crate::leadership::Leader`]); written once per term, and its revision is the term. With etcd it hangs
+/// on the leader's lease.
 pub const LEADER: &str = "/meta/leader";
+/// Written in the same transaction as each [`LEADER`], so its revision is the last term also while nobody leads.
+pub const TERM: &str = "/meta/term";
 /// Holds the last generation given out, in decimal.
 pub const GENERATION: &str = "/meta/generation";
 /// Holds the version of this layout, in decimal.
 pub const SCHEMA: &str = "/meta/schema";
-/// The layout's version that this build reads and writes.
-pub const SCHEMA_VERSION: &str = "1";
-
 /// What an operator wants of a model.
 pub fn deployment(model: &str) -> String {
     format!("{DEPLOYMENTS}{}", encode(model))

@@ -20,12 +20,15 @@
 //! Reads see a single revision. A watch delivers every later event in order and never splits a transaction; one that
 //! has fallen behind the kept history is told so and must list again.
 //!
-//! A trait although only one implementor exists yet: etcd is the second, held to the same contract tests.
+//! Two implementations are held to this by one suite of contract tests: [`EmbeddedStore`], one file for one control
+//! plane, and [`EtcdStore`], shared by several.
 
 mod disk;
 mod embedded;
+mod etcd;
 pub mod keys;
 mod memory;
+pub mod schema;
 
 use std::{pin::Pin, time::Duration};
 
@@ -34,6 +37,7 @@ use bytes::Bytes;
 use futures_util::Stream;
 
 pub use embedded::EmbeddedStore;
+pub use etcd::EtcdStore;
 
 /// The store's global counter of effective transactions.
 pub type Revision = u64;
@@ -47,6 +51,19 @@ pub enum StoreError {
     /// Nothing was read; whether a write took place is unknown.
     #[error("the store is not available: {0}")]
     Unavailable(String),
+    /// The store's members cannot agree on anything: too few are up. As with [`StoreError::Unavailable`], whether a write
+    /// took place is unknown.
+    #[error("the store has no quorum: {0}")]
+    NoQuorum(String),
+    /// The store does not accept who asks, or what it may do. Nothing was written.
+    #[error("the store refuses us: {0}")]
+    Denied(String),
+    /// The store is not the one that was followed so far: it went back in time. Nothing was written.
+    #[error("the store was replaced: {0}")]
+    Rewound(String),
+    /// Another control plane leads, or none. Nothing was written.
+    #[error("this control plane does not lead: {0}")]
+    NotLeading(String),
     /// The lease has expired, was revoked, or never existed. Nothing was written.
     #[error("lease {0} does not exist (any more)")]
     LeaseNotFound(LeaseId),

@@ -123,7 +123,11 @@ pub async fn publish(core: Arc<Core>) {
     let pause = Duration::from_millis(core.config.xds.push_coalesce_ms);
     while views.changed().await.is_ok() {
         let view = views.borrow_and_update().clone();
-        let next = core.hub.snapshot().next(&view, core.leadership.term);
+        if view.revision == 0 {
+            continue;
+        }
+        // The term as of this very revision: every control plane gives the same state the same version.
+        let next = core.hub.snapshot().next(&view, view.term);
         match next.check() {
             Ok(()) => {
                 core.metrics.xds_snapshots.inc();

@@ -182,7 +182,7 @@ async fn serve(
                 }
                 () = &mut retry => break,
                 _ = news.tick(), if loads.is_due() => {
-                    let response = loads.next(&core.loads, core.leadership.term, Instant::now());
+                    let response = loads.next(&core.loads, core.view().term, Instant::now());
                     if let Some(response) = response {
                         core.metrics.xds_responses.with_label_values(&["engine_load"]).inc();
                         if outbound.send(Ok(response)).await.is_err() {
