@@ -48,10 +48,12 @@ async fn an_operator_learns_why_a_request_went_where_it_went() {
         assert!(output.status.success(), "{}", text(&output.stderr));
         let story = text(&output.stdout);
         assert!(story.contains(&format!("Request {id}")), "{story}");
-        if story.contains("an attempt failed") {
+        if story.contains("so another endpoint was tried") {
             break story;
         }
-        assert!(story.contains("because the client asked for it"), "{story}");
+        // A kept connection that is reset may have been closed while idle: its request is sent again.
+        let again = story.contains("so it was sent again: the engine never saw it");
+        assert!(again || story.contains("because the client asked for it"), "{story}");
     };
     let id = sick["id"].as_str().unwrap();
     for part in [
