@@ -1,3 +1,5 @@
+//! The SSE splitter, over any bytes and any cuts: the property itself is shared with `proxy/tests/corpus.rs`.
+
 #![no_main]
 
 #[path = "../properties/events.rs"]

@@ -1,3 +1,5 @@
+//! What is read of answers against serde_json, over any bytes: the property itself is shared with `proxy/tests/corpus.rs`.
+
 #![no_main]
 
 #[path = "../properties/usage.rs"]

@@ -70,7 +70,9 @@ fn an_engine_in_doubt_is_examined_and_then_left_alone_for_a_while() {
     assert!(due(&stopped, &clean, 9_000, 4_000));
     let hung = machine(&[Event::Hung], 9_000);
     assert!(due(&Signs::default(), &hung, 9_500, 1_000), "until a token comes");
-    assert!(!due(&Signs::default(), &hung, 10_000, 1_000), "half-open: trials tell");
+    assert!(due(&Signs::default(), &hung, 10_000, 1_000), "longer than an ejection for errors");
+    let half_open_ms = 9_000 + RULES.max_ejection_ms;
+    assert!(!due(&Signs::default(), &hung, half_open_ms, 1_000), "half-open: trials tell");
     assert!(!due(&stopped, &machine(&[UNREACHED; 3], 9_000), 9_500, 0), "out for other reasons");
     assert!(!examination_is_due(&stopped, &clean, &Patience { flowing_ms: 0, waiting_ms: 1 }, 9_000, 0));
 }
