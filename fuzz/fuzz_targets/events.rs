@@ -1,3 +1,5 @@
+//! Fuzzes the splitter of events with what `properties/events.rs` demands of it.
+
 #![no_main]
 
 #[path = "../properties/events.rs"]

@@ -1,3 +1,5 @@
+//! Fuzzes the scanner of requests with what `properties/request.rs` demands of it.
+
 #![no_main]
 
 #[path = "../properties/request.rs"]
