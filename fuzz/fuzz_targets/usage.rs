@@ -1,3 +1,5 @@
+//! Fuzzes what is read of answers with what `properties/usage.rs` demands of it.
+
 #![no_main]
 
 #[path = "../properties/usage.rs"]
