@@ -282,7 +282,7 @@ async fn a_large_fleet_is_shown_in_pages() {
     assert_eq!((ids.len(), sorted.len(), pages), (2_500, 2_500, 3));
     let page = seen.json("/debug/snapshot?model=m&limit=1").await;
     assert_eq!(
-        (&page["pools"][0]["endpoints"], &page["routes"][0]["served_model"]),
+        (&page["pools"][0]["endpoints"], &page["routes"][0]["targets"][0]["served_model"]),
         (&2_500.into(), &"m".into())
     );
     assert!(page["age_s"].is_u64() && page["pools"][0]["retries_left"].is_u64(), "{page}");

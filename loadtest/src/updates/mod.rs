@@ -38,6 +38,9 @@ use self::{
 /// Between two windows, so that what one has begun is not counted in the other.
 const SETTLE: Duration = Duration::from_millis(500);
 
+/// Streams that are opened at a time.
+const OPENING: u32 = 100;
+
 /// Runs the command line `argv`, program name first: 0 done, 1 something broke, 2 usage.
 pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
     let options = match Options::try_parse_from(argv) {
@@ -76,25 +79,11 @@ async fn run(options: &Options) -> Result<Figures, String> {
     let delays = Arc::new(Delays::new(epoch));
     let mut streams = JoinSet::new();
     for index in 0..options.streams {
+        // No more at a time than a listener's backlog takes.
+        begun(&delays, &mut streams, index.saturating_sub(OPENING)).await?;
         streams.spawn(stream::run(proxy.public, index, options.clone(), Arc::clone(&delays)));
-        if index % 50 == 49 {
-            sleep(Duration::from_millis(25)).await;
-        }
     }
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while delays.open() < options.streams {
-        if let Some(ended) = streams.try_join_next() {
-            return Err(format!("a stream ended before the measurement: {ended:?}"));
-        }
-        if Instant::now() > deadline {
-            return Err(format!(
-                "only {} of {} streams have begun within 60 s",
-                delays.open(),
-                options.streams
-            ));
-        }
-        sleep(Duration::from_millis(20)).await;
-    }
+    begun(&delays, &mut streams, options.streams).await?;
     say(&format!("{} streams are open", options.streams));
     sleep(Duration::from_secs(3)).await;
 
@@ -130,6 +119,25 @@ async fn run(options: &Options) -> Result<Figures, String> {
     }
     proxy.stop().await?;
     Ok(figures)
+}
+
+/// Waits until that many streams have had an event.
+async fn begun(
+    delays: &Delays,
+    streams: &mut JoinSet<Result<(), String>>,
+    wanted: u32,
+) -> Result<(), String> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while delays.open() < wanted {
+        if let Some(ended) = streams.try_join_next() {
+            return Err(format!("a stream ended before the measurement: {ended:?}"));
+        }
+        if Instant::now() > deadline {
+            return Err(format!("only {} of {wanted} streams have begun within 60 s", delays.open()));
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
 }
 
 async fn quiet(length: Duration) -> u64 {

@@ -46,7 +46,8 @@ impl Source {
         let mut at = 0;
         while at < tokens.len() {
             let (line, token) = &tokens[at];
-            if token == "use" {
+            // `+ use<'a>` in a type captures lifetimes.
+            if token == "use" && tokens.get(at + 1).is_none_or(|t| t.1 != "<") {
                 at = use_tree(&tokens, at + 1, &[], &mut paths);
             } else if token == "." && is_name(tokens.get(at + 1)) {
                 paths.push(PathUse { line: *line, segments: vec![format!(".{}", tokens[at + 1].1)] });
@@ -277,5 +278,7 @@ mod tests {
         {
             assert!(paths.iter().any(|p| p == wanted), "{wanted} not in {paths:?}");
         }
+        let captured = joined("fn f() -> impl Drop + use<> { one(); two() }\nfn g() { tokio::x() }");
+        assert!(captured.contains(&"tokio::x".to_owned()), "{captured:?}");
     }
 }
