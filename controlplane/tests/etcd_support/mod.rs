@@ -171,7 +171,7 @@ impl Cluster {
 
     /// Everything that was written so far is compacted but the newest state.
     pub async fn compact(&self) {
-        for index in (0..self.members.len()).filter(|i| self.members[*i].child.is_some()) {
+        if let Some(index) = (0..self.members.len()).find(|i| self.members[*i].child.is_some()) {
             let mut client = self.client(index).await;
             let revision = client.get("/", None).await.unwrap().header().unwrap().revision();
             client.compact(revision, Some(CompactionOptions::new().with_physical())).await.unwrap();
