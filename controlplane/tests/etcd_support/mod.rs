@@ -171,12 +171,10 @@ impl Cluster {
 
     /// Everything that was written so far is compacted but the newest state.
     pub async fn compact(&self) {
-        if let Some(index) = (0..self.members.len()).find(|i| self.members[*i].child.is_some()) {
-            let mut client = self.client(index).await;
-            let revision = client.get("/", None).await.unwrap().header().unwrap().revision();
-            client.compact(revision, Some(CompactionOptions::new().with_physical())).await.unwrap();
-            return;
-        }
+        let running = self.members.iter().position(|member| member.child.is_some());
+        let mut client = self.client(running.expect("a member runs")).await;
+        let revision = client.get("/", None).await.unwrap().header().unwrap().revision();
+        client.compact(revision, Some(CompactionOptions::new().with_physical())).await.unwrap();
     }
 
     /// Index of etcd's own leader.
