@@ -310,7 +310,7 @@ async fn events_pass_as_they_are_in_any_spelling_and_count_once() {
     let (proxy, _engine) = proxy(format!("{SSE_HEAD}{}0\r\n\r\n", chunk(&events))).await;
     let answer = proxy.exchange(&post(CHAT, &chat(true))).await;
     assert!(answer.contains(&events), "{answer}");
-    let tokens = |kind| proxy.gateway.metrics.tokens.with_label_values(&[kind]).get();
+    let tokens = |kind| proxy.gateway.metrics.tokens.with_label_values(&["m", kind]).get();
     assert_eq!((tokens("prompt"), tokens("completion")), (5, 2), "usage on every chunk is not added up");
     proxy.settles().await;
 }
