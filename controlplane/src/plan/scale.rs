@@ -1,7 +1,7 @@
 //! How many replicas a model shall have: the operator's number, or what its load calls for.
 //!
 //! Two steps, so that nothing here remembers anything. [`called_for`] says what the load calls for at this moment; who
-//! keeps time (`memory.rs`) notes since when that has been more, or less, than there is ([`Window`]); and [`decide`]
+//! keeps time (`memory.rs`) notes since when that has been more, or less, than there is ([`Window`]); and `decide`
 //! acts once it has been so for the whole window. Every change starts both windows anew. What follows:
 //!
 //! - A load that swings faster than the windows changes nothing; in any time T there are at most T / `up_window_s` steps

@@ -1,7 +1,7 @@
 //! What do updates of the tables cost the streams that a proxy carries, and how soon are they in use?
 //!
-//! One proxy, a process of its own, is fed by a scripted xDS server ([`ads`]) with a large fleet whose addresses lead to a
-//! few engines in this process ([`engine`]). Some thousand paced streams go through it ([`stream`]); each event carries
+//! One proxy, a process of its own, is fed by a scripted xDS server (`ads`) with a large fleet whose addresses lead to a
+//! few engines in this process (`engine`). Some thousand paced streams go through it (`stream`); each event carries
 //! the time at which it was written, so that its delay is known when it is read. Then windows without and with updates
 //! take turns, and the two are compared: same process, same streams, same minute.
 //!

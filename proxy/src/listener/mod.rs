@@ -3,7 +3,7 @@
 //! 1. [`bind`] takes an address, or [`crate::upgrade`] a socket from the process before this one.
 //! 2. [`Listener::open`] adds what the settings say: certificates ([`tls`]), PROXY protocol, HTTP/2.
 //! 3. [`accept::serve`] accepts until the process stops; each connection is a task on one of the data threads.
-//! 4. [`setup`] brings a connection up to the first byte of its first request, under deadlines.
+//! 4. `setup` brings a connection up to the first byte of its first request, under deadlines.
 //! 5. From there on it is pingora's: [`connection::Connection`] is what it reads from and writes to.
 //!
 //! The loop is ours because pingora's has no limit on connections, no PROXY protocol in clear, no certificates that change,

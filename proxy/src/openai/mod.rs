@@ -1,6 +1,6 @@
 //! The dialects we speak: OpenAI's HTTP API as vLLM serves it, and Anthropic's messages beside it.
 //!
-//! - [`route`]: method and path → what the gateway does with it. Everything not named there is refused, so that an
+//! - [`mod@route`]: method and path → what the gateway does with it. Everything not named there is refused, so that an
 //!   engine's admin paths (`/sleep`, `/pause`, `/metrics` ...) can never be reached through the proxy.
 //! - [`request`]: the facts we need from a JSON body, found in one pass; the body itself stays as it came.
 //! - [`multipart`]: the same for the forms of `/v1/audio`; [`query`]: for the URL of `/v1/realtime`.

@@ -1,4 +1,4 @@
-//! The private port: probes, metrics, and a look inside ([`debug`]). Never behind auth, never on the public network.
+//! The private port: probes, metrics, and a look inside (`debug`). Never behind auth, never on the public network.
 //!
 //! `/livez` says that the process runs and nothing else. `/readyz` is 200 while there are routes and no drain; with the
 //! control plane away it stays 200 and says `degraded`, since requests are served.

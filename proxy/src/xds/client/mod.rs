@@ -1,5 +1,5 @@
 //! The delta ADS subscription to the control plane: one stream, for as long as the process lives: tables and routes, and once
-//! those are complete, news of engines' loads ([`loads`]).
+//! those are complete, news of engines' loads (`loads`).
 //!
 //! A session: connect, subscribe to all tables and all routes (naming the versions already held, so that only the
 //! difference is sent), then answer every response with an ACK or with a NACK that gives the reasons. Whatever ends a
