@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// Longest time for the leader to count a request that is answered here.
-const COUNT: Duration = Duration::from_millis(300);
+const COUNT: Duration = Duration::from_secs(1);
 /// Longest time to connect to the leader.
 const CONNECT: Duration = Duration::from_secs(2);
 /// Headers that belong to one connection.
