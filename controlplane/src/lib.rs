@@ -22,6 +22,7 @@ mod forward;
 pub mod leadership;
 pub mod metrics;
 pub mod model;
+pub mod peers;
 pub mod plan;
 mod process;
 pub mod reconcile;

@@ -93,6 +93,18 @@ impl Hub {
         self.lock().values().cloned().collect()
     }
 
+    /// Wakes whenever something of a subscriber changes.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// The newest store revision that every subscriber has; what was published last, if there is none.
+    pub fn acknowledged(&self) -> u64 {
+        let synced = |s: &Subscriber| s.synced.map_or(0, |version| version.revision);
+        let least = self.lock().values().map(synced).min();
+        least.unwrap_or_else(|| self.snapshot().version.revision)
+    }
+
     /// Waits, for `patience` at most, until every subscriber has everything up to a store revision. False: not in time.
     pub async fn wait_acknowledged(&self, revision: u64, patience: Duration) -> bool {
         let mut changes = self.changes.subscribe();
