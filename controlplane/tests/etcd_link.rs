@@ -24,10 +24,8 @@ async fn pair(cluster: &Cluster) -> (Planes, Plane, Plane) {
     let leader = planes.leader(&[0, 1]).await;
     let at = |index: usize| Plane::at(&planes.all[index].http, &planes.all[index].grpc);
     let (first, second) = (at(leader), at(1 - leader));
-    wait("the link", async || {
-        (first.metric("penstock_controlplane_followers").await == 1.0).then_some(())
-    })
-    .await;
+    wait("the link", async || (first.metric("penstock_controlplane_followers").await == 1.0).then_some(()))
+        .await;
     (planes, first, second)
 }
 
@@ -107,10 +105,8 @@ async fn a_followers_proxies_hear_of_loads_and_its_word_wakes_models() {
     let wanted = |model: &str| v1::Wanted { model: model.into(), queued: 2 };
     let models = vec![wanted("sleepy"), wanted("nobody-knows-it")];
     gateways.want(v1::Demand { source: "far-proxy".into(), models }).await.unwrap();
-    let assigned = wait("it to wake", async || {
-        agent.assignments().into_iter().find(|a| a.model == "sleepy")
-    })
-    .await;
+    let assigned =
+        wait("it to wake", async || agent.assignments().into_iter().find(|a| a.model == "sleepy")).await;
     assert_eq!(assigned.replica_id, "sleepy-0");
     let refused = gateways.want(v1::Demand::default()).await.expect_err("nobody says so");
     assert!(refused.message().contains("whose it is"), "{refused}");

@@ -6,3 +6,4 @@ pub(crate) mod relay;
 pub mod roster;
 pub mod server;
 mod session;
+pub mod settled;

@@ -10,7 +10,7 @@ use penstock_proto::Version;
 use tokio::sync::watch;
 
 use super::{session::KindStatus, snapshot::Snapshot};
-use crate::core::Core;
+use crate::{core::Core, fleet::settled};
 
 /// One subscribed proxy.
 #[derive(Debug, Clone)]
@@ -130,6 +130,7 @@ impl Hub {
 
 /// Publishes a snapshot whenever the view has changed, with a pause between two. Runs for ever.
 pub async fn publish(core: Arc<Core>) {
+    settled::wait(&core).await;
     let mut views = core.views.clone();
     views.mark_changed();
     let pause = Duration::from_millis(core.config.xds.push_coalesce_ms);
