@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    access::Gate,
     demand::Demands,
     fleet::roster::Roster,
     leadership::{Leader, Leadership},
@@ -29,6 +30,8 @@ pub struct Core {
     pub store: Arc<dyn Store>,
     /// The right to write to it.
     pub leadership: Leadership,
+    /// Who may use the REST API.
+    pub gate: Gate,
     /// The store, typed.
     pub views: watch::Receiver<Arc<View>>,
     /// What nodes say.
