@@ -15,6 +15,7 @@ use crate::{
     fleet::roster::Roster,
     leadership::{Leader, Leadership},
     metrics::Metrics,
+    peers::Followers,
     reconcile::Reports,
     store::{Revision, Store, StoreError, Txn, TxnOutcome},
     view::{View, reached},
@@ -39,6 +40,8 @@ pub struct Core {
     pub demands: Demands,
     /// What proxies get.
     pub hub: Hub,
+    /// The control planes that follow this one.
+    pub followers: Followers,
     /// What engines last said of their load.
     pub loads: Loads,
     /// What waits on what, from the last pass of reconcile.

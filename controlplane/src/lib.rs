@@ -24,6 +24,7 @@ mod forward;
 pub mod leadership;
 pub mod metrics;
 pub mod model;
+pub mod peers;
 pub mod plan;
 mod process;
 pub mod reconcile;

@@ -61,6 +61,8 @@ pub struct Metrics {
     pub reconcile_seconds: Histogram,
     /// Subscribed proxies.
     pub xds_subscribers: IntGauge,
+    /// Control planes that follow this one.
+    pub followers: IntGauge,
     /// Snapshots published.
     pub xds_snapshots: IntCounter,
     /// Snapshots held back because they were not consistent.
@@ -166,6 +168,7 @@ impl Metrics {
             )?,
             reconcile_seconds: histogram(&r)?,
             xds_subscribers: gauge(&r, "xds_subscribers", "Subscribed proxies.")?,
+            followers: gauge(&r, "followers", "Control planes that are linked to this one, which leads.")?,
             xds_snapshots: counter(&r, "xds_snapshots_total", "Snapshots published.")?,
             xds_inconsistent: counter(&r, "xds_inconsistent_total", "Snapshots held back as inconsistent.")?,
             xds_responses: counters(&r, "xds_responses_total", "Responses sent.", "type", &types)?,

@@ -30,6 +30,7 @@ use crate::{
     forward,
     leadership::{Elector, Leader, Leadership},
     metrics::Metrics,
+    peers::{link, server::PeersService},
     reconcile,
     store::{EmbeddedStore, EtcdStore, Store, StoreError},
     view::ViewKeeper,
@@ -239,6 +240,7 @@ async fn with_store(
         roster: Roster::default(),
         demands: Default::default(),
         hub: Hub::default(),
+        followers: Default::default(),
         loads: Loads::default(),
         reports: watch::Sender::default(),
         metrics,
@@ -259,6 +261,9 @@ async fn with_store(
     }
     parts.spawn("reconcile", reconcile::run(core.clone()));
     parts.spawn("publishing", hub::publish(core.clone()));
+    if core.config.store.is_etcd() {
+        parts.spawn("the link to the leader", link::run(core.clone()));
+    }
     parts.serve("the gRPC server", serve_grpc(core.clone(), grpc));
     parts.serve("the HTTP server", serve_http(core.clone(), http));
     core.tasks.close();
@@ -340,6 +345,8 @@ async fn serve_grpc(core: Arc<Core>, listener: TcpListener) -> Result<(), String
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .add_service(FleetService::server(core.clone()))
+        .add_service(PeersService::links(core.clone()))
+        .add_service(PeersService::wants(core.clone()))
         .add_service(AdsService::server(core))
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
         .await
