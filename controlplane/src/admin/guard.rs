@@ -2,7 +2,6 @@
 //! the request was made before.
 
 use std::{
-    collections::HashMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -50,7 +49,8 @@ pub(super) struct Rule {
 #[derive(Clone)]
 pub(super) struct Guard {
     pub(super) core: Arc<Core>,
-    pub(super) rules: Arc<HashMap<(Method, &'static str), Rule>>,
+    /// By method and path, as the router has it.
+    pub(super) rules: Arc<[(Method, &'static str, Rule)]>,
 }
 
 pub(super) async fn guard(
@@ -64,8 +64,8 @@ pub(super) async fn guard(
         ref method => method.clone(),
     };
     // What no rule is about is no route either: it is answered 405.
-    let rule = guard.rules.iter().find(|((m, path), _)| *m == method && *path == matched.as_str());
-    let Some((_, rule)) = rule else { return next.run(request).await };
+    let rule = guard.rules.iter().find(|(m, path, _)| *m == method && *path == matched.as_str());
+    let Some((_, _, rule)) = rule else { return next.run(request).await };
     match admit(&guard.core, rule, request) {
         Ok((request, repeatable)) => match repeatable {
             Some(caller) => once(&guard.core, caller, request, next).await,
@@ -90,6 +90,10 @@ fn admit(core: &Core, rule: &Rule, request: Request) -> Result<(Request, Option<
                     Unknown::Expired => "this token has expired",
                 };
                 ApiError::new(StatusCode::UNAUTHORIZED, "unauthenticated", message)
+            }
+            Refusal::TooEarly => {
+                let message = "the store has not been read yet since the start, so that nobody is known; try again";
+                ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message)
             }
             Refusal::TooMany(seconds) => {
                 refused("rate_limited");
