@@ -33,6 +33,8 @@ use crate::{
 pub(super) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Marks an answer that was given before.
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+/// How long a request waits for the store to be read after the start: who calls is not known before.
+const FIRST_VIEW: Duration = Duration::from_secs(2);
 /// Longest answer that is kept for repetitions: what etcd takes in one value, with room to spare.
 const MAX_KEPT_BYTES: usize = 512 << 10;
 
@@ -66,6 +68,10 @@ pub(super) async fn guard(
     // What no rule is about is no route either: it is answered 405.
     let rule = guard.rules.iter().find(|(m, path, _)| *m == method && *path == matched.as_str());
     let Some((_, _, rule)) = rule else { return next.run(request).await };
+    if rule.access != Access::Open && guard.core.view().revision == 0 {
+        let mut views = guard.core.views.clone();
+        drop(tokio::time::timeout(FIRST_VIEW, views.wait_for(|view| view.revision > 0)).await);
+    }
     match admit(&guard.core, rule, request) {
         Ok((request, repeatable)) => match repeatable {
             Some(caller) => once(&guard.core, caller, request, next).await,

@@ -1,9 +1,9 @@
 //! The private HTTP side: REST, the console, probes, metrics.
 //!
-//! [`api`] is the table of every route with its role; the router, the guard that authorises ([`guard`]) and the API's
-//! document ([`openapi`]) are made from it. Reads come from the view. Changes go through [`edit`]: one transaction with the
-//! change's record in the audit, and an answer only when the view has it, so that what was put can be read back at once.
-//! Every refusal has the one shape of [`error`]'s `ApiError`.
+//! `api` is the table of every route with its role; the router, the `guard` that authorises, and the API's document
+//! (`openapi`) are made from it. Reads come from the view. Changes go through `edit`: one transaction with the change's record
+//! in the audit, and an answer only when the view has it, so that what was put can be read back at once. Every refusal has the
+//! one shape of `error`.
 
 mod api;
 mod ask;

@@ -1,6 +1,6 @@
 //! Every route: the table of who may do what.
 //!
-//! A new route is a row here, with its schemas in `openapi/schemas.json`; nothing else has to know of it. A handler that
+//! A new route is a row here, with its schemas in `openapi/*.json`; nothing else has to know of it. A handler that
 //! changes something takes an `Ask` (or the `Caller`) and writes through `edit` (or `Core::commit_audited`).
 
 mod desired;
