@@ -133,7 +133,7 @@ fn on_wire(name: &str, entry: &Entry, now: Instant) -> Resource {
     let Figures { generation, running, waiting, kv_used_ratio } = entry.figures;
     let age = now.saturating_duration_since(entry.measured).as_millis();
     let age_ms = u64::try_from(age).unwrap_or(u64::MAX);
-    let load = v1::EngineLoad { running, waiting, kv_used_ratio, age_ms, generation };
+    let load = v1::EngineLoad { running, waiting, kv_used_ratio, age_ms, generation, ..Default::default() };
     Resource {
         name: name.to_owned(),
         version: entry.sequence.to_string(),
