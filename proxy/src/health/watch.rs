@@ -16,7 +16,7 @@
 //! - A quarter of a second after one that has no connection yet, beside it, up to [`MOST_PROBES`]. A kernel accepts connections
 //!   however busy its process is, so this is the way to tell packets that vanish from an engine that is slow: with the default
 //!   settings an endpoint that drops all packets is out a second and a half after the first question. One that has accepted
-//!   the connection is given the time for its answer, one probe after the other.
+//!   the connection is given the time for its answer, one probe after the other. Not while this process itself is late.
 
 use std::{
     collections::HashMap,
@@ -25,7 +25,7 @@ use std::{
 
 use tokio::{
     task::JoinSet,
-    time::{Duration, MissedTickBehavior, interval},
+    time::{Duration, Instant, MissedTickBehavior, interval},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -43,6 +43,10 @@ use crate::{
 
 /// Time between two looks.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// Time between two looks from which on it is this process that is slow: its own connections take long then, and more of them
+/// would make it worse.
+const LATE: Duration = Duration::from_millis(300);
 
 /// Looks for each that compares.
 const COMPARE_EVERY: u64 = 5;
@@ -69,6 +73,7 @@ pub async fn run(gateway: Arc<Gateway>, stop: CancellationToken) {
     let mut looks = interval(LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut looked = 0u64;
+    let mut last = Instant::now();
     loop {
         tokio::select! {
             () = stop.cancelled() => break,
@@ -79,7 +84,9 @@ pub async fn run(gateway: Arc<Gateway>, stop: CancellationToken) {
                     let now_ms = watch.gateway.now_ms();
                     snapshot.pools.values().for_each(|pool| watch.compare(pool, now_ms));
                 }
-                check(&watch, &snapshot, &mut checks);
+                let late = last.elapsed() >= LATE;
+                last = Instant::now();
+                check(&watch, &snapshot, late, &mut checks);
                 looked += 1;
             }
         }
@@ -153,7 +160,13 @@ impl Watch {
         }
     }
 
-    fn due(&self, endpoint: &Arc<Endpoint>, served_model: Option<&Arc<str>>, now_ms: u64) -> Option<Due> {
+    fn due(
+        &self,
+        endpoint: &Arc<Endpoint>,
+        served_model: Option<&Arc<str>>,
+        late: bool,
+        now_ms: u64,
+    ) -> Option<Due> {
         let (signs, machine) = (endpoint.signs(now_ms), endpoint.vitals().machine());
         let checks = &endpoint.vitals().checks;
         let due = |since_ms, kind| Some(Due { since_ms, endpoint: Arc::clone(endpoint), kind });
@@ -172,7 +185,7 @@ impl Watch {
             began_ms: checks.began_ms.load(Relaxed),
         };
         if under_way.probes > 0 {
-            let again = under_way.asks_for_another(&machine, now_ms);
+            let again = !late && under_way.asks_for_another(&machine, now_ms);
             return again.then(|| due(now_ms, Kind::Probe))?;
         }
         if checks.probe_ms.load(Relaxed) == 0 {
@@ -236,13 +249,15 @@ impl Watch {
 }
 
 /// Starts what is due.
-fn check(watch: &Arc<Watch>, snapshot: &Snapshot, checks: &mut JoinSet<()>) {
+fn check(watch: &Arc<Watch>, snapshot: &Snapshot, late: bool, checks: &mut JoinSet<()>) {
     let now_ms = watch.gateway.now_ms();
     let names = served_models(snapshot);
     let mut due: Vec<Due> = Vec::new();
     for pool in snapshot.pools.values() {
         let served_model = names.get(&Arc::as_ptr(pool));
-        due.extend(pool.endpoints.iter().filter_map(|endpoint| watch.due(endpoint, served_model, now_ms)));
+        due.extend(
+            pool.endpoints.iter().filter_map(|endpoint| watch.due(endpoint, served_model, late, now_ms)),
+        );
     }
     due.sort_unstable_by_key(|check| check.since_ms);
     due.truncate(MOST_CHECKS.saturating_sub(checks.len()));
