@@ -75,7 +75,10 @@ async fn what_was_put_can_be_read_at_once_and_an_equal_put_changes_nothing() {
     .await;
     assert_eq!(read["status"]["waiting"][0], "a-b-0 waits for a node: none is present");
     let models = plane.get("/api/v2/models").await;
-    assert_eq!(models.to_string(), r#"{"models":[{"model":"a/b","replicas":2,"ready":0}]}"#);
+    assert_eq!(
+        models.to_string(),
+        r#"{"models":[{"model":"a/b","replicas":2,"ready":0}],"next_cursor":null}"#
+    );
     plane.stop().await;
 }
 

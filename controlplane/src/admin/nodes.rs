@@ -11,38 +11,53 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use super::error::ApiError;
+use super::{
+    ask::{Params, Reply},
+    error::ApiError,
+};
 use crate::{
     core::Core,
-    model::{NodeObserved, Phase},
+    model::{NodeObserved, NodePolicy, Phase},
     plan::NodeSeen,
+    store::Revision,
     view::View,
     xds::session::KindStatus,
 };
 
-pub(super) async fn list(State(core): State<Arc<Core>>) -> Json<Value> {
+pub(super) async fn list(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {
     let (view, seen) = (core.view(), core.roster.nodes());
     let names: BTreeSet<&String> = known(&view, &seen).collect();
-    let shown: Vec<Value> = names.into_iter().map(|name| shown(&view, &seen, name)).collect();
-    Json(json!({ "nodes": shown }))
+    let policy = |name: &str| view.node_policies.get(name).map(|stored| &stored.value);
+    let items = names.into_iter().map(|name| (name.clone(), name));
+    params.page("nodes", items, |name| shown(&view, &seen, name, policy(name)))
 }
 
 pub(super) async fn get(
     State(core): State<Arc<Core>>,
     id: Result<Path<String>, PathRejection>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Reply, ApiError> {
     let Ok(Path(id)) = id else { return Err(ApiError::not_found("the node's id is not UTF-8")) };
-    one(&core, &id).map(Json)
+    one(&core, &id, None).map(|(node, revision)| Reply::ok(node, revision))
 }
 
-/// One node as the API shows it.
-pub(super) fn one(core: &Core, id: &str) -> Result<Value, ApiError> {
+/// One node as the API shows it, and the revision of what operators say of it (0: nothing). `would_be`: as if they said
+/// that.
+pub(super) fn one(
+    core: &Core,
+    id: &str,
+    would_be: Option<Option<NodePolicy>>,
+) -> Result<(Value, Revision), ApiError> {
     let (view, seen) = (core.view(), core.roster.nodes());
     if !known(&view, &seen).any(|name| name == id) {
         let shown: String = id.chars().take(64).collect();
         return Err(ApiError::not_found(format!("there is no node {shown:?}")));
     }
-    Ok(shown(&view, &seen, id))
+    let stored = view.node_policies.get(id);
+    let policy = match &would_be {
+        Some(policy) => policy.as_ref(),
+        None => stored.map(|stored| &stored.value),
+    };
+    Ok((shown(&view, &seen, id, policy), stored.map_or(0, |stored| stored.mod_revision)))
 }
 
 /// Every node that is present, assigned to, heard of or spoken of; some more than once.
@@ -50,7 +65,12 @@ fn known<'a>(view: &'a View, seen: &'a BTreeMap<String, NodeObserved>) -> impl I
     view.nodes.keys().chain(view.by_node.keys()).chain(seen.keys()).chain(view.node_policies.keys())
 }
 
-fn shown(view: &View, seen: &BTreeMap<String, NodeObserved>, name: &str) -> Value {
+fn shown(
+    view: &View,
+    seen: &BTreeMap<String, NodeObserved>,
+    name: &str,
+    policy: Option<&NodePolicy>,
+) -> Value {
     let (present, live) = (view.nodes.get(name), seen.get(name));
     let assigned = view.by_node.get(name);
     let engines = assigned.map_or(0, |a| a.values().filter(|(_, a)| a.phase == Phase::Active).count());
@@ -65,7 +85,6 @@ fn shown(view: &View, seen: &BTreeMap<String, NodeObserved>, name: &str) -> Valu
         });
         gpus.collect::<Vec<_>>()
     });
-    let policy = view.node_policies.get(name).map(|stored| &stored.value);
     let seen_as = NodeSeen {
         zone: node.map_or("", |n| n.zone.as_str()),
         labels: node.map(|n| &n.labels),
@@ -94,7 +113,7 @@ fn shown(view: &View, seen: &BTreeMap<String, NodeObserved>, name: &str) -> Valu
     })
 }
 
-pub(super) async fn proxies(State(core): State<Arc<Core>>) -> Json<Value> {
+pub(super) async fn proxies(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {
     let kind = |kind: &KindStatus| {
         json!({
             "version_acked": kind.acked.map(|v| v.to_string()).unwrap_or_default(),
@@ -102,25 +121,24 @@ pub(super) async fn proxies(State(core): State<Arc<Core>>) -> Json<Value> {
             "last_nack": kind.nack_reason,
         })
     };
-    let shown: Vec<Value> = core
-        .hub
-        .subscribers()
-        .iter()
-        .map(|s| {
-            let reasons = [&s.tables.nack_reason, &s.routes.nack_reason];
-            let last_nack = reasons.into_iter().find(|reason| !reason.is_empty());
-            let acked = s.tables.acked.max(s.routes.acked);
-            json!({
-                "node_id": s.node_id,
-                "peer": s.peer,
-                "connected_s": s.connected.elapsed().as_secs(),
-                "version_acked": acked.map(|v| v.to_string()).unwrap_or_default(),
-                "version_synced": s.synced.map(|v| v.to_string()).unwrap_or_default(),
-                "last_nack": last_nack.map_or("", |reason| reason.as_str()),
-                "endpoint_tables": kind(&s.tables),
-                "model_routes": kind(&s.routes),
-            })
+    let mut subscribers: Vec<_> = core.hub.subscribers().into_iter().collect();
+    subscribers.sort_by(|a, b| (&a.node_id, &a.peer).cmp(&(&b.node_id, &b.peer)));
+    let items = subscribers.iter().map(|s| (format!("{} {}", s.node_id, s.peer), s));
+    let mut page = params.page("proxies", items, |s| {
+        let reasons = [&s.tables.nack_reason, &s.routes.nack_reason];
+        let last_nack = reasons.into_iter().find(|reason| !reason.is_empty());
+        let acked = s.tables.acked.max(s.routes.acked);
+        json!({
+            "node_id": s.node_id,
+            "peer": s.peer,
+            "connected_s": s.connected.elapsed().as_secs(),
+            "version_acked": acked.map(|v| v.to_string()).unwrap_or_default(),
+            "version_synced": s.synced.map(|v| v.to_string()).unwrap_or_default(),
+            "last_nack": last_nack.map_or("", |reason| reason.as_str()),
+            "endpoint_tables": kind(&s.tables),
+            "model_routes": kind(&s.routes),
         })
-        .collect();
-    Json(json!({ "proxies": shown, "version": core.hub.snapshot().version.to_string() }))
+    })?;
+    page.0["version"] = core.hub.snapshot().version.to_string().into();
+    Ok(page)
 }

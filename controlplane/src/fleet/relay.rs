@@ -16,7 +16,11 @@ use penstock_proto::{
 };
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Status, Streaming, metadata::MetadataValue, transport::Endpoint};
+use tonic::{
+    Request, Status, Streaming,
+    metadata::MetadataValue,
+    transport::{Channel, Endpoint},
+};
 
 use super::session::{Outbound, PATIENCE, RENEWAL, hello, stopping};
 use crate::{core::Core, leadership::Leader, store::StoreError};
@@ -160,25 +164,32 @@ async fn open(leader: &Leader, hello: v1::Hello) -> Result<Opened, Status> {
     let hello = v1::AgentMessage { message: Some(Message::Hello(hello)) };
     let full = |_| Status::unavailable("the leader does not read: connect again");
     up.try_send(hello).map_err(full)?;
-    let address = &leader.grpc;
-    let gone = |e: &dyn std::fmt::Display| {
-        Status::unavailable(format!("the leader cannot be reached at {address}: {e}; connect again"))
-    };
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|e| gone(&e))?;
-    let channel = endpoint
-        .connect_timeout(CONNECT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(PING)
-        .keep_alive_timeout(PING)
-        .keep_alive_while_idle(true)
-        .connect()
-        .await
-        .map_err(|e| gone(&e))?;
+    let channel = channel(leader).await?;
     let mut request = Request::new(ReceiverStream::new(stream));
     request.metadata_mut().insert(RELAYED, MetadataValue::from_static("1"));
     let mut client = FleetClient::new(channel)
         .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES);
     let opened = tokio::time::timeout(PATIENCE, client.session(request)).await;
-    Ok((up, opened.map_err(|_| gone(&"it does not answer"))??.into_inner()))
+    Ok((up, opened.map_err(|_| unreachable(leader, &"it does not answer"))??.into_inner()))
+}
+
+/// A connection to the leader's gRPC.
+///
+/// # Errors
+/// A sentence that names the address.
+pub(crate) async fn channel(leader: &Leader) -> Result<Channel, Status> {
+    let gone = |e| unreachable(leader, &e);
+    let endpoint = Endpoint::from_shared(format!("http://{}", leader.grpc)).map_err(gone)?;
+    let endpoint = endpoint
+        .connect_timeout(CONNECT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(PING)
+        .keep_alive_timeout(PING)
+        .keep_alive_while_idle(true);
+    endpoint.connect().await.map_err(gone)
+}
+
+fn unreachable(leader: &Leader, why: &dyn std::fmt::Display) -> Status {
+    Status::unavailable(format!("the leader cannot be reached at {}: {why}; connect again", leader.grpc))
 }

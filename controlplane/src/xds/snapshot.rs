@@ -186,7 +186,10 @@ fn table(pool: &str, model: &ModelView) -> Option<Resource> {
             adapters: endpoint.adapters.clone(),
         }
     });
-    let table = v1::EndpointTable { pool: pool.to_owned(), endpoints: endpoints.collect() };
+    let wakes = model.deployment.as_ref().is_some_and(|stored| {
+        stored.value.policy.autoscaling.as_ref().is_some_and(|autoscaling| autoscaling.min == 0)
+    });
+    let table = v1::EndpointTable { pool: pool.to_owned(), endpoints: endpoints.collect(), wakes };
     Some(Resource::of(&table, Vec::new()))
 }
 

@@ -153,7 +153,9 @@ impl StreamFacts {
     /// event at the end is ignored.
     pub fn observe(&mut self, whole_events: &[u8]) {
         let mut rest = whole_events;
-        if !std::mem::replace(&mut self.begun, self.begun || !whole_events.is_empty()) {
+        let first = !self.begun;
+        self.begun |= !whole_events.is_empty();
+        if first {
             rest = rest.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(rest);
         }
         let mut name: &[u8] = b"";

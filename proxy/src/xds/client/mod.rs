@@ -149,11 +149,7 @@ impl XdsClient {
         if settings.node_id.is_empty() {
             return Err(XdsSettingsError::NoNodeId);
         }
-        let peers =
-            settings.endpoints.iter().map(|name| peer(name, &settings)).collect::<Result<Vec<_>, _>>()?;
-        if peers.is_empty() {
-            return Err(XdsSettingsError::NoEndpoints);
-        }
+        let peers = peers(&settings)?;
         Ok(Self { settings, peers, loads: None })
     }
 
@@ -349,6 +345,12 @@ fn answer(
     answer
 }
 
+/// The control planes, with the names they were configured by. Never empty.
+pub(super) fn peers(settings: &XdsSettings) -> Result<Vec<(String, Endpoint)>, XdsSettingsError> {
+    let peers = settings.endpoints.iter().map(|name| peer(name, settings)).collect::<Result<Vec<_>, _>>()?;
+    if peers.is_empty() { Err(XdsSettingsError::NoEndpoints) } else { Ok(peers) }
+}
+
 fn peer(name: &str, settings: &XdsSettings) -> Result<(String, Endpoint), XdsSettingsError> {
     let bad = || XdsSettingsError::BadEndpoint(name.to_owned());
     let uri = if name.contains("://") { name.to_owned() } else { format!("http://{name}") };
@@ -388,7 +390,7 @@ fn in_words(error: &dyn Error) -> String {
     words
 }
 
-fn status_in_words(status: &tonic::Status) -> String {
+pub(super) fn status_in_words(status: &tonic::Status) -> String {
     match status.source() {
         Some(cause) => in_words(cause),
         None => format!("{:?}: {}", status.code(), status.message()),

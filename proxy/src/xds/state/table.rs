@@ -49,12 +49,14 @@ pub struct Table {
     pub pool: String,
     /// In the order in which they came.
     pub endpoints: Vec<Arc<Told>>,
+    /// Whether the pool may sleep: an engine comes for a request that waits.
+    pub wakes: bool,
 }
 
 impl PartialEq for Table {
     fn eq(&self, other: &Self) -> bool {
         let same = |(one, other): (&Arc<Told>, &Arc<Told>)| Arc::ptr_eq(one, other) || one == other;
-        self.pool == other.pool
+        (&self.pool, self.wakes) == (&other.pool, other.wakes)
             && self.endpoints.len() == other.endpoints.len()
             && self.endpoints.iter().zip(&other.endpoints).all(same)
     }
@@ -67,13 +69,15 @@ struct Unread {
     pool: String,
     #[prost(bytes = "bytes", repeated, tag = "2")]
     endpoints: Vec<Bytes>,
+    #[prost(bool, tag = "3")]
+    wakes: bool,
 }
 
 impl Table {
     /// As [`v1::EndpointTable`] would be written.
     pub(in crate::xds) fn encode(&self) -> Vec<u8> {
         let endpoints = self.endpoints.iter().map(|told| told.raw.clone()).collect();
-        Unread { pool: self.pool.clone(), endpoints }.encode_to_vec()
+        Unread { pool: self.pool.clone(), endpoints, wakes: self.wakes }.encode_to_vec()
     }
 
     /// Reads the table `name`, sharing with `before` what is the same. What is wrong with it goes to `reasons`.
@@ -98,7 +102,7 @@ impl Table {
             endpoints.push(endpoint);
         }
         check_unique(name, &endpoints, reasons);
-        Ok(Self { pool: unread.pool, endpoints })
+        Ok(Self { pool: unread.pool, endpoints, wakes: unread.wakes })
     }
 }
 
@@ -194,7 +198,7 @@ mod tests {
     }
 
     fn wire(endpoints: &[v1::Endpoint]) -> Vec<u8> {
-        v1::EndpointTable { pool: "p".into(), endpoints: endpoints.to_vec() }.encode_to_vec()
+        v1::EndpointTable { pool: "p".into(), endpoints: endpoints.to_vec(), wakes: true }.encode_to_vec()
     }
 
     fn read(endpoints: &[v1::Endpoint], before: Option<&Table>) -> (Table, Vec<String>) {
