@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 
 /// What the fuzz target checks, too.
-#[allow(unreachable_pub)] // public to the fuzz target
+#[allow(unreachable_pub, dead_code)] // public to the fuzz target, which calls what is not called here
 #[path = "../../../../fuzz/properties/events.rs"]
 mod properties;
 

@@ -217,7 +217,7 @@ mod tests {
         let all: Vec<_> = (0..100).map(|id| endpoint(id, 1)).collect();
         let (before, _) = read(&all, None);
         let (same, _) = read(&all, Some(&before));
-        assert_eq!((shared(&before, &same), &before == &same), (100, true));
+        assert_eq!((shared(&before, &same), before == same), (100, true));
         let mut one = all.clone();
         one[50].generation = 2;
         assert_eq!(shared(&before, &read(&one, Some(&before)).0), 99);
