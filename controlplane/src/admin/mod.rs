@@ -46,13 +46,13 @@ use guard::{Guard, Rule};
 pub fn router(core: Arc<Core>) -> Router {
     let limit = DefaultBodyLimit::max(core.config.limits.max_body_bytes);
     let mut router = Router::new();
-    let mut rules = std::collections::HashMap::new();
+    let mut rules = Vec::new();
     for row in api::rows() {
         let rule = Rule { access: row.access, query: row.query, repeatable: row.repeatable };
-        rules.insert((row.method, row.path), rule);
+        rules.push((row.method, row.path, rule));
         router = router.route(row.path, row.handler);
     }
-    let guard = Guard { core: core.clone(), rules: Arc::new(rules) };
+    let guard = Guard { core: core.clone(), rules: rules.into() };
     router
         .route_layer(middleware::from_fn_with_state(guard, guard::guard))
         .fallback(|| async {

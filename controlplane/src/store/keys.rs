@@ -23,6 +23,8 @@ pub const REVISIONS: &str = "/revisions/";
 pub const NODE_POLICIES: &str = "/node-policies/";
 /// Prefix of tokens of the REST API.
 pub const TOKENS: &str = "/tokens/";
+/// Written with each change of a token, so that no two are decided upon by the same state.
+pub const TOKENS_CHANGED: &str = "/meta/tokens";
 /// Where the chain of audit records begins and ends.
 pub const AUDIT_HEAD: &str = "/audit/head";
 /// Prefix of audit records, in blocks of [`AUDIT_BLOCK`].

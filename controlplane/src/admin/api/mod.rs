@@ -1,4 +1,7 @@
 //! Every route: the table of who may do what.
+//!
+//! A new route is a row here, with its schemas in `openapi/schemas.json`; nothing else has to know of it. A handler that
+//! changes something takes an `Ask` (or the `Caller`) and writes through `edit` (or `Core::commit_audited`).
 
 mod desired;
 mod fleet;

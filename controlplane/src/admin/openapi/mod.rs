@@ -13,7 +13,7 @@ use axum::{
 use serde_json::{Map, Value, json};
 
 use super::{
-    ask::MAX_PAGE,
+    ask::{MAX_CURSOR_BYTES, MAX_FILTER_CHARS, MAX_PAGE},
     error::ApiError,
     table::{Access, Content, Row},
 };
@@ -194,7 +194,7 @@ fn path_schema(path: &str, name: &str) -> Value {
 }
 
 fn query_schema(name: &str, path: &str) -> (&'static str, Value) {
-    let text = json!({ "type": "string", "maxLength": 256 });
+    let text = json!({ "type": "string", "maxLength": MAX_FILTER_CHARS });
     let number = json!({ "type": "integer", "minimum": 1, "maximum": u32::MAX });
     match name {
         "limit" => {
@@ -207,7 +207,7 @@ fn query_schema(name: &str, path: &str) -> (&'static str, Value) {
             let pattern = "^([A-Za-z0-9._:@-]|%2F|%20)*$";
             (
                 "next_cursor of the page before.",
-                json!({ "type": "string", "maxLength": 1024, "pattern": pattern }),
+                json!({ "type": "string", "maxLength": MAX_CURSOR_BYTES, "pattern": pattern }),
             )
         }
         "dry_run" => ("Says what would be, and changes nothing.", json!({ "type": "boolean" })),
