@@ -13,7 +13,7 @@
 //! - Five times as often while requests wait at an endpoint that has been silent for half a second, and while one is out because
 //!   it could not be reached.
 //! - A tenth of a second after a failure, until it is ejected or a success clears it.
-//! - A quarter of a second after one that has no connection yet, beside it, up to [`MOST_PROBES`]. A kernel accepts connections
+//! - A quarter of a second after one that has no connection yet, beside it, up to `MOST_PROBES`. A kernel accepts connections
 //!   however busy its process is, so this is the way to tell packets that vanish from an engine that is slow: with the default
 //!   settings an endpoint that drops all packets is out a second and a half after the first question. One that has accepted
 //!   the connection is given the time for its answer, one probe after the other. Not while this process itself is late.
