@@ -8,6 +8,7 @@
 mod api;
 mod ask;
 mod audit;
+mod backup;
 mod cluster;
 mod console;
 mod deployments;

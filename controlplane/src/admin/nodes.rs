@@ -110,6 +110,7 @@ fn shown(
         "maintenance": policy.is_some_and(|p| p.maintenance),
         "taints": policy.map(|p| json!(p.taints)).unwrap_or_else(|| json!([])),
         "reason": policy.map_or("", |p| &p.reason),
+        "policy": policy.map(|p| json!(p)),
     })
 }
 
@@ -131,6 +132,8 @@ pub(super) async fn proxies(State(core): State<Arc<Core>>, params: Params) -> Re
         json!({
             "node_id": s.node_id,
             "peer": s.peer,
+            "zone": s.zone,
+            "agent": s.agent,
             "connected_s": s.connected.elapsed().as_secs(),
             "version_acked": acked.map(|v| v.to_string()).unwrap_or_default(),
             "version_synced": s.synced.map(|v| v.to_string()).unwrap_or_default(),

@@ -40,6 +40,8 @@ pub const TERM: &str = "/meta/term";
 pub const GENERATION: &str = "/meta/generation";
 /// Holds the version of this layout, in decimal.
 pub const SCHEMA: &str = "/meta/schema";
+/// What a restore put before the terms of this store, in decimal: peers know the sum, so that terms never fall for them.
+pub const TERM_BASE: &str = "/meta/term-base";
 /// Audit records that one listing reads.
 pub const AUDIT_BLOCK: u64 = 100;
 

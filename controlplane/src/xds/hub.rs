@@ -19,6 +19,10 @@ pub struct Subscriber {
     pub node_id: String,
     /// The address it calls from; may be empty.
     pub peer: String,
+    /// Its zone, as it says; may be empty.
+    pub zone: String,
+    /// Its program and release, as it says: "penstock-proxy/0.1.0"; may be empty.
+    pub agent: String,
     /// When it connected.
     pub connected: Instant,
     /// Everything up to this version has been acknowledged.
@@ -134,13 +138,20 @@ pub async fn publish(core: Arc<Core>) {
     let mut views = core.views.clone();
     views.mark_changed();
     let pause = Duration::from_millis(core.config.xds.push_coalesce_ms);
+    let mut base = core.view().term_base;
     while views.changed().await.is_ok() {
-        let view = views.borrow_and_update().clone();
+        let mut view = views.borrow_and_update().clone();
+        if view.term_base != base {
+            // A store that was just restored lists no endpoints yet, as after a start.
+            base = view.term_base;
+            settled::wait(&core).await;
+            view = views.borrow_and_update().clone();
+        }
         if view.revision == 0 {
             continue;
         }
         // The term as of this very revision: every control plane gives the same state the same version.
-        let next = core.hub.snapshot().next(&view, view.term);
+        let next = core.hub.snapshot().next(&view, view.published_term());
         match next.check() {
             Ok(()) => {
                 core.metrics.xds_snapshots.inc();

@@ -79,10 +79,16 @@ async fn run(
 ) {
     let ended = match first(&core, &mut inbound).await {
         Ok(Some(request)) => {
-            let node_id = request.node.as_ref().map(|node| node.id.clone()).unwrap_or_default();
+            let said = request.node.as_ref();
+            let node_id = said.map(|node| node.id.clone()).unwrap_or_default();
             let number = core.hub.enter(Subscriber {
                 node_id: node_id.clone(),
                 peer: peer.map(|peer| peer.to_string()).unwrap_or_default(),
+                zone: said
+                    .and_then(|node| node.locality.as_ref())
+                    .map(|l| l.zone.clone())
+                    .unwrap_or_default(),
+                agent: said.map(|node| node.user_agent_name.clone()).unwrap_or_default(),
                 connected: Instant::now(),
                 synced: None,
                 tables: Default::default(),
@@ -182,7 +188,7 @@ async fn serve(
                 }
                 () = &mut retry => break,
                 _ = news.tick(), if loads.is_due() => {
-                    let response = loads.next(&core.loads, core.view().term, Instant::now());
+                    let response = loads.next(&core.loads, core.view().published_term(), Instant::now());
                     if let Some(response) = response {
                         core.metrics.xds_responses.with_label_values(&["engine_load"]).inc();
                         if outbound.send(Ok(response)).await.is_err() {
