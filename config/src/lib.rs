@@ -14,7 +14,9 @@ mod load;
 pub mod logging;
 pub mod proxy;
 mod store;
+mod tls;
 mod tree;
 
 pub use announce::announce;
+pub use tls::TlsConfig;
 pub use load::{ConfigError, environment, load};

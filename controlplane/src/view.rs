@@ -97,6 +97,8 @@ pub struct View {
     pub term: u64,
     /// Who leads; None while nobody does.
     pub leader: Option<Stored<Leader>>,
+    /// Revision of the last word of an operator that lets pass what is held back from proxies.
+    pub let_pass: Revision,
     /// The last generation given out.
     pub last_generation: u64,
     /// Revision of the key that holds it; 0 if there is none yet.
@@ -116,6 +118,7 @@ enum Slot {
     NodePolicy(String),
     Route(String),
     Generation,
+    LetPass,
     Leader,
     Term,
 }
@@ -169,6 +172,9 @@ impl Builder {
             self.view.last_generation = number(&entry.value, key)?;
             self.view.generation_revision = entry.mod_revision;
             Slot::Generation
+        } else if key == keys::LET_PASS {
+            self.view.let_pass = entry.mod_revision;
+            Slot::LetPass
         } else if key == keys::LEADER {
             self.view.leader = Some(read(entry)?);
             Slot::Leader
@@ -193,8 +199,8 @@ impl Builder {
             Some(Slot::Route(name)) => drop(self.view.routes.remove(&name)),
             Some(Slot::Generation) => (self.view.last_generation, self.view.generation_revision) = (0, 0),
             Some(Slot::Leader) => self.view.leader = None,
-            // Terms never fall.
-            Some(Slot::Term) | None => {}
+            // Neither ever falls.
+            Some(Slot::Term | Slot::LetPass) | None => {}
         }
         self.view.models.retain(|_, model| !model.is_empty());
     }

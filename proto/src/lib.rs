@@ -8,6 +8,7 @@
 //! Depends on nothing else of Penstock.
 
 mod version;
+pub mod tls;
 pub mod xds;
 
 pub use version::{ParseVersionError, Version};

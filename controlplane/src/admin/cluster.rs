@@ -11,7 +11,10 @@ use axum::{
 use serde_json::{Value, json};
 
 use super::error::ApiError;
-use crate::{core::Core, store::keys};
+use crate::{
+    core::Core,
+    store::{Txn, TxnOutcome, keys},
+};
 
 /// Probes do not wait for a store longer than this.
 const STORE_PATIENCE: Duration = Duration::from_secs(1);
@@ -69,6 +72,18 @@ pub(super) async fn status(State(core): State<Arc<Core>>) -> Json<Value> {
         "nodes": view.nodes.len(),
         "held": core.reports.borrow().held,
         "proxies": core.hub.subscribers().len(),
+        "publish_held": core.hub.held().sentences(),
         "readyz": { "ready": reasons.is_empty(), "reasons": reasons },
     }))
+}
+
+/// Lets pass what is held back from proxies, here and on every other control plane: a word in the store, which each of them
+/// reads.
+pub(super) async fn publish(State(core): State<Arc<Core>>) -> Result<Json<Value>, ApiError> {
+    let held = core.hub.held().sentences();
+    let txn = Txn::new().put(keys::LET_PASS, "1");
+    let TxnOutcome::Committed { revision } = core.commit(txn).await? else { return Err(ApiError::conflict()) };
+    tracing::warn!(?held, revision, "an operator lets pass what was held back from proxies");
+    core.seen(revision).await;
+    Ok(Json(json!({ "passed": held, "revision": revision })))
 }

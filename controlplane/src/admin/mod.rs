@@ -64,6 +64,7 @@ pub fn router(core: Arc<Core>) -> Router {
         .route("/api/v2/wake/{*model}", post(deployments::wake))
         .route("/api/v2/proxies", get(nodes::proxies))
         .route("/api/v2/cluster/status", get(cluster::status))
+        .route("/api/v2/cluster/publish", post(cluster::publish))
         .fallback(|| async {
             ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is nothing at this path")
         })

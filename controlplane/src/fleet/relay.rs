@@ -12,14 +12,15 @@ use std::{sync::Arc, time::Duration};
 
 use penstock_proto::{
     MAX_GRPC_MESSAGE_BYTES,
+    tls::{ClientTls, dial, in_words},
     v1::{self, agent_message::Message, fleet_client::FleetClient},
 };
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Status, Streaming, metadata::MetadataValue, transport::Endpoint};
+use tonic::{Request, Status, Streaming, metadata::MetadataValue};
 
 use super::session::{Outbound, PATIENCE, RENEWAL, hello, stopping};
-use crate::{core::Core, leadership::Leader, store::StoreError};
+use crate::{core::Core, leadership::Leader, store::StoreError, tls};
 
 /// Metadata of a session that comes from another control plane.
 pub(super) const RELAYED: &str = "penstock-relayed";
@@ -56,11 +57,12 @@ async fn relay(
     let node_id = hello.node_id.clone();
     let mut lease = NodeLease { core, node_id: &node_id, renewed: None };
     let deadline = Instant::now() + PATIENCE;
+    let tls = tls::client(&core.config.listen.tls);
     let (leader, up, mut down) = loop {
         let leader = wait_for_leader(core, &mut lease, deadline).await?;
         let opened = tokio::select! {
             () = core.stop.cancelled() => return Err(stopping()),
-            opened = open(&leader, hello.clone()) => opened,
+            opened = open(&leader, hello.clone(), tls.as_ref()) => opened,
         };
         match opened {
             Ok((up, down)) => break (leader, up, down),
@@ -155,7 +157,7 @@ async fn wait_for_leader(
 /// The leader's end of the session, with the Hello said.
 type Opened = (mpsc::Sender<v1::AgentMessage>, Streaming<v1::ControllerMessage>);
 
-async fn open(leader: &Leader, hello: v1::Hello) -> Result<Opened, Status> {
+async fn open(leader: &Leader, hello: v1::Hello, tls: Option<&ClientTls>) -> Result<Opened, Status> {
     let (up, stream) = mpsc::channel(WAITING);
     let hello = v1::AgentMessage { message: Some(Message::Hello(hello)) };
     let full = |_| Status::unavailable("the leader does not read: connect again");
@@ -164,7 +166,7 @@ async fn open(leader: &Leader, hello: v1::Hello) -> Result<Opened, Status> {
     let gone = |e: &dyn std::fmt::Display| {
         Status::unavailable(format!("the leader cannot be reached at {address}: {e}; connect again"))
     };
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|e| gone(&e))?;
+    let endpoint = dial(address, tls).map_err(|e| gone(&e))?;
     let channel = endpoint
         .connect_timeout(CONNECT)
         .tcp_nodelay(true)
@@ -173,7 +175,7 @@ async fn open(leader: &Leader, hello: v1::Hello) -> Result<Opened, Status> {
         .keep_alive_while_idle(true)
         .connect()
         .await
-        .map_err(|e| gone(&e))?;
+        .map_err(|e| gone(&in_words(&e)))?;
     let mut request = Request::new(ReceiverStream::new(stream));
     request.metadata_mut().insert(RELAYED, MetadataValue::from_static("1"));
     let mut client = FleetClient::new(channel)

@@ -28,6 +28,8 @@ pub const LEADER: &str = "/meta/leader";
 pub const TERM: &str = "/meta/term";
 /// Holds the last generation given out, in decimal.
 pub const GENERATION: &str = "/meta/generation";
+/// Written when an operator lets pass what is held back from proxies; its revision is what counts.
+pub const LET_PASS: &str = "/meta/let-pass";
 /// Holds the version of this layout, in decimal.
 pub const SCHEMA: &str = "/meta/schema";
 /// What an operator wants of a model.
