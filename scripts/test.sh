@@ -72,6 +72,8 @@ tools() {
     # With every target, as the tests above were built: the same binary, not a second build of its dependencies.
     check "penstock: build" cargo build --locked --workspace --bins --tests
     check "health check of the image" scripts/with_up.py -- scripts/check_health.sh
+    check "admin API: answers are as its document says" scripts/with_up.py -- .venv/bin/python scripts/check_api.py answers
+    check "admin API: schemathesis" .venv/bin/python scripts/check_api.py fuzz
     local client
     for client in openai openai-async openai-npm anthropic langchain curl; do
         check "client: $client" scripts/clients.sh "$client"

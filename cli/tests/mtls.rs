@@ -7,7 +7,7 @@ mod support;
 use std::{path::Path, time::Duration};
 
 use nix::sys::signal::{Signal, kill};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use serde_json::{Value, json};
 use support::{Up, client, eventually};
 
@@ -15,8 +15,9 @@ const SOON: Duration = Duration::from_secs(60);
 
 type Authority = CertifiedIssuer<'static, KeyPair>;
 
-fn authority() -> Authority {
+fn authority(name: &str) -> Authority {
     let mut params = CertificateParams::new(vec![]).unwrap();
+    params.distinguished_name.push(DnType::CommonName, name);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
@@ -32,14 +33,19 @@ fn issue(authority: &Authority, dir: &Path, name: &str) {
 
 /// One section's three files, as the environment has them.
 fn settings(section: &str, dir: &Path, name: &str) -> Vec<(String, String)> {
-    [("CA_FILE", "ca.pem".to_owned()), ("CERT_FILE", format!("{name}.pem")), ("KEY_FILE", format!("{name}.key"))]
-        .into_iter()
-        .map(|(key, file)| (format!("{section}__TLS__{key}"), dir.join(file).to_str().unwrap().to_owned()))
-        .collect()
+    [
+        ("CA_FILE", "ca.pem".to_owned()),
+        ("CERT_FILE", format!("{name}.pem")),
+        ("KEY_FILE", format!("{name}.key")),
+    ]
+    .into_iter()
+    .map(|(key, file)| (format!("{section}__TLS__{key}"), dir.join(file).to_str().unwrap().to_owned()))
+    .collect()
 }
 
 async fn chat(up: &Up) -> Result<(), String> {
-    let body = json!({"model": "sim-model", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]});
+    let body =
+        json!({"model": "sim-model", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]});
     let request = client().post(format!("{}/v1/chat/completions", up.url())).json(&body);
     let answer = request.send().await.map_err(|e| e.to_string())?;
     let (status, text) = (answer.status(), answer.text().await.map_err(|e| e.to_string())?);
@@ -53,7 +59,7 @@ async fn readyz(address: &str) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fleet_over_mutual_tls_serves_scales_and_takes_renewed_certificates() {
     let dir = tempfile::tempdir().unwrap();
-    let ours = authority();
+    let ours = authority("ours");
     std::fs::write(dir.path().join("ca.pem"), ours.pem()).unwrap();
     for name in ["controlplane", "agent", "proxy"] {
         issue(&ours, dir.path(), name);
@@ -74,16 +80,18 @@ async fn a_fleet_over_mutual_tls_serves_scales_and_takes_renewed_certificates() 
     // The new ones serve once connections begin anew.
     kill(support::pid(up.pid("controlplane")), Signal::SIGKILL).unwrap();
     let connected = || {
-        let proxies = up.run_json(&["proxies", "-o", "json"]);
+        // It may not be up again.
+        let output = up.run(&["proxies", "--output", "json"]);
+        let proxies: Value = serde_json::from_slice(&output.stdout).ok()?;
         proxies["proxies"].as_array().filter(|all| !all.is_empty()).map(|_| ())
     };
     eventually("the proxy's subscription", SOON, connected);
-    up.run_json(&["scale", "sim-model", "--replicas", "2", "-o", "json"]);
+    up.run_json(&["scale", "sim-model", "--replicas", "2"]);
     up.wait_for_ready(2);
     chat(&up).await.unwrap();
 
     // A proxy with a certificate of somebody else cannot connect, and says why.
-    std::fs::write(dir.path().join("ca.pem"), authority().pem()).unwrap();
+    std::fs::write(dir.path().join("ca.pem"), authority("theirs").pem()).unwrap();
     kill(support::pid(up.pid("controlplane")), Signal::SIGKILL).unwrap();
     let reason = eventually("a proxy that says why it is alone", SOON, || {
         let shown = tokio::task::block_in_place(|| {

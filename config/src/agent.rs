@@ -250,7 +250,9 @@ impl AgentConfig {
             return Err("controlplane.endpoints is empty; name at least one, as \"http://HOST:18091\"".into());
         }
         if let Some(bad) = self.controlplane.endpoints.iter().find(|e| !is_endpoint(e)) {
-            return Err(format!("controlplane.endpoints has {bad:?}; accepted: \"HOST:PORT\", \"http://HOST:PORT\", \"https://HOST:PORT\""));
+            return Err(format!(
+                "controlplane.endpoints has {bad:?}; accepted: \"HOST:PORT\", \"http://HOST:PORT\", \"https://HOST:PORT\""
+            ));
         }
         let fleet = &self.controlplane;
         fleet.tls.validate_endpoints("controlplane.tls", "controlplane.endpoints", &fleet.endpoints)?;
@@ -363,14 +365,7 @@ mod tests {
         for good in ["http://127.0.0.1:18091", "http://cp-1.internal:18091/", "http://[::1]:18091"] {
             assert!(is_endpoint(good), "{good}");
         }
-        for bad in [
-            "",
-            "ftp://cp:18091",
-            "http://cp",
-            "http://:1",
-            "http://cp:0",
-            "http://cp:99999",
-        ] {
+        for bad in ["", "ftp://cp:18091", "http://cp", "http://:1", "http://cp:0", "http://cp:99999"] {
             assert!(
                 refused(|c| c.controlplane.endpoints = vec![bad.into()]).contains("http://HOST:PORT"),
                 "{bad}"

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::access::{AuditConfig, AuthConfig, ObserveConfig, Role, guide_aliases, parse_token};
 use crate::logging::LogConfig;
 pub use crate::{
     store::{ElectionConfig, StoreConfig},
@@ -30,6 +31,12 @@ pub struct ControlPlaneConfig {
     pub xds: XdsConfig,
     /// What it accepts.
     pub limits: LimitsConfig,
+    /// Who may use its API.
+    pub auth: AuthConfig,
+    /// What it keeps of changes.
+    pub audit: AuditConfig,
+    /// What it looks at beside itself.
+    pub observe: ObserveConfig,
 }
 
 /// `[listen]`: IP:PORT addresses; port 0 takes any free one (see `--announce`).
@@ -156,7 +163,12 @@ pub struct EnvoyConfig {
 
 impl Default for EnvoyConfig {
     fn default() -> Self {
-        Self { listen: String::new(), max_body_bytes: 32 << 20, idle_timeout_s: 300, connect_timeout_ms: 2_000 }
+        Self {
+            listen: String::new(),
+            max_body_bytes: 32 << 20,
+            idle_timeout_s: 300,
+            connect_timeout_ms: 2_000,
+        }
     }
 }
 
@@ -206,6 +218,8 @@ impl ControlPlaneConfig {
         }
         self.listen.tls.validate("listen.tls")?;
         self.store.validate()?;
+        self.auth.validate()?;
+        self.observe.validate()?;
         if self.store.is_etcd() {
             let listen = [("listen.http", &*self.listen.http), ("listen.grpc", &*self.listen.grpc)];
             self.election.validate(listen)?;
@@ -241,6 +255,9 @@ impl ControlPlaneConfig {
             ("limits.max_replicas", u64::from(self.limits.max_replicas), 1, 1_000_000),
             ("limits.max_deployments", self.limits.max_deployments as u64, 1, 1_000_000),
             ("limits.max_routes", self.limits.max_routes as u64, 0, 1_000_000),
+            ("auth.rate_limit_per_minute", u64::from(self.auth.rate_limit_per_minute), 0, 1_000_000),
+            ("auth.idempotency_ttl_s", self.auth.idempotency_ttl_s, 60, 604_800),
+            ("audit.keep", self.audit.keep, 100, 100_000),
             ("limits.shutdown_grace_ms", self.limits.shutdown_grace_ms, 100, 600_000),
         ];
         for (key, value, low, high) in ranges {

@@ -7,6 +7,7 @@
 //! Two things that every process does at start live here too, because they are told by settings: how it logs
 //! ([`logging::init`]) and how it says where it listens ([`announce`]).
 
+mod access;
 pub mod agent;
 mod announce;
 pub mod controlplane;
@@ -18,5 +19,5 @@ mod tls;
 mod tree;
 
 pub use announce::announce;
-pub use tls::TlsConfig;
 pub use load::{ConfigError, environment, load};
+pub use tls::TlsConfig;

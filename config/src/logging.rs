@@ -2,8 +2,14 @@
 //!
 //! Records of the `log` crate (Pingora's) take the same way. Libraries whose debug lines come per packet or per frame
 //! are held at `warn` unless the filter names them: `info,h2=debug` shows h2's.
+//!
+//! The last [`KEPT_LINES`] lines are kept in memory too, for [`recent`]. They are the process's, as its logging is.
 
-use std::io::IsTerminal;
+use std::{
+    collections::VecDeque,
+    io::{self, IsTerminal, Write},
+    sync::{Mutex, PoisonError},
+};
 
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::EnvFilter;
@@ -41,6 +47,62 @@ const NOISY: [&str; 10] = [
 /// The accepted levels, quietest first.
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
+/// Lines of log that are kept in memory.
+pub const KEPT_LINES: usize = 1_000;
+/// Longest line that is kept whole, in bytes.
+const KEPT_BYTES: usize = 4_096;
+
+static KEPT: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
+
+/// The last `count` lines that this process logged, oldest first; empty before [`init`].
+pub fn recent(count: usize) -> Vec<String> {
+    let kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    kept.iter().skip(kept.len().saturating_sub(count)).cloned().collect()
+}
+
+/// Standard error, and what is kept.
+struct Tee;
+
+impl Write for Tee {
+    /// Called once for each event, with its whole text.
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        keep(&mut KEPT.lock().unwrap_or_else(PoisonError::into_inner), text);
+        io::stderr().write_all(text)?;
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+fn keep(kept: &mut VecDeque<String>, text: &[u8]) {
+    for line in String::from_utf8_lossy(text).lines().filter(|line| !line.is_empty()) {
+        if kept.len() >= KEPT_LINES {
+            kept.pop_front();
+        }
+        kept.push_back(plain(line));
+    }
+}
+
+/// Without colours, and cut at [`KEPT_BYTES`].
+fn plain(line: &str) -> String {
+    let mut out = String::new();
+    let mut chars = line.chars();
+    while let Some(c) = chars.next() {
+        if c == '\u{1b}' {
+            // A colour is ESC [ digits m.
+            chars.by_ref().take_while(|c| *c != 'm').for_each(drop);
+        } else if out.len() + c.len_utf8() > KEPT_BYTES {
+            out.push('…');
+            break;
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
 /// Makes `config` the way the whole process logs. Once per process.
 ///
 /// # Errors
@@ -50,7 +112,7 @@ pub fn init(config: &LogConfig) -> Result<(), String> {
         .map_err(|e| format!("log.level: {:?} is not a filter: {e}", config.level))?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| Tee)
         .with_ansi(std::io::stderr().is_terminal());
     match config.format.as_str() {
         "text" => builder.try_init(),
@@ -99,6 +161,17 @@ mod tests {
             let error = directives(wrong).unwrap_err();
             assert!(error.contains("warn") && error.starts_with("log.level"), "{error}");
         }
+    }
+
+    #[test]
+    fn the_last_lines_are_kept_plain_and_bounded() {
+        let mut kept = VecDeque::new();
+        keep(&mut kept, b"\x1b[2mtime\x1b[0m \x1b[32m INFO\x1b[0m first\nsecond\n");
+        assert_eq!(kept, ["time  INFO first", "second"]);
+        keep(&mut kept, "ü".repeat(5_000).as_bytes());
+        assert_eq!(kept[2].len(), KEPT_BYTES + '…'.len_utf8());
+        (0..3_000).for_each(|n| keep(&mut kept, n.to_string().as_bytes()));
+        assert_eq!((kept.len(), kept[0].as_str()), (KEPT_LINES, "2000"));
     }
 
     #[test]

@@ -42,7 +42,9 @@ impl TlsConfig {
                 return Err(format!("{key} has {endpoint:?}: https needs the files of {section}"));
             }
             if endpoint.starts_with("http://") && self.is_on() {
-                return Err(format!("{key} has {endpoint:?}: with {section} it must be https, or HOST:PORT alone"));
+                return Err(format!(
+                    "{key} has {endpoint:?}: with {section} it must be https, or HOST:PORT alone"
+                ));
             }
         }
         Ok(())

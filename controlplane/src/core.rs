@@ -10,10 +10,12 @@ use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    access::Gate,
     demand::Demands,
     fleet::roster::Roster,
     leadership::{Leader, Leadership},
     metrics::Metrics,
+    peers::Followers,
     reconcile::Reports,
     store::{Revision, Store, StoreError, Txn, TxnOutcome},
     view::{View, reached},
@@ -28,6 +30,8 @@ pub struct Core {
     pub store: Arc<dyn Store>,
     /// The right to write to it.
     pub leadership: Leadership,
+    /// Who may use the REST API.
+    pub gate: Gate,
     /// The store, typed.
     pub views: watch::Receiver<Arc<View>>,
     /// What nodes say.
@@ -36,6 +40,8 @@ pub struct Core {
     pub demands: Demands,
     /// What proxies get.
     pub hub: Hub,
+    /// The control planes that follow this one.
+    pub followers: Followers,
     /// What engines last said of their load.
     pub loads: Loads,
     /// What waits on what, from the last pass of reconcile.

@@ -6,14 +6,17 @@
 //!
 //! A request that was handed on carries a mark, and is not handed on again: a leader that lost its term meanwhile
 //! answers 503 itself. Whoever asks gets 503 with Retry-After while nobody leads.
+//!
+//! Where tokens are limited the leader counts: what is handed on it counts itself, and of what is answered here it is told
+//! first, by asking whose token it is. A leader that does not answer at once is not waited for: this control plane counts.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
     body::Body,
-    extract::{Request, State},
-    http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header},
+    extract::{ConnectInfo, Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
@@ -23,10 +26,14 @@ use hyper_util::{
 };
 use serde_json::json;
 
-use crate::{core::Core, leadership::Leader};
+use crate::{
+    access::{CLIENT, FORWARDED_BY},
+    core::Core,
+    leadership::Leader,
+};
 
-/// Names the control plane that handed a request on.
-const FORWARDED: HeaderName = HeaderName::from_static("penstock-forwarded-by");
+/// Longest time for the leader to count a request that is answered here.
+const COUNT: Duration = Duration::from_secs(1);
 /// Longest time to connect to the leader.
 const CONNECT: Duration = Duration::from_secs(2);
 /// Headers that belong to one connection.
@@ -64,9 +71,21 @@ enum Place {
     Leader,
 }
 
+fn is_api(path: &str) -> bool {
+    path.starts_with("/api/") || (path.starts_with("/v1/admin/") && path != "/v1/admin/ui")
+}
+
 fn place(method: &Method, path: &str) -> Place {
-    let api = path.starts_with("/api/") || (path.starts_with("/v1/admin/") && path != "/v1/admin/ui");
-    let about_this_process = ["/api/v2/proxies", "/api/v2/cluster/"];
+    let api = is_api(path);
+    let about_this_process = [
+        "/api/v2/proxies",
+        "/api/v2/cluster/",
+        "/api/v2/logs",
+        "/v1/admin/cluster/",
+        "/v1/admin/logs",
+        "/api/observe/metrics",
+        "/api/observe/router",
+    ];
     match *method {
         _ if !api => Place::Here,
         Method::GET | Method::HEAD | Method::OPTIONS => {
@@ -77,13 +96,24 @@ fn place(method: &Method, path: &str) -> Place {
     }
 }
 
-async fn hand_on(State(forwarder): State<Forwarder>, request: Request, next: Next) -> Response {
+async fn hand_on(State(forwarder): State<Forwarder>, mut request: Request, next: Next) -> Response {
     let core = &forwarder.core;
     let place = place(request.method(), request.uri().path());
     // One that leads, or did until its lease could not be renewed, answers by itself, if only to say so.
     let leads = core.leadership.elected().is_some();
-    if place == Place::Here || leads || request.headers().contains_key(FORWARDED) {
+    if leads || request.headers().contains_key(FORWARDED_BY) {
         return next.run(request).await;
+    }
+    if place == Place::Here {
+        let counted = is_api(request.uri().path()) && core.gate.counts(&core.view());
+        if counted && let Some(refusal) = forwarder.refused_by_leader(request.headers()).await {
+            return refusal;
+        }
+        return next.run(request).await;
+    }
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|peer| peer.0.to_string());
+    if let Some(peer) = peer.and_then(|peer| HeaderValue::from_str(&peer).ok()) {
+        request.headers_mut().insert(CLIENT, peer);
     }
     let Some(leader) = core.view().leader.as_ref().map(|leader| leader.value.clone()) else {
         if place == Place::LeaderOrHere {
@@ -113,6 +143,17 @@ async fn hand_on(State(forwarder): State<Forwarder>, request: Request, next: Nex
 }
 
 impl Forwarder {
+    /// Has the leader count a request that is answered here; its refusal, if it has one.
+    async fn refused_by_leader(&self, headers: &HeaderMap) -> Option<Response> {
+        let token = headers.get(header::AUTHORIZATION)?;
+        let leader = self.core.view().leader.as_ref().map(|leader| leader.value.clone())?;
+        let mut request = Request::new(Body::empty());
+        *request.uri_mut() = Uri::from_static("/api/v2/whoami");
+        request.headers_mut().insert(header::AUTHORIZATION, token.clone());
+        let answer = tokio::time::timeout(COUNT, self.send(&leader, request)).await.ok()?.ok()?;
+        (answer.status() == StatusCode::TOO_MANY_REQUESTS).then_some(answer)
+    }
+
     /// Gives up when another leads, or nobody: a leader that hangs must not hold callers up longer than its lease.
     async fn send(&self, leader: &Leader, mut request: Request) -> Result<Response, String> {
         let address = &leader.http;
@@ -126,7 +167,7 @@ impl Forwarder {
             request.headers_mut().remove(header::HOST);
             let id = &self.core.config.election.id;
             let by = HeaderValue::from_str(id).unwrap_or(HeaderValue::from_static("follower"));
-            request.headers_mut().insert(FORWARDED, by);
+            request.headers_mut().insert(FORWARDED_BY, by);
             let mut response = self.client.request(request).await.map_err(|e| e.to_string())?;
             for name in &HOP {
                 response.headers_mut().remove(name);
@@ -162,6 +203,10 @@ mod tests {
             (Method::GET, "/v1/admin/ui", Place::Here),
             (Method::GET, "/api/v2/proxies", Place::Here),
             (Method::GET, "/api/v2/cluster/status", Place::Here),
+            (Method::GET, "/v1/admin/cluster/status", Place::Here),
+            (Method::GET, "/v1/admin/logs", Place::Here),
+            (Method::GET, "/api/v2/whoami", Place::LeaderOrHere),
+            (Method::GET, "/api/audit-logs", Place::LeaderOrHere),
             (Method::GET, "/api/v2/endpoints", Place::LeaderOrHere),
             (Method::HEAD, "/api/v2/deployments/m", Place::LeaderOrHere),
             (Method::PUT, "/api/v2/deployments/m", Place::Leader),

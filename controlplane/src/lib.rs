@@ -14,7 +14,9 @@
 //! What is published was read whole and is consistent; a store that cannot be read changes nothing that was published.
 //! Proxies serve without this process; agents keep engines running without it.
 
+pub mod access;
 pub mod admin;
+pub mod audit;
 pub mod core;
 pub mod demand;
 pub mod fleet;
@@ -22,6 +24,7 @@ mod forward;
 pub mod leadership;
 pub mod metrics;
 pub mod model;
+pub mod peers;
 pub mod plan;
 mod process;
 pub mod reconcile;

@@ -4,7 +4,7 @@
 
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder, core::Collector,
+    Registry, TextEncoder, core::Collector, proto::MetricType,
 };
 
 use crate::{view::View, xds::kind::Kind};
@@ -61,6 +61,8 @@ pub struct Metrics {
     pub reconcile_seconds: Histogram,
     /// Subscribed proxies.
     pub xds_subscribers: IntGauge,
+    /// Control planes that follow this one.
+    pub followers: IntGauge,
     /// Snapshots published.
     pub xds_snapshots: IntCounter,
     /// Snapshots held back because they were not consistent.
@@ -81,6 +83,12 @@ pub struct Metrics {
     pub xds_nacks: IntCounterVec,
     /// REST requests by `class` of status.
     pub http_requests: IntCounterVec,
+    /// REST requests that were not let in, by `reason`.
+    pub http_refused: IntCounterVec,
+    /// Records that were added to the audit.
+    pub audit_records: IntCounter,
+    /// Requests with an Idempotency-Key by `outcome`.
+    pub idempotency: IntCounterVec,
     /// Seconds since the process started.
     pub uptime_seconds: Gauge,
 }
@@ -170,6 +178,7 @@ impl Metrics {
             )?,
             reconcile_seconds: histogram(&r)?,
             xds_subscribers: gauge(&r, "xds_subscribers", "Subscribed proxies.")?,
+            followers: gauge(&r, "followers", "Control planes that are linked to this one, which leads.")?,
             xds_snapshots: counter(&r, "xds_snapshots_total", "Snapshots published.")?,
             xds_held_endpoints: gauge(
                 &r,
@@ -208,6 +217,21 @@ impl Metrics {
                 "class",
                 &["2xx", "3xx", "4xx", "5xx"],
             )?,
+            http_refused: counters(
+                &r,
+                "http_refused_total",
+                "REST requests that were not let in.",
+                "reason",
+                &["unauthenticated", "forbidden", "rate_limited"],
+            )?,
+            audit_records: counter(&r, "audit_records_total", "Records added to the audit.")?,
+            idempotency: counters(
+                &r,
+                "idempotency_total",
+                "Requests with an Idempotency-Key.",
+                "outcome",
+                &["kept", "replayed", "mismatch", "unknown"],
+            )?,
             uptime_seconds: register(
                 &r,
                 Gauge::new(name("uptime_seconds"), "Seconds since the process started.")?,
@@ -236,6 +260,38 @@ impl Metrics {
         self.nodes.set(i64::try_from(view.nodes.len()).unwrap_or(i64::MAX));
         self.term.set(i64::try_from(view.term).unwrap_or(i64::MAX));
         self.view_revision.set(i64::try_from(view.revision).unwrap_or(i64::MAX));
+    }
+
+    /// Every series as JSON: by name, with help, kind, and samples with their labels. Histograms as count and sum.
+    pub fn summary(&self) -> Vec<serde_json::Value> {
+        let families = self.registry.gather();
+        let family = |family: &prometheus::proto::MetricFamily| {
+            let kind = family.get_field_type();
+            let samples = family.get_metric().iter().map(|metric| {
+                let labels =
+                    metric.get_label().iter().map(|label| (label.name().to_owned(), label.value().into()));
+                let labels = serde_json::Map::from_iter(labels);
+                match kind {
+                    MetricType::HISTOGRAM => {
+                        let histogram = metric.get_histogram();
+                        let (count, sum) = (histogram.get_sample_count(), histogram.get_sample_sum());
+                        serde_json::json!({ "labels": labels, "count": count, "sum": sum })
+                    }
+                    MetricType::GAUGE => {
+                        serde_json::json!({ "labels": labels, "value": metric.get_gauge().get_value() })
+                    }
+                    _ => serde_json::json!({ "labels": labels, "value": metric.get_counter().get_value() }),
+                }
+            });
+            let kind = match kind {
+                MetricType::HISTOGRAM => "histogram",
+                MetricType::GAUGE => "gauge",
+                _ => "counter",
+            };
+            let samples: Vec<_> = samples.collect();
+            serde_json::json!({ "name": family.name(), "help": family.help(), "kind": kind, "samples": samples })
+        };
+        families.iter().map(family).collect()
     }
 
     /// In Prometheus' text format.

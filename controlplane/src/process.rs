@@ -4,6 +4,7 @@ use std::{
     ffi::OsString,
     future::Future,
     io,
+    net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
     sync::Arc,
@@ -11,7 +12,7 @@ use std::{
 };
 
 use clap::Parser;
-use penstock_config::controlplane::ControlPlaneConfig;
+use penstock_config::controlplane::{ControlPlaneConfig, guide_aliases};
 use serde_json::json;
 use tokio::{
     net::TcpListener,
@@ -22,12 +23,14 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    access::Gate,
     admin,
     core::Core,
     fleet::{roster::Roster, server::FleetService},
     forward,
     leadership::{Elector, Leader, Leadership},
     metrics::Metrics,
+    peers::{link, server::PeersService},
     reconcile,
     store::{EmbeddedStore, EtcdStore, Store, StoreError},
     tls::{self, ServerTls},
@@ -52,8 +55,8 @@ struct Args {
     /// Instead of log.level.
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<String>,
-    /// Instead of listen.http.
-    #[arg(long, value_name = "IP:PORT")]
+    /// Instead of listen.http; :PORT listens on every address.
+    #[arg(long, alias = "listen-addr", value_name = "IP:PORT")]
     http_listen: Option<String>,
     /// Instead of listen.grpc.
     #[arg(long, value_name = "IP:PORT")]
@@ -70,6 +73,9 @@ struct Args {
         conflicts_with = "data_dir"
     )]
     etcd_endpoints: Vec<String>,
+    /// Instead of observe.router_url.
+    #[arg(long, value_name = "URL")]
+    router_url: Option<String>,
 }
 
 /// Why the process could not start, or could not go on.
@@ -148,16 +154,21 @@ fn fail(code: u8, message: &str) -> ExitCode {
 
 fn settings(args: &Args) -> Result<ControlPlaneConfig, String> {
     let load = penstock_config::load::<ControlPlaneConfig>;
-    let mut config = load("controlplane", args.config.as_deref(), penstock_config::environment())
-        .map_err(|e| e.to_string())?;
+    let environment = guide_aliases(penstock_config::environment());
+    let mut config = load("controlplane", args.config.as_deref(), environment).map_err(|e| e.to_string())?;
     for (flag, setting) in [
         (&args.log_level, &mut config.log.level),
         (&args.http_listen, &mut config.listen.http),
         (&args.grpc_listen, &mut config.listen.grpc),
+        (&args.router_url, &mut config.observe.router_url),
     ] {
         if let Some(value) = flag {
             setting.clone_from(value);
         }
+    }
+    // As the deploy guide writes it.
+    if config.listen.http.starts_with(':') {
+        config.listen.http.insert_str(0, "0.0.0.0");
     }
     if let Some(dir) = &args.data_dir {
         let path = dir.join("controlplane.redb");
@@ -227,10 +238,12 @@ async fn with_store(
     let core = Arc::new(Core {
         store,
         leadership,
+        gate: Gate::new(&config.auth),
         views: keeper.subscribe(),
         roster: Roster::default(),
         demands: Default::default(),
         hub: Hub::default(),
+        followers: Default::default(),
         loads: Loads::default(),
         reports: watch::Sender::default(),
         metrics,
@@ -251,11 +264,20 @@ async fn with_store(
     }
     parts.spawn("reconcile", reconcile::run(core.clone()));
     parts.spawn("publishing", hub::publish(core.clone()));
+    if core.config.store.is_etcd() {
+        parts.spawn("the link to the leader", link::run(core.clone()));
+    }
     parts.serve("the gRPC server", serve_grpc(core.clone(), grpc, tls));
     parts.serve("the HTTP server", serve_http(core.clone(), http));
     core.tasks.close();
     let (term, revision, store) = (core.view().term, core.view().revision, core.store.kind());
     tracing::info!(http = addresses.0, grpc = addresses.1, store, term, revision, "the control plane is up");
+    if core.gate.is_open(&core.view()) && !is_loopback(&addresses.0) {
+        tracing::warn!(
+            http = addresses.0,
+            "there are no tokens: whoever reaches this address may do everything (see [auth] in the settings)"
+        );
+    }
     let announced = announce.map_or(Ok(()), |file| {
         let addresses = json!({ "pid": std::process::id(), "http": addresses.0, "grpc": addresses.1 });
         penstock_config::announce(&file, &addresses)
@@ -313,6 +335,7 @@ impl Parts {
 async fn serve_http(core: Arc<Core>, listener: TcpListener) -> Result<(), String> {
     let stop = core.stop.clone();
     let app = forward::before(core.clone(), admin::router(core));
+    let app = app.into_make_service_with_connect_info::<SocketAddr>();
     let server = axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned());
     server.await.map_err(|e| e.to_string())
 }
@@ -325,6 +348,8 @@ async fn serve_grpc(core: Arc<Core>, listener: TcpListener, tls: Option<ServerTl
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .add_service(FleetService::server(core.clone()))
+        .add_service(PeersService::links(core.clone()))
+        .add_service(PeersService::wants(core.clone()))
         .add_service(AdsService::server(core.clone()));
     let served = match tls {
         None => {
@@ -366,6 +391,10 @@ async fn bind(address: &str, setting: &'static str) -> Result<TcpListener, Error
         setting,
         source,
     })
+}
+
+fn is_loopback(address: &str) -> bool {
+    address.parse::<SocketAddr>().is_ok_and(|address| address.ip().is_loopback())
 }
 
 fn local(listener: &TcpListener) -> Result<String, Error> {

@@ -67,7 +67,12 @@ impl ServerTls {
     pub fn load(files: &TlsConfig) -> Result<Self, String> {
         let contents = read(files)?;
         let (config, expires_unix_s) = judge(files, &contents, now_unix_s())?;
-        Ok(Self { files: files.clone(), config: watch::Sender::new(config), seen: Ok(contents), expires_unix_s })
+        Ok(Self {
+            files: files.clone(),
+            config: watch::Sender::new(config),
+            seen: Ok(contents),
+            expires_unix_s,
+        })
     }
 
     /// What handshakes use.
@@ -167,10 +172,8 @@ pub async fn accept(
 }
 
 /// The connections that [`accept`] gives on.
-pub fn incoming() -> (
-    mpsc::Sender<io::Result<TlsStream<TcpStream>>>,
-    ReceiverStream<io::Result<TlsStream<TcpStream>>>,
-) {
+pub fn incoming()
+-> (mpsc::Sender<io::Result<TlsStream<TcpStream>>>, ReceiverStream<io::Result<TlsStream<TcpStream>>>) {
     let (sender, receiver) = mpsc::channel(1);
     (sender, ReceiverStream::new(receiver))
 }
@@ -181,9 +184,9 @@ fn in_words(error: &io::Error) -> String {
     match cause {
         Some(Error::NoCertificatesPresented) => "it presents no certificate".into(),
         Some(Error::InvalidMessage(_)) => "it does not speak TLS".into(),
-        Some(Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. })) => {
-            "its certificate has expired".into()
-        }
+        Some(Error::InvalidCertificate(
+            CertificateError::Expired | CertificateError::ExpiredContext { .. },
+        )) => "its certificate has expired".into(),
         Some(Error::InvalidCertificate(CertificateError::UnknownIssuer)) => {
             "its certificate is of none of the authorities in listen.tls.ca_file".into()
         }

@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 
 use crate::{
+    access::StoredToken,
     leadership::{Leader, number},
     metrics::Metrics,
     model::{
@@ -91,6 +92,8 @@ pub struct View {
     pub nodes: BTreeMap<String, Arc<Stored<Node>>>,
     /// What operators say of nodes, present or not.
     pub node_policies: BTreeMap<String, Arc<Stored<NodePolicy>>>,
+    /// Tokens of the REST API, by name.
+    pub tokens: BTreeMap<String, Arc<Stored<StoredToken>>>,
     /// Assignments by node.
     pub by_node: BTreeMap<String, Arc<NodeAssignments>>,
     /// The last term that anybody took; the revision belongs to it.
@@ -117,6 +120,7 @@ enum Slot {
     Node(String),
     NodePolicy(String),
     Route(String),
+    Token(String),
     Generation,
     LetPass,
     Leader,
@@ -168,6 +172,11 @@ impl Builder {
             let name = policy.value.node_id.clone();
             self.view.node_policies.insert(name.clone(), Arc::new(policy));
             Slot::NodePolicy(name)
+        } else if key.starts_with(keys::TOKENS) {
+            let token: Stored<StoredToken> = read(entry)?;
+            let name = token.value.name.clone();
+            self.view.tokens.insert(name.clone(), Arc::new(token));
+            Slot::Token(name)
         } else if key == keys::GENERATION {
             self.view.last_generation = number(&entry.value, key)?;
             self.view.generation_revision = entry.mod_revision;
@@ -197,6 +206,7 @@ impl Builder {
             Some(Slot::Node(name)) => drop(self.view.nodes.remove(&name)),
             Some(Slot::NodePolicy(name)) => drop(self.view.node_policies.remove(&name)),
             Some(Slot::Route(name)) => drop(self.view.routes.remove(&name)),
+            Some(Slot::Token(name)) => drop(self.view.tokens.remove(&name)),
             Some(Slot::Generation) => (self.view.last_generation, self.view.generation_revision) = (0, 0),
             Some(Slot::Leader) => self.view.leader = None,
             // Neither ever falls.

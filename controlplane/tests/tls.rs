@@ -6,6 +6,7 @@ mod etcd_support;
 
 use std::{
     path::Path,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
     time::{Duration, SystemTime},
 };
 
@@ -17,7 +18,7 @@ use penstock_proto::{
     v1::{self, agent_message::Message, fleet_client::FleetClient},
     xds::{self, aggregated_discovery_service_client::AggregatedDiscoveryServiceClient},
 };
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 
@@ -31,6 +32,10 @@ impl Authority {
     fn new() -> Self {
         let mut params = CertificateParams::new(vec![]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // One of the same name with another key would be told of as a wrong signature.
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("authority {}", COUNT.fetch_add(1, Relaxed));
+        params.distinguished_name.push(DnType::CommonName, name);
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
     }
 
@@ -90,8 +95,8 @@ async fn who_shows_no_certificate_of_ours_is_refused_and_both_sides_say_why() {
 
     let expired = ours.issue(dir.path(), "expired", Duration::ZERO);
     let stranger = TlsConfig { ca_file: good.ca_file.clone(), ..theirs.issue(dir.path(), "stranger", LONG) };
-    let anonymous = ClientTlsConfig::new()
-        .ca_certificate(Certificate::from_pem(std::fs::read(&good.ca_file).unwrap()));
+    let anonymous =
+        ClientTlsConfig::new().ca_certificate(Certificate::from_pem(std::fs::read(&good.ca_file).unwrap()));
     let anonymous = Endpoint::from_shared(format!("https://{}", plane.grpc)).unwrap().tls_config(anonymous);
     // What it would trust is not what the server shows.
     let elsewhere = TlsConfig { ca_file: theirs.issue(dir.path(), "x", LONG).ca_file, ..good.clone() };
@@ -178,7 +183,8 @@ async fn a_follower_relays_to_the_leader_over_tls() {
     let ours = Authority::new();
     let server = ours.issue(dir.path(), "server", LONG);
     let planes = Planes::start(&cluster, 2, |_| {
-        let set = |key: &str, file: &str| (format!("PENSTOCK_CONTROLPLANE__LISTEN__TLS__{key}"), file.to_owned());
+        let set =
+            |key: &str, file: &str| (format!("PENSTOCK_CONTROLPLANE__LISTEN__TLS__{key}"), file.to_owned());
         vec![
             set("CA_FILE", &server.ca_file),
             set("CERT_FILE", &server.cert_file),

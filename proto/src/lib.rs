@@ -1,14 +1,14 @@
 //! The wires between Penstock's processes: messages, services and the ids that travel on them.
 //!
 //! - [`v1`]: `penstock.v1`, generated from `proto/penstock/v1/*.proto`: the resources a proxy subscribes to and the
-//!   fleet session between agents and the control plane.
+//!   fleet session between agents and the control plane, the link between control planes.
 //! - [`xds`]: the xDS transport (`envoy.service.discovery.v3`) those resources travel on, and its type URLs.
 //! - [`Version`]: the (term, revision) pair that orders everything the control plane publishes.
 //!
 //! Depends on nothing else of Penstock.
 
-mod version;
 pub mod tls;
+mod version;
 pub mod xds;
 
 pub use version::{ParseVersionError, Version};
@@ -21,6 +21,9 @@ pub mod v1 {
 
 /// Version of the fleet protocol that this build speaks; sent in [`v1::Hello`].
 pub const FLEET_PROTOCOL_VERSION: u32 = 1;
+
+/// Version of the link between control planes that this build speaks; sent in [`v1::PlaneHello`].
+pub const PEERS_PROTOCOL_VERSION: u32 = 1;
 
 /// Largest message, in bytes, that our gRPC peers accept: a table of 10,000 endpoints is about 1 MB.
 pub const MAX_GRPC_MESSAGE_BYTES: usize = 64 << 20;

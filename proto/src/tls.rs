@@ -50,8 +50,12 @@ pub fn dial(address: &str, tls: Option<&ClientTls>) -> Result<Endpoint, String> 
         None => format!("{scheme}://{address}"),
         Some((given, _)) if given == scheme => address.to_owned(),
         Some(("https", _)) => return Err(format!("{address} asks for TLS, but no certificates are set")),
-        Some(("http", _)) => return Err(format!("{address} is without TLS, but certificates are set: use https")),
-        Some(_) => return Err(format!("{address:?} is not HOST:PORT, http://HOST:PORT or https://HOST:PORT")),
+        Some(("http", _)) => {
+            return Err(format!("{address} is without TLS, but certificates are set: use https"));
+        }
+        Some(_) => {
+            return Err(format!("{address:?} is not HOST:PORT, http://HOST:PORT or https://HOST:PORT"));
+        }
     };
     let endpoint = Endpoint::from_shared(url).map_err(|_| format!("{address:?} is no address"))?;
     let Some(tls) = tls else { return Ok(endpoint) };

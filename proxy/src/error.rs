@@ -152,6 +152,11 @@ pub enum GatewayError {
         /// When to come back.
         retry_after_s: u32,
     },
+    /// The model sleeps; it was woken and was not ready while the request could be held.
+    Asleep {
+        /// How long it was.
+        waited_ms: u64,
+    },
     /// Too many bytes of other requests are held: `limits.buffered_bytes`.
     Overloaded,
     /// Engines failed, and no attempt is left.
@@ -179,7 +184,7 @@ impl GatewayError {
             Self::StoredResponse => 501,
             Self::HeadTooLarge { .. } => 431,
             Self::ClientGone | Self::ClientStalled => 499,
-            Self::NoEndpoint { .. } | Self::Saturated { .. } => 503,
+            Self::NoEndpoint { .. } | Self::Saturated { .. } | Self::Asleep { .. } => 503,
             Self::NotReady | Self::Overloaded | Self::Draining => 503,
             Self::Upstream(UpstreamFailure::Busy | UpstreamFailure::Connect) => 503,
             Self::Upstream(UpstreamFailure::FirstByteTimeout | UpstreamFailure::IdleTimeout) => 504,
@@ -191,7 +196,8 @@ impl GatewayError {
     pub fn blame(&self) -> Blame {
         match self {
             Self::NotReady | Self::Overloaded | Self::Draining => Blame::Gateway,
-            Self::NoEndpoint { .. } | Self::Saturated { .. } | Self::Upstream(_) => Blame::Upstream,
+            Self::NoEndpoint { .. } | Self::Saturated { .. } | Self::Asleep { .. } => Blame::Upstream,
+            Self::Upstream(_) => Blame::Upstream,
             _ => Blame::Client,
         }
     }
@@ -199,7 +205,7 @@ impl GatewayError {
     /// `Retry-After` in seconds, where waiting can help.
     pub fn retry_after_s(&self) -> Option<u32> {
         match self {
-            Self::NoEndpoint { .. } | Self::NotReady => Some(5),
+            Self::NoEndpoint { .. } | Self::NotReady | Self::Asleep { .. } => Some(5),
             Self::Saturated { retry_after_s } => Some(*retry_after_s),
             Self::Overloaded | Self::Upstream(UpstreamFailure::Busy | UpstreamFailure::Connect) => Some(1),
             Self::Draining => Some(1),
@@ -227,6 +233,7 @@ impl GatewayError {
             Self::Body(e) => e.code(),
             Self::UnknownModel { .. } => "model_not_found",
             Self::NoEndpoint { .. } => "no_endpoint_available",
+            Self::Asleep { .. } => "model_starting",
             Self::NotReady => "gateway_not_ready",
             Self::Overloaded => "gateway_overloaded",
             Self::Saturated { .. } | Self::Upstream(UpstreamFailure::Busy) => "engine_overloaded",
@@ -284,6 +291,10 @@ impl GatewayError {
             }
             Self::NoEndpoint { model } => {
                 format!("No engine is ready to serve the model `{model}` now. Try again shortly.")
+            }
+            Self::Asleep { waited_ms } => {
+                let waited_s = waited_ms / 1_000;
+                format!("The model is being started and was not ready within {waited_s} s. Try again shortly.")
             }
             Self::NotReady => "The gateway has no routes yet. Try again shortly.".into(),
             Self::Overloaded => {

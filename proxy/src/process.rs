@@ -35,6 +35,7 @@ use crate::{
         client::{XdsClient, XdsSettings},
         state::XdsState,
         status::XdsStatus,
+        wants::Wants,
     },
 };
 
@@ -434,6 +435,8 @@ fn discover(
         node_id: node_id(&discovery.node_id),
         ..XdsSettings::default()
     };
+    let wants = Wants::new(&settings).map_err(|e| e.to_string())?;
+    tasks.spawn(wants.run(Arc::clone(gateway), stop.clone()));
     let client = XdsClient::new(settings).map_err(|e| e.to_string())?;
     let told = Arc::clone(gateway);
     let client = client.with_loads(Box::new(move |name, load| {

@@ -188,7 +188,7 @@ async fn a_consent_that_comes_at_once_and_with_frames_tears_nothing_down() {
         seen.iter().all(|s| s.head.contains("connection: upgrade") && !s.head.contains("content-length")),
         "{seen:?}"
     );
-    assert_eq!(engine.closed_at().len(), 2);
+    eventually("both are closed at the engine", || engine.closed_at().len() == 2).await;
 }
 
 #[tokio::test]

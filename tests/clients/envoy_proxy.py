@@ -270,7 +270,7 @@ def refuses_and_carries_on(name: str, running: Load, folder: Path) -> None:
         assert refusal["refused"] == ["named"] and refusal["nacks"] >= 1, shown
         assert "localhost" in refusal["last_nack"] and shown["last_nack"], shown
         told = subprocess.run(
-            [PENSTOCK, "proxies", "--server", f"http://{UP['controlplane']}"],
+            [PENSTOCK, "proxies", "--controlplane", f"http://{UP['controlplane']}"],
             capture_output=True, text=True, check=True, timeout=60,
         ).stdout
         assert name in told and "localhost" in told, told

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     sync::atomic::{AtomicBool, Ordering::Relaxed},
     time::Duration,
 };
@@ -124,16 +125,43 @@ impl Fleet {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let rss = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap();
         let rss_kib: usize = rss.trim().trim_end_matches(" kB").parse().unwrap();
-        let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
-        Holdings { fds, rss_mib: rss_kib / 1024 }
+        Holdings { fds: self.descriptors().len(), rss_mib: rss_kib / 1024 }
+    }
+
+    /// What the proxy's descriptors are, but for connections to its private port: those are this test's own questions, and
+    /// its client keeps one or two.
+    fn descriptors(&self) -> Vec<String> {
+        let pid = self.up.pid("proxy");
+        let private: SocketAddr = self.up.address("proxy_private").parse().unwrap();
+        let mut sockets = HashMap::new();
+        for line in std::fs::read_to_string(format!("/proc/{pid}/net/tcp")).unwrap().lines().skip(1) {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let port = |field: &str| u16::from_str_radix(field.rsplit(':').next().unwrap(), 16).unwrap();
+            let (local, remote, state) = (port(fields[1]), port(fields[2]), fields[3]);
+            let is_question = local == private.port() && remote != 0;
+            let said = format!("TCP from port {local} to {remote}, state {state}");
+            sockets.insert(format!("socket:[{}]", fields[9]), (!is_question).then_some(said));
+        }
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        let links = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+        links
+            .filter_map(|link| {
+                let link = link.to_string_lossy().into_owned();
+                sockets.get(&link).cloned().unwrap_or(Some(link))
+            })
+            .collect()
     }
 
     /// Waits until the proxy has no more than `limit` descriptors: idle connections to engines are kept 4 s.
     pub(crate) async fn descriptors_fall_to(&self, limit: usize) {
         let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
-        while self.holdings().fds > limit {
-            let now = self.holdings().fds;
-            assert!(tokio::time::Instant::now() < deadline, "{now} descriptors, {limit} at most before");
+        loop {
+            let now = self.descriptors();
+            if now.len() <= limit {
+                return;
+            }
+            let waits = tokio::time::Instant::now() < deadline;
+            assert!(waits, "{} descriptors, {limit} at most before: {now:#?}", now.len());
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }

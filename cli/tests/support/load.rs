@@ -31,13 +31,18 @@ pub(crate) struct Load {
 impl Load {
     /// `workers` that ask `model` for so many tokens each time.
     pub(crate) fn start(up: &Up, model: &str, workers: usize, max_tokens: u32) -> Self {
+        Self::on(&up.url(), model, workers, max_tokens)
+    }
+
+    /// The same at this API.
+    pub(crate) fn on(url: &str, model: &str, workers: usize, max_tokens: u32) -> Self {
         let (stop, done) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
         let body = json!({
             "model": model, "stream": true, "max_tokens": max_tokens, "ignore_eos": true,
             "messages": [{"role": "user", "content": "hi"}],
         });
         let worker = |_| {
-            let (url, body) = (format!("{}/v1/chat/completions", up.url()), body.clone());
+            let (url, body) = (format!("{url}/v1/chat/completions"), body.clone());
             let (stop, done) = (Arc::clone(&stop), Arc::clone(&done));
             async move {
                 let client = client();

@@ -10,6 +10,8 @@ pub struct QueueConfig {
     pub max_waiting: usize,
     /// Longest wait; then 503 with Retry-After.
     pub deadline_ms: u64,
+    /// Longest wait for a model that sleeps until it has started; then 503 with Retry-After.
+    pub wake_ms: u64,
     /// Requests that may wait inside an engine that reports a queue.
     pub engine_waiting: u32,
     /// KV cache use, in percent, from which on only one may.
@@ -25,6 +27,7 @@ impl Default for QueueConfig {
         Self {
             max_waiting: 1_024,
             deadline_ms: 10_000,
+            wake_ms: 300_000,
             engine_waiting: 4,
             kv_percent: 95,
             busy_step_ms: 250,
@@ -35,8 +38,8 @@ impl Default for QueueConfig {
 
 impl QueueConfig {
     pub(super) fn validate(&self) -> Result<(), String> {
-        if self.deadline_ms == 0 || self.busy_step_ms == 0 {
-            return Err("queue.deadline_ms and queue.busy_step_ms must be at least 1; \
+        if self.deadline_ms == 0 || self.wake_ms == 0 || self.busy_step_ms == 0 {
+            return Err("queue.deadline_ms, queue.wake_ms and queue.busy_step_ms must be at least 1; \
                         queue.max_waiting = 0 turns waiting off"
                 .into());
         }

@@ -1,9 +1,6 @@
 //! `/api/v2/deployments` and `/api/v2/models`: what operators want, and how far it is.
 
-use std::{
-    sync::Arc,
-    time::{Instant, SystemTime, UNIX_EPOCH},
-};
+use std::{sync::Arc, time::Instant};
 
 use axum::{
     Json,
@@ -14,22 +11,31 @@ use axum::{
     },
     http::{HeaderMap, StatusCode, Uri},
 };
+use penstock_config::controlplane::Role;
 use serde_json::{Value, json};
 
-use super::{body, error::ApiError, revisions, show};
+use super::{
+    ask::{Ask, Params, Reply},
+    body,
+    edit::{Beside, Edited, Place, Step, edit},
+    error::ApiError,
+    guard::unix_now,
+    revisions, show,
+};
 use crate::{
+    access::Caller,
+    audit::{Subject, mask::mask},
     core::Core,
     model::{Deployment, validate},
     plan::scale,
     reconcile::Reports,
-    store::{Compare, Entry, Revision, Txn, TxnOutcome, keys},
+    store::{Revision, keys},
+    view::{ModelView, Stored, View},
 };
 
 const PREFIX: &str = "/api/v2/deployments/";
-/// Tries before a write that is overtaken again and again is given back to the caller.
-const ATTEMPTS: usize = 16;
 
-pub(super) type Answer = Result<(StatusCode, Json<Value>), ApiError>;
+pub(super) type Answer = Result<Reply, ApiError>;
 
 /// The model in the path; its slashes may be raw or encoded.
 fn model_in(uri: &Uri) -> Result<String, ApiError> {
@@ -43,40 +49,45 @@ fn unknown(name: &str) -> ApiError {
     ApiError::not_found(format!("there is no deployment of the model {name:?}"))
 }
 
-pub(super) async fn list(State(core): State<Arc<Core>>) -> Json<Value> {
+/// What is deployed, by name.
+fn deployed(view: &View) -> impl Iterator<Item = (String, (&ModelView, &Stored<Deployment>))> {
+    view.models.iter().filter_map(|(name, m)| Some((name.clone(), (&**m, m.deployment.as_ref()?))))
+}
+
+pub(super) async fn list(
+    State(core): State<Arc<Core>>,
+    caller: Caller,
+    params: Params,
+) -> Result<Json<Value>, ApiError> {
     let (view, nodes, reports) = (core.view(), core.roster.nodes(), core.reports.borrow().clone());
-    let deployed = view.models.iter().filter_map(|(name, m)| Some((name, m, m.deployment.as_ref()?)));
-    let shown: Vec<Value> = deployed
-        .map(|(name, model, stored)| {
-            let endpoints = show::endpoints(&view, name, model, &nodes);
-            let adapters = show::adapters(&view, model);
-            shown(&stored.value, stored.mod_revision, status(&stored.value, &endpoints, &reports), &adapters)
-        })
-        .collect();
-    Json(json!({ "deployments": shown }))
+    params.page("deployments", deployed(&view), |(model, stored)| {
+        let deployment = &stored.value;
+        let endpoints = show::endpoints(&view, &deployment.model, model, &nodes);
+        let adapters = show::adapters(&view, model);
+        let status = status(deployment, &endpoints, &reports);
+        for_eyes(caller.role, shown(deployment, stored.mod_revision, status, &adapters))
+    })
 }
 
-pub(super) async fn models(State(core): State<Arc<Core>>) -> Json<Value> {
+pub(super) async fn models(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {
     let view = core.view();
-    let deployed = view.models.iter().filter_map(|(name, m)| Some((name, m, m.deployment.as_ref()?)));
-    let shown: Vec<Value> = deployed
-        .map(|(name, model, stored)| {
-            let ready = model.endpoints.values().filter(|e| model.takes_requests(e)).count();
-            json!({ "model": name, "replicas": stored.value.replicas, "ready": ready })
-        })
-        .collect();
-    Json(json!({ "models": shown }))
+    params.page("models", deployed(&view), |(model, stored)| {
+        let ready = model.endpoints.values().filter(|e| model.takes_requests(e)).count();
+        json!({ "model": stored.value.model, "replicas": stored.value.replicas, "ready": ready })
+    })
 }
 
-pub(super) async fn get(State(core): State<Arc<Core>>, uri: Uri) -> Answer {
+pub(super) async fn get(State(core): State<Arc<Core>>, caller: Caller, uri: Uri) -> Answer {
     let name = model_in(&uri)?;
     let view = core.view();
     let stored = view.models.get(&name).and_then(|m| m.deployment.clone()).ok_or_else(|| unknown(&name))?;
-    Ok((StatusCode::OK, Json(with_status(&core, &stored.value, stored.mod_revision))))
+    let shown = with_status(&core, &stored.value, stored.mod_revision);
+    Ok(Reply::ok(for_eyes(caller.role, shown), stored.mod_revision))
 }
 
 pub(super) async fn put(
     State(core): State<Arc<Core>>,
+    ask: Ask,
     uri: Uri,
     headers: HeaderMap,
     bytes: Result<Bytes, BytesRejection>,
@@ -84,22 +95,9 @@ pub(super) async fn put(
     let name = model_in(&uri)?;
     let asked = body(&headers, bytes)?;
     let asked = validate::deployment_body(&name, &asked, core.config.limits.max_replicas)?;
-    let change = |before: Option<Deployment>| {
+    change(&core, &ask, &name, None, |before| {
         if before.is_none() {
-            let deployed = core.view().models.values().filter(|m| m.deployment.is_some()).count();
-            if deployed >= core.config.limits.max_deployments {
-                let message = format!("there are {deployed} deployments already (limits.max_deployments)");
-                return Err(ApiError::new(StatusCode::FORBIDDEN, "too_many_deployments", message));
-            }
-            if let Some(route) = core.view().routes.get(&name)
-                && !route.value.targets.iter().any(|target| target.model == name)
-            {
-                let message = format!(
-                    "{name:?} is the name of a route that leads elsewhere, and would stay so: delete the route first \
-                     (DELETE /api/v2/routes/{name}), or deploy under another name"
-                );
-                return Err(ApiError::new(StatusCode::CONFLICT, "name_is_a_route", message));
-            }
+            may_begin(&core, &name)?;
         }
         Ok(Deployment {
             model: name.clone(),
@@ -108,59 +106,102 @@ pub(super) async fn put(
             created_unix_s: before.map_or_else(unix_now, |d| d.created_unix_s),
             policy: asked.policy.clone(),
         })
-    };
-    let (created, deployment, revision) = write(&core, &name, None, change).await?;
-    let status = if created { StatusCode::CREATED } else { StatusCode::OK };
-    Ok((status, Json(with_status(&core, &deployment, revision))))
+    })
+    .await
+}
+
+/// Whether there may be a deployment of a new name.
+fn may_begin(core: &Core, name: &str) -> Result<(), ApiError> {
+    let view = core.view();
+    let deployed = view.models.values().filter(|m| m.deployment.is_some()).count();
+    if deployed >= core.config.limits.max_deployments {
+        let message = format!("there are {deployed} deployments already (limits.max_deployments)");
+        return Err(ApiError::new(StatusCode::FORBIDDEN, "too_many_deployments", message));
+    }
+    let route = view.routes.get(name);
+    if route.is_some_and(|route| !route.value.targets.iter().any(|target| target.model == name)) {
+        let message = format!(
+            "{name:?} is the name of a route that leads elsewhere, and would stay so: delete the route first \
+             (DELETE /api/v2/routes/{name}), or deploy under another name"
+        );
+        return Err(ApiError::new(StatusCode::CONFLICT, "name_is_a_route", message));
+    }
+    Ok(())
 }
 
 pub(super) async fn patch(
     State(core): State<Arc<Core>>,
+    ask: Ask,
     uri: Uri,
     headers: HeaderMap,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Answer {
     let name = model_in(&uri)?;
     let asked = validate::patch_body(&body(&headers, bytes)?, core.config.limits.max_replicas)?;
-    let change = |before: Option<Deployment>| {
-        let mut deployment = before.ok_or_else(|| unknown(&name))?;
+    change(&core, &ask, &name, None, |before| {
+        let mut deployment = before.cloned().ok_or_else(|| unknown(&name))?;
         deployment.replicas = asked.replicas.unwrap_or(deployment.replicas);
         let rollout = &mut deployment.policy.rollout;
         rollout.paused = asked.paused.unwrap_or(rollout.paused);
         Ok(deployment)
-    };
-    self::change(&core, &name, None, change).await
+    })
+    .await
 }
 
-/// Changes a deployment and answers with what it is then. `rolled_back_to`: the revision that the change comes from.
+fn place(name: &str) -> Place {
+    let subject = Subject { kind: "deployment", name: name.into(), model: name.into() };
+    Place { subject, key: keys::deployment(name), beside: Some(keys::revisions(name)) }
+}
+
+/// Changes a deployment, with its history, and answers with what it is then. `rolled_back_to`: the revision that the
+/// change comes from.
 pub(super) async fn change(
     core: &Core,
+    ask: &Ask,
     name: &str,
     rolled_back_to: Option<u64>,
-    change: impl Fn(Option<Deployment>) -> Result<Deployment, ApiError>,
+    change: impl Fn(Option<&Deployment>) -> Result<Deployment, ApiError>,
 ) -> Answer {
-    let (_, deployment, revision) = write(core, name, rolled_back_to, change).await?;
-    Ok((StatusCode::OK, Json(with_status(core, &deployment, revision))))
+    let edited = edit(core, ask, &place(name), |before: Option<&Deployment>, history| {
+        let deployment = change(before)?;
+        let history = revisions::read(name, history)?;
+        // Of one that was there before there were revisions, the former state is the first.
+        let history = match before.filter(|_| history.revisions.is_empty()) {
+            Some(before) => history.with(before, None, before.created_unix_s).unwrap_or(history),
+            None => history,
+        };
+        let beside = match history.with(&deployment, rolled_back_to, unix_now()) {
+            None => Beside::Leave,
+            Some(history) => {
+                let value = serde_json::to_vec(&history);
+                Beside::Put(value.map_err(|error| ApiError::unreadable("deployment", &error))?)
+            }
+        };
+        Ok(Step { after: Some(deployment), beside })
+    })
+    .await?;
+    reply(core, edited)
 }
 
-pub(super) async fn delete(State(core): State<Arc<Core>>, uri: Uri) -> Answer {
+fn reply(core: &Core, edited: Edited<Deployment>) -> Answer {
+    let (status, revision, dry_run) = (edited.status(), edited.revision, edited.dry_run);
+    let deployment = edited.after.or(edited.before);
+    let body = deployment.map(|deployment| with_status(core, &deployment, revision)).unwrap_or_default();
+    Ok(Reply { status, body, revision, dry_run })
+}
+
+pub(super) async fn delete(State(core): State<Arc<Core>>, ask: Ask, uri: Uri) -> Answer {
     let name = model_in(&uri)?;
-    let key = keys::deployment(&name);
-    for _ in 0..ATTEMPTS {
-        let entry = core.store.get(&key).await?.ok_or_else(|| unknown(&name))?;
-        let deployment = parse(&entry)?;
-        let last = with_status(&core, &deployment, entry.mod_revision);
-        let txn = Txn::new()
-            .when(Compare::ModRevision(key.clone(), entry.mod_revision))
-            .delete(key.clone())
-            .delete(keys::revisions(&name));
-        if let TxnOutcome::Committed { revision } = core.commit(txn).await? {
-            tracing::info!(model = name, revision, "a deployment was deleted");
-            core.seen(revision).await;
-            return Ok((StatusCode::OK, Json(last)));
-        }
-    }
-    Err(ApiError::conflict())
+    let view = core.view();
+    let edited = edit(&core, &ask, &place(&name), |before: Option<&Deployment>, _| match before {
+        Some(_) => Ok(Step { after: None, beside: Beside::Delete }),
+        None => Err(unknown(&name)),
+    })
+    .await?;
+    // As it was: what ends now is not what was asked about.
+    let last = edited.before.as_ref().map(|last| with_status_in(&core, &view, last, edited.revision));
+    let body = last.unwrap_or_default();
+    Ok(Reply { status: StatusCode::OK, body, revision: edited.revision, dry_run: edited.dry_run })
 }
 
 /// Somebody waits for a model that sleeps: it gets a replica again. Says how many it shall have now.
@@ -169,7 +210,7 @@ pub(super) async fn wake(
     model: Result<Path<String>, PathRejection>,
     headers: HeaderMap,
     bytes: Result<Bytes, BytesRejection>,
-) -> Answer {
+) -> Result<(StatusCode, Json<Value>), ApiError> {
     let Ok(Path(name)) = model else { return Err(ApiError::not_found("the model's name is not UTF-8")) };
     validate::model_name(&name)?;
     let queued = match bytes.as_ref().is_ok_and(Bytes::is_empty) {
@@ -185,69 +226,21 @@ pub(super) async fn wake(
     Ok((StatusCode::ACCEPTED, Json(json!({ "model": name, "queued": queued, "wanted": wanted }))))
 }
 
-/// Replaces the deployment by what `change` makes of it; one that stays the same is not written.
-async fn write(
-    core: &Core,
-    name: &str,
-    rolled_back_to: Option<u64>,
-    change: impl Fn(Option<Deployment>) -> Result<Deployment, ApiError>,
-) -> Result<(bool, Deployment, Revision), ApiError> {
-    let key = keys::deployment(name);
-    for _ in 0..ATTEMPTS {
-        let entry = core.store.get(&key).await?;
-        let before = entry.as_ref().map(parse).transpose()?;
-        let deployment = change(before.clone())?;
-        let at = entry.map_or(0, |entry| entry.mod_revision);
-        if before.as_ref() == Some(&deployment) {
-            return Ok((false, deployment, at));
-        }
-        let value = serde_json::to_vec(&deployment).map_err(internal)?;
-        let mut txn = Txn::new().when(Compare::ModRevision(key.clone(), at)).put(key.clone(), value);
-        let (history, history_at) = revisions::read(core, name).await?;
-        // Of one that was there before there were revisions, the former state is the first.
-        let history = match before.as_ref().filter(|_| history.revisions.is_empty()) {
-            Some(before) => history.with(before, None, before.created_unix_s).unwrap_or(history),
-            None => history,
-        };
-        if let Some(history) = history.with(&deployment, rolled_back_to, unix_now()) {
-            let (key, value) = (keys::revisions(name), serde_json::to_vec(&history).map_err(internal)?);
-            txn = txn.when(Compare::ModRevision(key.clone(), history_at)).put(key, value);
-        }
-        if let TxnOutcome::Committed { revision } = core.commit(txn).await? {
-            tracing::info!(
-                model = name,
-                replicas = deployment.replicas,
-                revision,
-                "a deployment was written"
-            );
-            core.seen(revision).await;
-            return Ok((before.is_none(), deployment, revision));
-        }
-    }
-    Err(ApiError::conflict())
-}
-
-fn unix_now() -> i64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    i64::try_from(now).unwrap_or(0)
-}
-
-fn parse(entry: &Entry) -> Result<Deployment, ApiError> {
-    serde_json::from_slice(&entry.value).map_err(internal)
-}
-
-fn internal(error: serde_json::Error) -> ApiError {
-    tracing::error!(%error, "a stored deployment cannot be read or written");
-    let message = "the stored deployment cannot be read; the log says why";
-    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+/// What `role` may see of `value`: whoever only reads does not see secrets.
+pub(super) fn for_eyes(role: Role, value: Value) -> Value {
+    if role == Role::Viewer { mask(&value) } else { value }
 }
 
 fn with_status(core: &Core, deployment: &Deployment, revision: Revision) -> Value {
-    let (view, nodes) = (core.view(), core.roster.nodes());
+    with_status_in(core, &core.view(), deployment, revision)
+}
+
+fn with_status_in(core: &Core, view: &View, deployment: &Deployment, revision: Revision) -> Value {
+    let nodes = core.roster.nodes();
     let name = &deployment.model;
     let model = view.models.get(name);
-    let endpoints = model.map(|model| show::endpoints(&view, name, model, &nodes)).unwrap_or_default();
-    let adapters = model.map(|model| show::adapters(&view, model)).unwrap_or_default();
+    let endpoints = model.map(|model| show::endpoints(view, name, model, &nodes)).unwrap_or_default();
+    let adapters = model.map(|model| show::adapters(view, model)).unwrap_or_default();
     let reports = core.reports.borrow().clone();
     shown(deployment, revision, status(deployment, &endpoints, &reports), &adapters)
 }

@@ -5,69 +5,62 @@ use std::sync::Arc;
 use axum::{
     Json,
     extract::{Path, State, rejection::PathRejection},
+    http::StatusCode,
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{
+    ask::{Ask, Params, Reply},
+    edit::{Place, edit},
     error::ApiError,
     show::{self, EndpointShown},
 };
-use crate::{
-    core::Core,
-    model::desired::Drain,
-    store::{Compare, Txn, TxnOutcome, keys},
-};
+use crate::{audit::Subject, core::Core, model::desired::Drain, store::keys};
 
 type Id = Result<Path<String>, PathRejection>;
 
-pub(super) async fn list(State(core): State<Arc<Core>>) -> Json<Value> {
+/// By model, and in each by number.
+pub(super) async fn list(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {
     let (view, nodes) = (core.view(), core.roster.nodes());
-    let all = view.models.iter().flat_map(|(name, model)| show::endpoints(&view, name, model, &nodes));
-    Json(json!({ "endpoints": all.collect::<Vec<_>>() }))
+    let all = view.models.iter().flat_map(|(name, model)| {
+        let endpoints = show::endpoints(&view, name, model, &nodes).into_iter();
+        // Ids of one model differ in their numbers: a longer one is a larger one.
+        let mut keyed: Vec<_> =
+            endpoints.map(|e| (format!("{name} {:04} {}", e.id.len(), e.id), e)).collect();
+        keyed.sort_by(|(a, _), (b, _)| a.cmp(b));
+        keyed
+    });
+    params.page("endpoints", all, |endpoint| serde_json::to_value(&endpoint).unwrap_or_default())
 }
 
 pub(super) async fn get(State(core): State<Arc<Core>>, id: Id) -> Result<Json<EndpointShown>, ApiError> {
     Ok(Json(find(&core, id)?))
 }
 
-pub(super) async fn drain(State(core): State<Arc<Core>>, id: Id) -> Result<Json<EndpointShown>, ApiError> {
-    let endpoint = find(&core, id)?;
-    let drain = Drain { model: endpoint.model.clone(), replica_id: endpoint.id.clone() };
-    let value = serde_json::to_vec(&drain).map_err(|_| ApiError::conflict())?;
-    let key = keys::drain(&drain.model, &drain.replica_id);
-    // Only while the replica has a place: else nothing would ever take the key away.
-    let placement = core.store.get(&keys::placement(&drain.model)).await?.map_or(0, |e| e.mod_revision);
-    let txn = Txn::new()
-        .when(Compare::Absent(key.clone()))
-        .when(Compare::ModRevision(keys::placement(&drain.model), placement))
-        .put(key.clone(), value);
-    finish(&core, txn, &key, &endpoint, true).await
+pub(super) async fn drain(State(core): State<Arc<Core>>, ask: Ask, id: Id) -> Result<Reply, ApiError> {
+    set(&core, &ask, id, true).await
 }
 
-pub(super) async fn undrain(State(core): State<Arc<Core>>, id: Id) -> Result<Json<EndpointShown>, ApiError> {
-    let endpoint = find(&core, id)?;
-    let key = keys::drain(&endpoint.model, &endpoint.id);
-    let txn = Txn::new().when(Compare::Exists(key.clone())).delete(key.clone());
-    finish(&core, txn, &key, &endpoint, false).await
+pub(super) async fn undrain(State(core): State<Arc<Core>>, ask: Ask, id: Id) -> Result<Reply, ApiError> {
+    set(&core, &ask, id, false).await
 }
 
-/// Commits; a condition on `key` itself that does not hold means that it is as wanted already.
-async fn finish(
-    core: &Core,
-    txn: Txn,
-    key: &str,
-    endpoint: &EndpointShown,
-    drained: bool,
-) -> Result<Json<EndpointShown>, ApiError> {
-    match core.commit(txn).await? {
-        TxnOutcome::Committed { revision } => {
-            tracing::info!(replica_id = endpoint.id, drained, "an operator set a drain");
-            core.seen(revision).await;
-        }
-        TxnOutcome::Conflict { failed, .. } if failed.key() == key => {}
-        TxnOutcome::Conflict { .. } => return Err(ApiError::conflict()),
-    }
-    Ok(Json(find_id(core, &endpoint.id)?))
+async fn set(core: &Core, ask: &Ask, id: Id, drained: bool) -> Result<Reply, ApiError> {
+    let endpoint = find(core, id)?;
+    let (model, id) = (&endpoint.model, &endpoint.id);
+    let place = Place {
+        subject: Subject { kind: "endpoint", name: id.clone(), model: model.clone() },
+        key: keys::drain(model, id),
+        // Only while the replica has a place: else nothing would ever take the key away.
+        beside: Some(keys::placement(model)),
+    };
+    let edited = edit(core, ask, &place, |_: Option<&Drain>, _| {
+        let drain = drained.then(|| Drain { model: model.clone(), replica_id: id.clone() });
+        Ok(drain.into())
+    })
+    .await?;
+    let shown = serde_json::to_value(find_id(core, id)?).unwrap_or_default();
+    Ok(Reply { status: StatusCode::OK, body: shown, revision: 0, dry_run: edited.dry_run })
 }
 
 fn find(core: &Core, id: Id) -> Result<EndpointShown, ApiError> {

@@ -1,7 +1,8 @@
-//! Refusals: `{"error":{"code","field","message"}}`. The message is for the caller; what is internal goes to the log.
+//! Refusals: `{"error":{"code","message","field"?}}`. The message is for the caller; what is internal goes to the log.
 
 use axum::{
     Json,
+    extract::rejection::BytesRejection,
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -16,11 +17,38 @@ pub(super) struct ApiError {
     code: &'static str,
     field: Option<String>,
     message: String,
+    retry_after_s: Option<u64>,
 }
 
 impl ApiError {
     pub(super) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, field: None, message: message.into() }
+        // A new leader is found in about this time.
+        let retry_after_s = (status == StatusCode::SERVICE_UNAVAILABLE).then_some(2);
+        Self { status, code, field: None, message: message.into(), retry_after_s }
+    }
+
+    /// The same, about a field, a query parameter or a header.
+    pub(super) fn of(self, field: impl Into<String>) -> Self {
+        Self { field: Some(field.into()), ..self }
+    }
+
+    /// The same, to be tried again in so many seconds.
+    pub(super) fn after(self, seconds: u64) -> Self {
+        Self { retry_after_s: Some(seconds), ..self }
+    }
+
+    /// What is stored of `what` cannot be read or written.
+    pub(super) fn unreadable(what: &str, error: &serde_json::Error) -> Self {
+        tracing::error!(%error, what, "what is stored cannot be read or written");
+        let message = format!("what is stored of the {what} cannot be read; the log says why");
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+    }
+
+    /// A request with this Idempotency-Key was begun, and how it ended is not known.
+    pub(super) fn begun() -> Self {
+        let message = "a request with this Idempotency-Key has made its change, or is making it, and its answer is not \
+                       known (yet): read what it was to change, and use another key for another change";
+        Self::new(StatusCode::CONFLICT, "idempotency_unknown", message)
     }
 
     pub(super) fn not_found(message: impl Into<String>) -> Self {
@@ -36,7 +64,22 @@ impl ApiError {
 impl From<FieldError> for ApiError {
     fn from(error: FieldError) -> Self {
         let field = Some(error.field).filter(|field| !field.is_empty());
-        Self { status: StatusCode::BAD_REQUEST, code: "invalid_field", field, message: error.message }
+        Self { field, ..Self::new(StatusCode::BAD_REQUEST, "invalid_field", error.message) }
+    }
+}
+
+impl From<BytesRejection> for ApiError {
+    fn from(rejection: BytesRejection) -> Self {
+        match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => {
+                let message = "the body is larger than is accepted (limits.max_body_bytes)";
+                Self::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+            }
+            _ => {
+                let message = "the body could not be read to its end";
+                Self::new(StatusCode::BAD_REQUEST, "invalid_body", message)
+            }
+        }
     }
 }
 
@@ -72,9 +115,11 @@ impl IntoResponse for ApiError {
             error["field"] = field.into();
         }
         let mut response = (self.status, Json(json!({ "error": error }))).into_response();
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
-            // A new leader is found in about this time.
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
+        if let Some(seconds) = self.retry_after_s {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }

@@ -1,17 +1,30 @@
 //! The private HTTP side: REST, the console, probes, metrics.
 //!
-//! Reads come from the view, writes are single transactions, and a write answers only when the view has it: what was
-//! put can be read back at once. Every refusal has the one shape of `error::ApiError`.
+//! [`api`] is the table of every route with its role; the router, the guard that authorises ([`guard`]) and the API's
+//! document ([`openapi`]) are made from it. Reads come from the view. Changes go through [`edit`]: one transaction with the
+//! change's record in the audit, and an answer only when the view has it, so that what was put can be read back at once.
+//! Every refusal has the one shape of [`error`]'s `ApiError`.
 
+mod api;
+mod ask;
+mod audit;
 mod cluster;
+mod console;
 mod deployments;
+mod edit;
 mod endpoints;
 mod error;
+mod guard;
 mod node_policies;
 mod nodes;
+mod observe;
+mod openapi;
+mod placements;
 mod revisions;
 mod routes;
 mod show;
+mod table;
+mod tokens;
 
 use std::sync::Arc;
 
@@ -21,50 +34,27 @@ use axum::{
     extract::{DefaultBodyLimit, State, rejection::BytesRejection},
     http::{HeaderMap, StatusCode, header},
     middleware,
-    response::{IntoResponse, Response},
-    routing::{get, post},
+    response::Response,
 };
 use serde_json::Value;
 
 use crate::{core::Core, model::validate};
 use error::ApiError;
+use guard::{Guard, Rule};
 
 /// Every route.
 pub fn router(core: Arc<Core>) -> Router {
     let limit = DefaultBodyLimit::max(core.config.limits.max_body_bytes);
-    Router::new()
-        .route("/", get(console_page))
-        .route("/v1/admin/ui", get(console_page))
-        .route("/console/app.js", get(console_script))
-        .route("/console/style.css", get(console_style))
-        .route("/livez", get(|| async { "ok" }))
-        .route("/healthz", get(|| async { "ok" }))
-        .route("/readyz", get(cluster::readyz))
-        .route("/metrics", get(cluster::metrics))
-        .route("/api/v2/deployments", get(deployments::list))
-        .route(
-            "/api/v2/deployments/{*model}",
-            get(deployments::get).put(deployments::put).patch(deployments::patch).delete(deployments::delete),
-        )
-        .route("/api/v2/routes", get(routes::list))
-        .route("/api/v2/routes/{*name}", get(routes::get).put(routes::put).delete(routes::delete))
-        .route("/api/v2/models", get(deployments::models))
-        .route("/api/v2/endpoints", get(endpoints::list))
-        .route("/api/v2/endpoints/{id}", get(endpoints::get))
-        .route("/api/v2/endpoints/{id}/drain", post(endpoints::drain))
-        .route("/api/v2/endpoints/{id}/undrain", post(endpoints::undrain))
-        .route("/api/v2/nodes", get(nodes::list))
-        .route("/api/v2/nodes/{id}", get(nodes::get).patch(node_policies::patch))
-        .route("/api/v2/nodes/{id}/cordon", post(node_policies::cordon))
-        .route("/api/v2/nodes/{id}/maintenance", post(node_policies::maintenance))
-        .route("/api/v2/nodes/{id}/uncordon", post(node_policies::uncordon))
-        .route("/api/v2/revisions/{*model}", get(revisions::list))
-        .route("/api/v2/diff/{*model}", get(revisions::diff))
-        .route("/api/v2/rollback/{*model}", post(revisions::rollback))
-        .route("/api/v2/wake/{*model}", post(deployments::wake))
-        .route("/api/v2/proxies", get(nodes::proxies))
-        .route("/api/v2/cluster/status", get(cluster::status))
-        .route("/api/v2/cluster/publish", post(cluster::publish))
+    let mut router = Router::new();
+    let mut rules = std::collections::HashMap::new();
+    for row in api::rows() {
+        let rule = Rule { access: row.access, query: row.query, repeatable: row.repeatable };
+        rules.insert((row.method, row.path), rule);
+        router = router.route(row.path, row.handler);
+    }
+    let guard = Guard { core: core.clone(), rules: Arc::new(rules) };
+    router
+        .route_layer(middleware::from_fn_with_state(guard, guard::guard))
         .fallback(|| async {
             ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is nothing at this path")
         })
@@ -88,21 +78,6 @@ async fn count(State(core): State<Arc<Core>>, response: Response) -> Response {
     response
 }
 
-async fn console_page() -> impl IntoResponse {
-    let policy = "default-src 'self'; frame-ancestors 'none'";
-    let headers =
-        [(header::CONTENT_TYPE, "text/html; charset=utf-8"), (header::CONTENT_SECURITY_POLICY, policy)];
-    (headers, include_str!("../console/index.html"))
-}
-
-async fn console_script() -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/javascript; charset=utf-8")], include_str!("../console/app.js"))
-}
-
-async fn console_style() -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/css; charset=utf-8")], include_str!("../console/style.css"))
-}
-
 /// A request's JSON body.
 fn body(headers: &HeaderMap, body: Result<Bytes, BytesRejection>) -> Result<Value, ApiError> {
     let kind = headers.get(header::CONTENT_TYPE).map(|kind| kind.to_str().unwrap_or_default());
@@ -111,14 +86,7 @@ fn body(headers: &HeaderMap, body: Result<Bytes, BytesRejection>) -> Result<Valu
         let message = format!("the body must be application/json, not {kind:?}");
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
     }
-    let bytes = body.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => ApiError::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "body_too_large",
-            "the body is larger than is accepted",
-        ),
-        _ => ApiError::new(StatusCode::BAD_REQUEST, "invalid_body", "the body could not be read to its end"),
-    })?;
+    let bytes = body?;
     validate::json(&bytes).map_err(|reason| {
         ApiError::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not JSON: {reason}"))
     })

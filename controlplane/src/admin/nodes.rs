@@ -12,38 +12,53 @@ use axum::{
 use penstock_proto::Version;
 use serde_json::{Map, Value, json};
 
-use super::error::ApiError;
+use super::{
+    ask::{Params, Reply},
+    error::ApiError,
+};
 use crate::{
     core::Core,
-    model::{NodeObserved, Phase},
+    model::{NodeObserved, NodePolicy, Phase},
     plan::NodeSeen,
+    store::Revision,
     view::View,
     xds::hub::Subscriber,
 };
 
-pub(super) async fn list(State(core): State<Arc<Core>>) -> Json<Value> {
+pub(super) async fn list(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {
     let (view, seen) = (core.view(), core.roster.nodes());
     let names: BTreeSet<&String> = known(&view, &seen).collect();
-    let shown: Vec<Value> = names.into_iter().map(|name| shown(&view, &seen, name)).collect();
-    Json(json!({ "nodes": shown }))
+    let policy = |name: &str| view.node_policies.get(name).map(|stored| &stored.value);
+    let items = names.into_iter().map(|name| (name.clone(), name));
+    params.page("nodes", items, |name| shown(&view, &seen, name, policy(name)))
 }
 
 pub(super) async fn get(
     State(core): State<Arc<Core>>,
     id: Result<Path<String>, PathRejection>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Reply, ApiError> {
     let Ok(Path(id)) = id else { return Err(ApiError::not_found("the node's id is not UTF-8")) };
-    one(&core, &id).map(Json)
+    one(&core, &id, None).map(|(node, revision)| Reply::ok(node, revision))
 }
 
-/// One node as the API shows it.
-pub(super) fn one(core: &Core, id: &str) -> Result<Value, ApiError> {
+/// One node as the API shows it, and the revision of what operators say of it (0: nothing). `would_be`: as if they said
+/// that.
+pub(super) fn one(
+    core: &Core,
+    id: &str,
+    would_be: Option<Option<NodePolicy>>,
+) -> Result<(Value, Revision), ApiError> {
     let (view, seen) = (core.view(), core.roster.nodes());
     if !known(&view, &seen).any(|name| name == id) {
         let shown: String = id.chars().take(64).collect();
         return Err(ApiError::not_found(format!("there is no node {shown:?}")));
     }
-    Ok(shown(&view, &seen, id))
+    let stored = view.node_policies.get(id);
+    let policy = match &would_be {
+        Some(policy) => policy.as_ref(),
+        None => stored.map(|stored| &stored.value),
+    };
+    Ok((shown(&view, &seen, id, policy), stored.map_or(0, |stored| stored.mod_revision)))
 }
 
 /// Every node that is present, assigned to, heard of or spoken of; some more than once.
@@ -51,7 +66,12 @@ fn known<'a>(view: &'a View, seen: &'a BTreeMap<String, NodeObserved>) -> impl I
     view.nodes.keys().chain(view.by_node.keys()).chain(seen.keys()).chain(view.node_policies.keys())
 }
 
-fn shown(view: &View, seen: &BTreeMap<String, NodeObserved>, name: &str) -> Value {
+fn shown(
+    view: &View,
+    seen: &BTreeMap<String, NodeObserved>,
+    name: &str,
+    policy: Option<&NodePolicy>,
+) -> Value {
     let (present, live) = (view.nodes.get(name), seen.get(name));
     let assigned = view.by_node.get(name);
     let engines = assigned.map_or(0, |a| a.values().filter(|(_, a)| a.phase == Phase::Active).count());
@@ -66,7 +86,6 @@ fn shown(view: &View, seen: &BTreeMap<String, NodeObserved>, name: &str) -> Valu
         });
         gpus.collect::<Vec<_>>()
     });
-    let policy = view.node_policies.get(name).map(|stored| &stored.value);
     let seen_as = NodeSeen {
         zone: node.map_or("", |n| n.zone.as_str()),
         labels: node.map(|n| &n.labels),
@@ -95,9 +114,13 @@ fn shown(view: &View, seen: &BTreeMap<String, NodeObserved>, name: &str) -> Valu
     })
 }
 
-pub(super) async fn proxies(State(core): State<Arc<Core>>) -> Json<Value> {
-    let shown: Vec<Value> = core.hub.subscribers().iter().map(proxy).collect();
-    Json(json!({ "proxies": shown, "version": core.hub.snapshot().version.to_string() }))
+pub(super) async fn proxies(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {
+    let mut subscribers = core.hub.subscribers();
+    subscribers.sort_by(|a, b| (&a.peer.node_id, &a.address).cmp(&(&b.peer.node_id, &b.address)));
+    let items = subscribers.iter().map(|s| (format!("{} {}", s.peer.node_id, s.address), s));
+    let mut page = params.page("proxies", items, proxy)?;
+    page.0["version"] = core.hub.snapshot().version.to_string().into();
+    Ok(page)
 }
 
 fn proxy(subscriber: &Subscriber) -> Value {

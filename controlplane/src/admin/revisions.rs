@@ -6,44 +6,51 @@ use axum::{
     Json,
     body::Bytes,
     extract::{
-        Path, Query, State,
-        rejection::{BytesRejection, PathRejection, QueryRejection},
+        Path, State,
+        rejection::{BytesRejection, PathRejection},
     },
     http::{HeaderMap, StatusCode},
 };
-use serde::Deserialize;
+use penstock_config::controlplane::Role;
 use serde_json::{Value, json};
 
-use super::{body, deployments, error::ApiError};
+use super::{
+    ask::{Ask, Params},
+    body, deployments,
+    error::ApiError,
+};
 use crate::{
+    access::Caller,
+    audit::mask::mask_field,
     core::Core,
     model::{
-        revisions::{History, Revision, differences, rolled_back},
+        revisions::{Difference, History, Revision, differences, rolled_back},
         validate,
     },
-    store::{Revision as StoreRevision, keys},
+    store::{Entry, keys},
 };
 
 type Name = Result<Path<String>, PathRejection>;
 
-/// Two revisions; without `to` the present one, without `from` the one before `to`.
-#[derive(Debug, Clone, Copy, Deserialize)]
-pub(super) struct Between {
-    from: Option<u64>,
-    to: Option<u64>,
+/// A model's history out of its entry.
+pub(super) fn read(model: &str, entry: Option<&Entry>) -> Result<History, ApiError> {
+    let Some(entry) = entry else {
+        return Ok(History { model: model.to_owned(), revisions: Vec::new() });
+    };
+    serde_json::from_slice(&entry.value).map_err(|error| ApiError::unreadable("revisions", &error))
 }
 
-/// A model's history, and the store's revision of its key; 0 if there is none.
-pub(super) async fn read(core: &Core, model: &str) -> Result<(History, StoreRevision), ApiError> {
-    let Some(entry) = core.store.get(&keys::revisions(model)).await? else {
-        return Ok((History { model: model.to_owned(), revisions: Vec::new() }, 0));
-    };
-    let history = serde_json::from_slice(&entry.value).map_err(|error| {
-        tracing::error!(%error, model, "stored revisions cannot be read");
-        let message = "the stored revisions cannot be read; the log says why";
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
-    })?;
-    Ok((history, entry.mod_revision))
+/// What differs, as the caller may see it.
+fn shown(caller: &Caller, before: &Revision, after: &Revision) -> Vec<Difference> {
+    let mut all = differences(before, after);
+    if caller.role == Role::Viewer {
+        for found in &mut all {
+            for value in [&mut found.before, &mut found.after].into_iter().flatten() {
+                mask_field(&found.field, value);
+            }
+        }
+    }
+    all
 }
 
 /// The history of a model that is deployed.
@@ -53,7 +60,7 @@ async fn of(core: &Core, name: Name) -> Result<(String, History), ApiError> {
     if core.store.get(&keys::deployment(&name)).await?.is_none() {
         return Err(ApiError::not_found(format!("there is no deployment of the model {name:?}")));
     }
-    let (history, _) = read(core, &name).await?;
+    let history = read(&name, core.store.get(&keys::revisions(&name)).await?.as_ref())?;
     Ok((name, history))
 }
 
@@ -62,14 +69,18 @@ fn missing(reason: String) -> ApiError {
 }
 
 /// Newest first, each with what it changed.
-pub(super) async fn list(State(core): State<Arc<Core>>, name: Name) -> Result<Json<Value>, ApiError> {
+pub(super) async fn list(
+    State(core): State<Arc<Core>>,
+    caller: Caller,
+    name: Name,
+) -> Result<Json<Value>, ApiError> {
     let (name, history) = of(&core, name).await?;
     let all = &history.revisions;
     let changes = |at: usize| {
         let before = at.checked_sub(1).and_then(|before| all.get(before));
-        before.zip(all.get(at)).map(|(before, after)| differences(before, after)).unwrap_or_default()
+        before.zip(all.get(at)).map(|(before, after)| shown(&caller, before, after)).unwrap_or_default()
     };
-    let shown = all.iter().enumerate().rev().map(|(at, revision)| {
+    let listed = all.iter().enumerate().rev().map(|(at, revision)| {
         json!({
             "number": revision.number,
             "unix_s": revision.unix_s,
@@ -77,33 +88,34 @@ pub(super) async fn list(State(core): State<Arc<Core>>, name: Name) -> Result<Js
             "changes": changes(at),
         })
     });
-    Ok(Json(json!({ "model": name, "revisions": shown.collect::<Vec<_>>() })))
+    Ok(Json(json!({ "model": name, "revisions": listed.collect::<Vec<_>>() })))
 }
 
 /// What differs between two revisions.
 pub(super) async fn diff(
     State(core): State<Arc<Core>>,
+    caller: Caller,
+    params: Params,
     name: Name,
-    between: Result<Query<Between>, QueryRejection>,
 ) -> Result<Json<Value>, ApiError> {
-    let Ok(Query(between)) = between else {
-        let message = "from and to must be numbers of revisions: ?from=3&to=5";
-        return Err(ApiError::new(StatusCode::BAD_REQUEST, "invalid_query", message));
-    };
+    // Without `to` the present one, without `from` the one before `to`.
+    let number = |name| params.number(name, 1, u64::from(u32::MAX));
+    let (asked_from, asked_to) = (number("from")?, number("to")?);
     let (name, history) = of(&core, name).await?;
     let newest = history.revisions.last().map_or(1, |revision| revision.number);
-    let to = history.find(between.to.unwrap_or(newest)).map_err(missing)?;
-    let from: &Revision = match between.from {
+    let to = history.find(asked_to.unwrap_or(newest)).map_err(missing)?;
+    let from: &Revision = match asked_from {
         Some(number) => history.find(number).map_err(missing)?,
         None => history.find(to.number.saturating_sub(1)).map_err(missing)?,
     };
-    let changes = differences(from, to);
+    let changes = shown(&caller, from, to);
     Ok(Json(json!({ "model": name, "from": from.number, "to": to.number, "changes": changes })))
 }
 
 /// Makes the deployment what it was: `{"to": 3}`, or with an empty body what it was before its last change.
 pub(super) async fn rollback(
     State(core): State<Arc<Core>>,
+    ask: Ask,
     name: Name,
     headers: HeaderMap,
     bytes: Result<Bytes, BytesRejection>,
@@ -118,9 +130,9 @@ pub(super) async fn rollback(
         None => history.previous(),
     };
     let revision = revision.map_err(missing)?;
-    deployments::change(&core, &name, Some(revision.number), |before| {
+    deployments::change(&core, &ask, &name, Some(revision.number), |before| {
         let unknown = || ApiError::not_found(format!("there is no deployment of the model {name:?}"));
-        before.map(|before| rolled_back(&before, revision)).ok_or_else(unknown)
+        before.map(|before| rolled_back(before, revision)).ok_or_else(unknown)
     })
     .await
 }

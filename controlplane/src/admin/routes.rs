@@ -3,11 +3,7 @@
 //! What is read has one more field than what is put: `missing` names the targets and fallbacks that are not there at this moment.
 //! Deployments and adapters without a route of their own are listed with the one they have anyway, as `"implicit": true`.
 
-use std::{
-    collections::BTreeSet,
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::{collections::BTreeSet, sync::Arc};
 
 use axum::{
     Json,
@@ -17,23 +13,28 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use super::{body, error::ApiError};
+use super::{
+    ask::{Ask, Params, Reply},
+    body,
+    edit::{Place, edit},
+    error::ApiError,
+    guard::unix_now,
+};
 use crate::{
+    audit::Subject,
     core::Core,
     model::{
         Route, RouteTarget,
         route::{self, DEFAULT_WEIGHT, Known},
         validate::{self, FieldError},
     },
-    store::{Compare, Entry, Revision, Txn, TxnOutcome, keys},
+    store::{Revision, keys},
     view::View,
 };
 
 const PREFIX: &str = "/api/v2/routes/";
-/// Tries before a write that is overtaken again and again is given back to the caller.
-const ATTEMPTS: usize = 16;
 
-type Answer = Result<(StatusCode, Json<Value>), ApiError>;
+type Answer = Result<Reply, ApiError>;
 
 /// The name in the path; its slashes may be raw or encoded.
 fn name_in(uri: &Uri) -> Result<String, ApiError> {
@@ -80,10 +81,11 @@ impl<'a> Names<'a> {
         })
     }
 
-    /// The route of a name, be it one that nobody made.
-    fn route(&self, name: &str) -> Option<Value> {
+    /// The route of a name, be it one that nobody made, and its revision.
+    fn route(&self, name: &str) -> Option<(Value, Revision)> {
         if let Some(stored) = self.view.routes.get(name) {
-            return Some(self.shown(&stored.value, stored.mod_revision, false));
+            let revision = stored.mod_revision;
+            return Some((self.shown(&stored.value, revision, false), revision));
         }
         let named = self.view.models.get(name).filter(|model| model.deployment.is_some());
         let mut models = self.view.models.values();
@@ -95,25 +97,31 @@ impl<'a> Names<'a> {
             fallbacks: Vec::new(),
             created_unix_s: deployment.value.created_unix_s,
         };
-        Some(self.shown(&route, deployment.mod_revision, true))
+        // What nobody made has no revision of its own to compare.
+        Some((self.shown(&route, deployment.mod_revision, true), 0))
     }
 }
 
-pub(super) async fn list(State(core): State<Arc<Core>>) -> Json<Value> {
+pub(super) async fn list(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {
     let view = core.view();
     let names = Names::new(&view);
     let known = &names.known;
     let all: BTreeSet<&str> =
         known.routes.keys().chain(&known.deployed).chain(&known.adapters).copied().collect();
-    let routes: Vec<Value> = all.into_iter().filter_map(|name| names.route(name)).collect();
-    Json(json!({ "routes": routes }))
+    let routes = all.into_iter().map(|name| (name.to_owned(), name));
+    params.page("routes", routes, |name| names.route(name).map(|(route, _)| route).unwrap_or_default())
 }
 
 pub(super) async fn get(State(core): State<Arc<Core>>, uri: Uri) -> Answer {
     let name = name_in(&uri)?;
     let view = core.view();
-    let shown = Names::new(&view).route(&name).ok_or_else(|| unknown(&name))?;
-    Ok((StatusCode::OK, Json(shown)))
+    let (shown, revision) = Names::new(&view).route(&name).ok_or_else(|| unknown(&name))?;
+    Ok(Reply::ok(shown, revision))
+}
+
+fn place(name: &str) -> Place {
+    let subject = Subject { kind: "route", name: name.into(), model: name.into() };
+    Place { subject, key: keys::route(name), beside: None }
 }
 
 /// What it refers to is checked against the view, the write against the route's own revision alone: a deployment deleted at
@@ -121,20 +129,16 @@ pub(super) async fn get(State(core): State<Arc<Core>>, uri: Uri) -> Answer {
 /// take each name once.
 pub(super) async fn put(
     State(core): State<Arc<Core>>,
+    ask: Ask,
     uri: Uri,
     headers: HeaderMap,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Answer {
     let name = name_in(&uri)?;
     let asked = route::route_body(&name, &body(&headers, bytes)?)?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let key = keys::route(&name);
-    for _ in 0..ATTEMPTS {
-        let entry = core.store.get(&key).await?;
-        let before = entry.as_ref().map(parse).transpose()?;
+    let edited = edit(&core, &ask, &place(&name), |before: Option<&Route>, _| {
         let view = core.view();
-        let names = Names::new(&view);
-        route::check(&name, &asked, &names.known)?;
+        route::check(&name, &asked, &Names::new(&view).known)?;
         if before.is_none() && view.routes.len() >= core.config.limits.max_routes {
             let message = format!("there are {} routes already (limits.max_routes)", view.routes.len());
             return Err(ApiError::new(StatusCode::FORBIDDEN, "too_many_routes", message));
@@ -143,55 +147,35 @@ pub(super) async fn put(
             name: name.clone(),
             targets: asked.targets.clone(),
             fallbacks: asked.fallbacks.clone(),
-            created_unix_s: before.as_ref().map_or(i64::try_from(now).unwrap_or(0), |r| r.created_unix_s),
+            created_unix_s: before.map_or_else(unix_now, |route| route.created_unix_s),
         };
-        let at = entry.map_or(0, |entry| entry.mod_revision);
-        if before.as_ref() == Some(&route) {
-            return Ok((StatusCode::OK, Json(names.shown(&route, at, false))));
-        }
-        let value = serde_json::to_vec(&route).map_err(internal)?;
-        let txn = Txn::new().when(Compare::ModRevision(key.clone(), at)).put(key.clone(), value);
-        if let TxnOutcome::Committed { revision } = core.commit(txn).await? {
-            tracing::info!(route = name, revision, "a route was written");
-            core.seen(revision).await;
-            let status = if before.is_none() { StatusCode::CREATED } else { StatusCode::OK };
-            return Ok((status, Json(Names::new(&core.view()).shown(&route, revision, false))));
-        }
-    }
-    Err(ApiError::conflict())
+        Ok(Some(route).into())
+    })
+    .await?;
+    let (status, revision, dry_run) = (edited.status(), edited.revision, edited.dry_run);
+    let view = core.view();
+    let names = Names::new(&view);
+    let body = edited.after.map(|route| names.shown(&route, revision, false)).unwrap_or_default();
+    Ok(Reply { status, body, revision, dry_run })
 }
 
-pub(super) async fn delete(State(core): State<Arc<Core>>, uri: Uri) -> Answer {
+pub(super) async fn delete(State(core): State<Arc<Core>>, ask: Ask, uri: Uri) -> Answer {
     let name = name_in(&uri)?;
-    let key = keys::route(&name);
-    for _ in 0..ATTEMPTS {
-        let Some(entry) = core.store.get(&key).await? else {
-            let view = core.view();
-            return Err(match Names::new(&view).known.is_target(&name) {
-                true => ApiError::not_found(format!(
-                    "{name:?} has no route but the one that every deployment and adapter has by itself"
-                )),
-                false => unknown(&name),
-            });
-        };
-        let route = parse(&entry)?;
-        let txn = Txn::new().when(Compare::ModRevision(key.clone(), entry.mod_revision)).delete(key.clone());
-        if let TxnOutcome::Committed { revision } = core.commit(txn).await? {
-            tracing::info!(route = name, revision, "a route was deleted");
-            core.seen(revision).await;
-            let last = Names::new(&core.view()).shown(&route, entry.mod_revision, false);
-            return Ok((StatusCode::OK, Json(last)));
+    let edited = edit(&core, &ask, &place(&name), |before: Option<&Route>, _| {
+        if before.is_some() {
+            return Ok(None.into());
         }
-    }
-    Err(ApiError::conflict())
-}
-
-fn parse(entry: &Entry) -> Result<Route, ApiError> {
-    serde_json::from_slice(&entry.value).map_err(internal)
-}
-
-fn internal(error: serde_json::Error) -> ApiError {
-    tracing::error!(%error, "a stored route cannot be read or written");
-    let message = "the stored route cannot be read; the log says why";
-    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+        let view = core.view();
+        Err(match Names::new(&view).known.is_target(&name) {
+            true => ApiError::not_found(format!(
+                "{name:?} has no route but the one that every deployment and adapter has by itself"
+            )),
+            false => unknown(&name),
+        })
+    })
+    .await?;
+    let view = core.view();
+    let names = Names::new(&view);
+    let body = edited.before.map(|last| names.shown(&last, edited.revision, false)).unwrap_or_default();
+    Ok(Reply { status: StatusCode::OK, body, revision: edited.revision, dry_run: edited.dry_run })
 }

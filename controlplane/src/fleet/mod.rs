@@ -2,7 +2,8 @@
 
 pub mod liveness;
 pub mod registration;
-mod relay;
+pub(crate) mod relay;
 pub mod roster;
 pub mod server;
 mod session;
+pub mod settled;

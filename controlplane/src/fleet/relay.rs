@@ -12,12 +12,12 @@ use std::{sync::Arc, time::Duration};
 
 use penstock_proto::{
     MAX_GRPC_MESSAGE_BYTES,
-    tls::{ClientTls, dial, in_words},
+    tls::{dial, in_words},
     v1::{self, agent_message::Message, fleet_client::FleetClient},
 };
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Status, Streaming, metadata::MetadataValue};
+use tonic::{Request, Status, Streaming, metadata::MetadataValue, transport::Channel};
 
 use super::session::{Outbound, PATIENCE, RENEWAL, hello, stopping};
 use crate::{core::Core, leadership::Leader, store::StoreError, tls};
@@ -57,12 +57,11 @@ async fn relay(
     let node_id = hello.node_id.clone();
     let mut lease = NodeLease { core, node_id: &node_id, renewed: None };
     let deadline = Instant::now() + PATIENCE;
-    let tls = tls::client(&core.config.listen.tls);
     let (leader, up, mut down) = loop {
         let leader = wait_for_leader(core, &mut lease, deadline).await?;
         let opened = tokio::select! {
             () = core.stop.cancelled() => return Err(stopping()),
-            opened = open(&leader, hello.clone(), tls.as_ref()) => opened,
+            opened = open(core, &leader, hello.clone()) => opened,
         };
         match opened {
             Ok((up, down)) => break (leader, up, down),
@@ -157,30 +156,37 @@ async fn wait_for_leader(
 /// The leader's end of the session, with the Hello said.
 type Opened = (mpsc::Sender<v1::AgentMessage>, Streaming<v1::ControllerMessage>);
 
-async fn open(leader: &Leader, hello: v1::Hello, tls: Option<&ClientTls>) -> Result<Opened, Status> {
+async fn open(core: &Core, leader: &Leader, hello: v1::Hello) -> Result<Opened, Status> {
     let (up, stream) = mpsc::channel(WAITING);
     let hello = v1::AgentMessage { message: Some(Message::Hello(hello)) };
     let full = |_| Status::unavailable("the leader does not read: connect again");
     up.try_send(hello).map_err(full)?;
-    let address = &leader.grpc;
-    let gone = |e: &dyn std::fmt::Display| {
-        Status::unavailable(format!("the leader cannot be reached at {address}: {e}; connect again"))
-    };
-    let endpoint = dial(address, tls).map_err(|e| gone(&e))?;
-    let channel = endpoint
-        .connect_timeout(CONNECT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(PING)
-        .keep_alive_timeout(PING)
-        .keep_alive_while_idle(true)
-        .connect()
-        .await
-        .map_err(|e| gone(&in_words(&e)))?;
+    let channel = channel(core, leader).await?;
     let mut request = Request::new(ReceiverStream::new(stream));
     request.metadata_mut().insert(RELAYED, MetadataValue::from_static("1"));
     let mut client = FleetClient::new(channel)
         .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES);
     let opened = tokio::time::timeout(PATIENCE, client.session(request)).await;
-    Ok((up, opened.map_err(|_| gone(&"it does not answer"))??.into_inner()))
+    Ok((up, opened.map_err(|_| unreachable(leader, &"it does not answer"))??.into_inner()))
+}
+
+/// A connection to the leader's gRPC.
+///
+/// # Errors
+/// A sentence that names the address.
+pub(crate) async fn channel(core: &Core, leader: &Leader) -> Result<Channel, Status> {
+    let endpoint = dial(&leader.grpc, tls::client(&core.config.listen.tls).as_ref());
+    let endpoint = endpoint
+        .map_err(|e| unreachable(leader, &e))?
+        .connect_timeout(CONNECT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(PING)
+        .keep_alive_timeout(PING)
+        .keep_alive_while_idle(true);
+    endpoint.connect().await.map_err(|e| unreachable(leader, &in_words(&e)))
+}
+
+fn unreachable(leader: &Leader, why: &dyn std::fmt::Display) -> Status {
+    Status::unavailable(format!("the leader cannot be reached at {}: {why}; connect again", leader.grpc))
 }

@@ -309,7 +309,14 @@ impl Session {
         let core = self.core.clone();
         self.waiting.spawn(async move {
             let patience = Duration::from_millis(core.config.fleet.deregister_ack_wait_ms);
-            if !core.hub.wait_acknowledged(revision, patience).await {
+            let everywhere = async {
+                let (here, ()) = tokio::join!(
+                    core.hub.wait_acknowledged(revision, patience),
+                    core.followers.acknowledged_by_all(revision)
+                );
+                here
+            };
+            if !tokio::time::timeout(patience, everywhere).await.unwrap_or(false) {
                 tracing::warn!(
                     replica_id = result.replica_id,
                     "not every proxy acknowledged a removal in time"

@@ -15,7 +15,10 @@ use super::{
 
 mod policy;
 
+mod token;
+
 pub use policy::{node_body, reason_body, rollback_body, wake_body};
+pub use token::{TokenBody, token_body, token_name};
 
 /// A field that was refused.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -21,6 +21,14 @@ pub const DRAINS: &str = "/drains/";
 pub const REVISIONS: &str = "/revisions/";
 /// Prefix of what operators say of nodes.
 pub const NODE_POLICIES: &str = "/node-policies/";
+/// Prefix of tokens of the REST API.
+pub const TOKENS: &str = "/tokens/";
+/// Where the chain of audit records begins and ends.
+pub const AUDIT_HEAD: &str = "/audit/head";
+/// Prefix of audit records, in blocks of [`AUDIT_BLOCK`].
+pub const AUDIT_RECORDS: &str = "/audit/records/";
+/// Prefix of answers to requests that may be repeated.
+pub const IDEMPOTENCY: &str = "/idempotency/";
 /// Who may write ([`crate::leadership::Leader`]); written once per term, and its revision is the term. With etcd it hangs
 /// on the leader's lease.
 pub const LEADER: &str = "/meta/leader";
@@ -32,6 +40,9 @@ pub const GENERATION: &str = "/meta/generation";
 pub const LET_PASS: &str = "/meta/let-pass";
 /// Holds the version of this layout, in decimal.
 pub const SCHEMA: &str = "/meta/schema";
+/// Audit records that one listing reads.
+pub const AUDIT_BLOCK: u64 = 100;
+
 /// What an operator wants of a model.
 pub fn deployment(model: &str) -> String {
     format!("{DEPLOYMENTS}{}", encode(model))
@@ -70,6 +81,26 @@ pub fn route(name: &str) -> String {
 /// An operator's drain.
 pub fn drain(model: &str, replica_id: &str) -> String {
     format!("{DRAINS}{}/{}", encode(model), encode(replica_id))
+}
+
+/// A token of the REST API.
+pub fn token(name: &str) -> String {
+    format!("{TOKENS}{}", encode(name))
+}
+
+/// The answer to a request that may be repeated; `digest` is hex.
+pub fn idempotency(digest: &str) -> String {
+    format!("{IDEMPOTENCY}{digest}")
+}
+
+/// Prefix of the audit records of a block.
+pub fn audit_block(block: u64) -> String {
+    format!("{AUDIT_RECORDS}{block:016}/")
+}
+
+/// An audit record.
+pub fn audit_record(number: u64) -> String {
+    format!("{}{number:020}", audit_block(number / AUDIT_BLOCK))
 }
 
 /// `name` with every byte but `A-Za-z0-9._-:@` as %XX.

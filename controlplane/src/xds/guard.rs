@@ -136,9 +136,8 @@ impl Guard {
             pool.serves = serving > 0;
             let lost = ready(before).filter(|endpoint| !view.nodes.contains_key(&endpoint.node_id));
             pool.missing.extend(lost.map(|endpoint| (endpoint.replica_id.clone(), endpoint.clone())));
-            pool.missing.retain(|id, endpoint| {
-                !after.endpoints.contains_key(id) && is_wanted(after, endpoint)
-            });
+            pool.missing
+                .retain(|id, endpoint| !after.endpoints.contains_key(id) && is_wanted(after, endpoint));
         }
         let missing = || self.pools.values().flat_map(|pool| pool.missing.values());
         let (lost, on_nodes) = (missing().count(), nodes(missing()));

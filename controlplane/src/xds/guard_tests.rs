@@ -55,7 +55,8 @@ impl Fleet {
             Some(Stored { value, mod_revision: 1, lease: 0 })
         };
         let model = self.view.models.entry(pool.to_owned());
-        let model = model.or_insert_with(|| ModelView { deployment: deployment(), ..Default::default() }.into());
+        let model =
+            model.or_insert_with(|| ModelView { deployment: deployment(), ..Default::default() }.into());
         Arc::make_mut(model)
     }
 

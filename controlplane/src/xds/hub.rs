@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::{
     guard::Held, kind::Kind, peer::Peer, project::Projector, session::KindStatus, snapshot::Snapshot,
 };
-use crate::core::Core;
+use crate::{core::Core, fleet::settled};
 
 /// One subscribed proxy.
 #[derive(Debug, Clone)]
@@ -102,6 +102,18 @@ impl Hub {
         self.lock().values().cloned().collect()
     }
 
+    /// Wakes whenever something of a subscriber changes.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// The newest store revision that every subscriber has; what was published last, if there is none.
+    pub fn acknowledged(&self) -> u64 {
+        let synced = |s: &Subscriber| s.synced.map_or(0, |version| version.revision);
+        let least = self.lock().values().map(synced).min();
+        least.unwrap_or_else(|| self.snapshot().version.revision)
+    }
+
     /// Waits, for `patience` at most, until every subscriber has everything up to a store revision. False: not in time.
     pub async fn wait_acknowledged(&self, revision: u64, patience: Duration) -> bool {
         let mut changes = self.changes.subscribe();
@@ -127,6 +139,7 @@ impl Hub {
 
 /// Publishes a snapshot whenever the view has changed, with a pause between two. Runs for ever.
 pub async fn publish(core: Arc<Core>) {
+    settled::wait(&core).await;
     let mut views = core.views.clone();
     views.mark_changed();
     let pause = Duration::from_millis(core.config.xds.push_coalesce_ms);

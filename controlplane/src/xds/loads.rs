@@ -108,7 +108,20 @@ impl Loads {
         }
     }
 
-    /// What came after the mark `after`, oldest first and at most `most`, as resources; and the mark behind the last of them.
+    /// What came after the mark `after`, oldest first and at most `most`; and the mark behind the last of them.
+    pub fn newer(&self, after: u64, most: usize, now: Instant) -> (u64, Vec<(String, v1::EngineLoad)>) {
+        let inner = self.lock();
+        let newer = inner.order.range(after.saturating_add(1)..).take(most);
+        let mut mark = after;
+        let loads = newer.filter_map(|(sequence, name)| {
+            mark = *sequence;
+            Some((name.to_string(), aged(inner.entries.get(name)?, now)))
+        });
+        let loads = loads.collect();
+        (mark, loads)
+    }
+
+    /// The same as resources.
     fn since(&self, after: u64, most: usize, now: Instant) -> (u64, Vec<Resource>) {
         let inner = self.lock();
         let newer = inner.order.range(after.saturating_add(1)..).take(most);
@@ -129,11 +142,15 @@ fn differs(a: Figures, b: Figures) -> bool {
     counts(a) != counts(b) || (permille(a.kv_used_ratio) - permille(b.kv_used_ratio)).abs() >= KV_STEP
 }
 
-fn on_wire(name: &str, entry: &Entry, now: Instant) -> Resource {
+fn aged(entry: &Entry, now: Instant) -> v1::EngineLoad {
     let Figures { generation, running, waiting, kv_used_ratio } = entry.figures;
     let age = now.saturating_duration_since(entry.measured).as_millis();
     let age_ms = u64::try_from(age).unwrap_or(u64::MAX);
-    let load = v1::EngineLoad { running, waiting, kv_used_ratio, age_ms, generation };
+    v1::EngineLoad { running, waiting, kv_used_ratio, age_ms, generation }
+}
+
+fn on_wire(name: &str, entry: &Entry, now: Instant) -> Resource {
+    let load = aged(entry, now);
     Resource {
         name: name.to_owned(),
         version: entry.sequence.to_string(),

@@ -39,7 +39,8 @@ impl Peer {
     /// # Errors
     /// Words for the subscriber.
     pub fn of(node: Option<&Node>) -> Result<Self, Refusal> {
-        let unnamed = || Refusal::Unnamed(format!("the first request must carry a node.id of 1 to {MAX_ID} bytes"));
+        let unnamed =
+            || Refusal::Unnamed(format!("the first request must carry a node.id of 1 to {MAX_ID} bytes"));
         let node = node.filter(|node| (1..=MAX_ID).contains(&node.id.len())).ok_or_else(unnamed)?;
         let mut agent: String = node.user_agent_name.chars().take(MAX_AGENT).collect();
         if let Some(version) = version(node).filter(|_| !agent.contains('/')) {
@@ -113,7 +114,9 @@ mod tests {
     #[test]
     fn a_node_says_who_it_is() {
         for node in [None, Some(Node::default()), Some(Node { id: "x".repeat(257), ..Default::default() })] {
-            assert!(matches!(Peer::of(node.as_ref()), Err(Refusal::Unnamed(words)) if words.contains("node.id")));
+            assert!(
+                matches!(Peer::of(node.as_ref()), Err(Refusal::Unnamed(words)) if words.contains("node.id"))
+            );
         }
     }
 }

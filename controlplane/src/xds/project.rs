@@ -93,7 +93,9 @@ fn table(pool: &str, model: Option<&Arc<ModelView>>, guard: &Guard) -> Option<v1
     endpoints.extend(guard.kept(pool).map(|endpoint| on_wire(endpoint, v1::EndpointState::Ready)));
     endpoints.sort_unstable_by(|a, b| a.id.cmp(&b.id));
     let deployed = model.is_some_and(|model| model.deployment.is_some());
-    (deployed || !endpoints.is_empty()).then(|| v1::EndpointTable { pool: pool.to_owned(), endpoints })
+    let autoscaling = |model: &Arc<ModelView>| model.deployment.as_ref()?.value.policy.autoscaling.clone();
+    let wakes = model.and_then(autoscaling).is_some_and(|autoscaling| autoscaling.min == 0);
+    (deployed || !endpoints.is_empty()).then(|| v1::EndpointTable { pool: pool.to_owned(), endpoints, wakes })
 }
 
 fn on_wire(endpoint: &crate::model::RegisteredEndpoint, state: v1::EndpointState) -> v1::Endpoint {

@@ -21,13 +21,8 @@ pub(crate) fn model(name: &str, deployed: bool, endpoints: &[&str]) -> Arc<Model
         lora: vec![],
         resources: Default::default(),
     };
-    let deployment = Deployment {
-        model: name.into(),
-        replicas: 1,
-        spec,
-        created_unix_s: 7,
-        policy: Default::default(),
-    };
+    let deployment =
+        Deployment { model: name.into(), replicas: 1, spec, created_unix_s: 7, policy: Default::default() };
     let endpoint = |id: &&str| RegisteredEndpoint {
         model: name.into(),
         replica_id: (*id).into(),

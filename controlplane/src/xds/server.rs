@@ -281,7 +281,9 @@ fn take<P: Protocol>(
     let Some(request) = P::heard(request, session) else { return Ok(false) };
     if LoadSession::is_addressed(&request) {
         if P::NAME != Delta::NAME {
-            return Err(Status::invalid_argument("news of loads are told over DeltaAggregatedResources only"));
+            return Err(Status::invalid_argument(
+                "news of loads are told over DeltaAggregatedResources only",
+            ));
         }
         if let Answer::Nack(reason) = loads.hear(request) {
             core.metrics.xds_nacks.with_label_values(&["engine_load"]).inc();
@@ -289,8 +291,11 @@ fn take<P: Protocol>(
         }
         return Ok(false);
     }
-    if core.config.xds.envoy.listen.is_empty() && Kind::from_url(&request.type_url).is_some_and(Kind::is_envoys) {
-        let words = "Envoy's resources are not served: xds.envoy.listen is empty in the control plane's settings";
+    if core.config.xds.envoy.listen.is_empty()
+        && Kind::from_url(&request.type_url).is_some_and(Kind::is_envoys)
+    {
+        let words =
+            "Envoy's resources are not served: xds.envoy.listen is empty in the control plane's settings";
         return Err(Status::failed_precondition(words));
     }
     let heard = session.hear(request, Instant::now()).map_err(Status::invalid_argument)?;

@@ -218,7 +218,10 @@ impl Session {
     pub fn hear(&mut self, request: xds::DeltaDiscoveryRequest, now: Instant) -> Result<Heard, String> {
         let Some(kind) = Kind::from_url(&request.type_url) else {
             let known = Kind::ALL.map(Kind::url).join(", ");
-            return Err(format!("resources of type {:?} are not served here; served are {known}", request.type_url));
+            return Err(format!(
+                "resources of type {:?} are not served here; served are {known}",
+                request.type_url
+            ));
         };
         let heard = self.verdict(kind, &request, now);
         let state = self.state_mut(kind);

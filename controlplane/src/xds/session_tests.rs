@@ -61,7 +61,11 @@ impl Scene {
     }
 
     fn status(&self, kind: Kind) -> KindStatus {
-        self.session.status().into_iter().find_map(|(k, status)| (k == kind).then_some(status)).expect("asked for")
+        self.session
+            .status()
+            .into_iter()
+            .find_map(|(k, status)| (k == kind).then_some(status))
+            .expect("asked for")
     }
 
     /// Acknowledges everything there is; says what came, as "T+a" (table added) or "R-a" (route removed).
@@ -124,7 +128,8 @@ fn a_reconnecting_subscriber_is_sent_only_what_differs() {
     scene.publish(&[("a", &a), ("b", &b)]);
     let versions = |kind: Kind| {
         let all = scene.snapshot.resources(kind).iter();
-        all.map(|(name, r)| (name.as_ref().to_owned(), r.version.as_ref().to_owned())).collect::<HashMap<_, _>>()
+        all.map(|(name, r)| (name.as_ref().to_owned(), r.version.as_ref().to_owned()))
+            .collect::<HashMap<_, _>>()
     };
     let mut tables = versions(Kind::Table);
     tables.insert("gone".into(), "x".into());

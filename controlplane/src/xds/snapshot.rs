@@ -114,7 +114,8 @@ impl Snapshot {
     /// a snapshot that failed.
     pub fn check(&self, all: bool) -> Result<(), Vec<String>> {
         let lacks = |kind: Kind, resource: &Resource| {
-            let mut needed = kind.needs().iter().flat_map(|needed| resource.pools.iter().map(move |p| (needed, p)));
+            let mut needed =
+                kind.needs().iter().flat_map(|needed| resource.pools.iter().map(move |p| (needed, p)));
             needed
                 .find(|(needed, pool)| !self.resources(**needed).contains_key(*pool))
                 .map(|(needed, pool)| format!("{} {pool:?}", needed.label()))

@@ -96,7 +96,12 @@ fn an_envoy_is_made_whole_before_it_is_broken() {
     let all = strings(&["a", "b", "c"]);
     assert_eq!(scene.take(&[]), Some((Kind::Cluster, all)), "what goes is still told");
     assert_eq!(scene.next(), None, "the routes wait for the new cluster's endpoints");
-    scene.ask(Kind::Assignment, &["a", "b", "c"], scene.session.nonce(Kind::Assignment).to_owned().as_str(), None);
+    scene.ask(
+        Kind::Assignment,
+        &["a", "b", "c"],
+        scene.session.nonce(Kind::Assignment).to_owned().as_str(),
+        None,
+    );
     assert_eq!(scene.take(&["a", "b", "c"]), Some((Kind::Assignment, strings(&["c"]))), "only what is new");
     assert_eq!(scene.take(&["penstock"]).expect("routes").0, Kind::RouteConfig);
     assert_eq!(scene.take(&[]), Some((Kind::Cluster, strings(&["b", "c"]))), "and then it goes");
@@ -124,7 +129,8 @@ fn an_older_nonce_is_not_heard_and_a_refusal_keeps_what_was_taken() {
     scene.ask(Kind::Cluster, &[], &third.nonce, Some("bad"));
     assert_eq!(scene.take(&[]), Some((Kind::Cluster, strings(&["a", "good"]))));
     assert_eq!(scene.next(), None);
-    let status = scene.session.status().into_iter().find(|(kind, _)| *kind == Kind::Cluster).expect("asked").1;
+    let status =
+        scene.session.status().into_iter().find(|(kind, _)| *kind == Kind::Cluster).expect("asked").1;
     assert_eq!((status.nacks, status.nack_reason.as_str()), (2, "bad"));
     assert_eq!(status.refused, ["bad".into()]);
 }

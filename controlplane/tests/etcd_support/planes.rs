@@ -20,6 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(40);
 /// See the module's text.
 pub struct Planes {
     pub all: Vec<Plane>,
+    /// Sent with every request; empty: none.
+    pub token: String,
     client: reqwest::Client,
 }
 
@@ -123,7 +125,7 @@ impl Planes {
             plane.announced().await;
         }
         let client = reqwest::Client::builder().timeout(Duration::from_secs(3)).build().unwrap();
-        Self { all, client }
+        Self { all, token: String::new(), client }
     }
 
     pub async fn restart(&mut self, index: usize) {
@@ -141,6 +143,9 @@ impl Planes {
     ) -> Option<(u16, Value)> {
         let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
         let mut request = self.client.request(method, format!("http://{}{path}", self.all[index].http));
+        if !self.token.is_empty() {
+            request = request.bearer_auth(&self.token);
+        }
         if let Some(body) = body {
             request = request.header("content-type", "application/json").body(body.to_owned());
         }

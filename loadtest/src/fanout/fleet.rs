@@ -94,7 +94,8 @@ async fn agent(grpc: String, node: u32, gpus: u32, registered: Registered) -> Re
                 }
             }
             Some(In::Registration(result)) if result.accepted => {
-                let pool = engines.get(&result.replica_id).map(|engine| engine.model.clone()).unwrap_or_default();
+                let pool =
+                    engines.get(&result.replica_id).map(|engine| engine.model.clone()).unwrap_or_default();
                 let mut all = registered.lock().unwrap_or_else(PoisonError::into_inner);
                 all.push((pool, result.replica_id));
             }

@@ -94,7 +94,9 @@ impl Told {
             }
             let mut inner = self.lock();
             let key = (table.pool.clone(), endpoint.id.clone());
-            let Some(expected) = inner.expected.get_mut(&key).filter(|e| e.draining == draining) else { continue };
+            let Some(expected) = inner.expected.get_mut(&key).filter(|e| e.draining == draining) else {
+                continue;
+            };
             expected.missing = expected.missing.saturating_sub(1);
             let (missing, slot, took) = (expected.missing, expected.slot, micros(now - expected.made));
             inner.each.saturating_record(took);

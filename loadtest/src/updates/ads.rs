@@ -117,7 +117,7 @@ struct Fleet {
 impl Fleet {
     fn new(options: &Options, engines: &[SocketAddr]) -> Self {
         let mut tables: Vec<v1::EndpointTable> = (0..options.pools)
-            .map(|pool| v1::EndpointTable { pool: options.pool(pool), endpoints: Vec::new() })
+            .map(|pool| v1::EndpointTable { pool: options.pool(pool), ..Default::default() })
             .collect();
         let count = tables.len();
         for (number, engine) in (0..options.endpoints).zip(engines.iter().cycle()) {

@@ -22,6 +22,9 @@ use std::{
 
 use tokio::sync::Notify;
 
+/// For how long a request that found its model asleep counts as waiting after it has gone elsewhere, or has given up.
+pub const WANTED_FOR_MS: u64 = 10_000;
+
 /// How often the first in the queue looks without being woken.
 pub const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
@@ -46,6 +49,8 @@ pub struct WaitQueue {
     /// Copy of the map's size, for a look without the lock.
     length: AtomicUsize,
     numbers: AtomicU64,
+    /// When a request last found the model asleep, plus 1; 0: never.
+    wanted_ms: AtomicU64,
 }
 
 impl WaitQueue {
@@ -57,6 +62,18 @@ impl WaitQueue {
     /// Whether nobody waits.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// A request found the model asleep.
+    pub fn found_asleep(&self, now_ms: u64) {
+        self.wanted_ms.store(now_ms.saturating_add(1), Relaxed);
+    }
+
+    /// Requests for which a model that sleeps should wake: those that wait, or one that did a moment ago.
+    pub fn wanted(&self, now_ms: u64) -> u32 {
+        let wanted_ms = self.wanted_ms.load(Relaxed);
+        let lately = wanted_ms > 0 && now_ms < wanted_ms.saturating_add(WANTED_FOR_MS);
+        u32::try_from(self.len()).unwrap_or(u32::MAX).max(u32::from(lately))
     }
 
     /// Milliseconds that the first has waited at `now_ms`; 0 if nobody waits.
@@ -207,6 +224,17 @@ mod tests {
         let back = queue.enter(Some(number), 0, 2).expect("always");
         assert!(back.is_first());
         assert_eq!(queue.len(), 3);
+    }
+
+    #[test]
+    fn a_sleeping_model_is_wanted_for_a_while_after_whoever_asked_has_gone() {
+        let queue = queue();
+        assert_eq!(queue.wanted(0), 0);
+        queue.found_asleep(6);
+        assert_eq!((queue.wanted(6), queue.wanted(6 + WANTED_FOR_MS)), (1, 1));
+        assert_eq!(queue.wanted(7 + WANTED_FOR_MS), 0);
+        let _waiting: Vec<_> = (0..3).map(|_| queue.enter(None, 0, 5).expect("room")).collect();
+        assert_eq!(queue.wanted(7 + WANTED_FOR_MS), 3);
     }
 
     #[test]

@@ -36,6 +36,13 @@ pub struct Pool {
     pub source: Arc<v1::EndpointTable>,
 }
 
+impl Pool {
+    /// Whether nobody serves it because nobody asked for it lately: a replica starts when somebody waits.
+    pub fn is_asleep(&self) -> bool {
+        self.source.wakes && self.endpoints.iter().all(|endpoint| endpoint.draining)
+    }
+}
+
 /// One of those that serve a route.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
@@ -112,6 +119,15 @@ impl EndpointTable {
         let _one_at_a_time = self.updating.lock().unwrap_or_else(PoisonError::into_inner);
         let next = self.next_snapshot(&self.current.load(), state);
         self.current.store(Arc::new(next));
+    }
+
+    /// Models that sleep and are waited for, with the number of requests.
+    pub fn wanted(&self, now_ms: u64) -> Vec<v1::Wanted> {
+        let snapshot = self.load();
+        let asleep = snapshot.pools.iter().filter(|(_, pool)| pool.is_asleep());
+        let wanted = asleep.map(|(model, pool)| (model, pool.queue.wanted(now_ms)));
+        let wanted = wanted.filter(|(_, queued)| *queued > 0);
+        wanted.map(|(model, queued)| v1::Wanted { model: model.clone(), queued }).collect()
     }
 
     /// Takes news of an engine's load in. Whether the endpoint is known, with that generation: what is told of others is
@@ -283,7 +299,7 @@ mod tests {
     }
 
     fn with_table(before: &XdsState, revision: u64, endpoints: Vec<v1::Endpoint>) -> XdsState {
-        let table = v1::EndpointTable { pool: "p".into(), endpoints };
+        let table = v1::EndpointTable { pool: "p".into(), endpoints, wakes: false };
         let table = resource("p", xds::ENDPOINT_TABLE_TYPE, &table);
         before.apply(&response(xds::ENDPOINT_TABLE_TYPE, revision, table)).expect("a good table")
     }

@@ -40,8 +40,8 @@ pub(super) enum Outcome {
     Answered(Done),
     /// It has seen nothing; the last failure, if any engine was asked.
     Unanswered(Option<Failed>),
-    /// It has seen nothing, and each engine is at its limit.
-    Saturated,
+    /// It has seen nothing, and each engine is at its limit, or yet to start.
+    Full,
 }
 
 /// One request's search for an engine that answers.
@@ -137,7 +137,7 @@ impl Gateway {
             let mut place = match placed? {
                 Ok(place) => place,
                 Err(Unpicked::Nobody) => return Ok(Outcome::Unanswered(search.last)),
-                Err(Unpicked::Saturated) => return Ok(Outcome::Saturated),
+                Err(Unpicked::Saturated | Unpicked::Asleep) => return Ok(Outcome::Full),
             };
             let how = (search.rules.policy, place.how);
             record.picked(&place.pool, place.ticket.endpoint(), how, place.seen.take());
@@ -189,27 +189,35 @@ impl Gateway {
     ) -> Result<Result<Place, Unpicked>, GatewayError> {
         let Some(pool) = self.pool(search.target)? else { return Ok(Err(Unpicked::Nobody)) };
         let queue = Arc::clone(&pool.queue);
+        let mut asleep = pool.is_asleep();
         if queue.is_empty() {
             match self.pick(search)? {
-                Err(Unpicked::Saturated) => {}
+                Err(why @ (Unpicked::Saturated | Unpicked::Asleep)) => asleep = why == Unpicked::Asleep,
                 picked => return Ok(picked),
             }
         }
-        if !waits {
-            return Ok(Err(Unpicked::Saturated));
-        }
         let now_ms = self.now_ms();
-        let (since_ms, deadline) = *search.waiting_since.get_or_insert_with(|| {
-            (now_ms, Instant::now() + Duration::from_millis(self.config.queue.deadline_ms))
-        });
-        let saturated =
-            || GatewayError::Saturated { retry_after_s: retry_after_s(queue.oldest_ms(self.now_ms())) };
+        if asleep {
+            queue.found_asleep(now_ms);
+            self.wanted.notify_one();
+        }
+        if !waits {
+            return Ok(Err(if asleep { Unpicked::Asleep } else { Unpicked::Saturated }));
+        }
+        let settings = &self.config.queue;
+        let patience = if asleep { settings.wake_ms } else { settings.deadline_ms };
+        let (since_ms, deadline) = *search
+            .waiting_since
+            .get_or_insert_with(|| (now_ms, Instant::now() + Duration::from_millis(patience)));
+        let saturated = || match asleep {
+            true => GatewayError::Asleep { waited_ms: self.now_ms().saturating_sub(since_ms) },
+            false => GatewayError::Saturated { retry_after_s: retry_after_s(queue.oldest_ms(self.now_ms())) },
+        };
         let outcome = |outcome: &str| self.metrics.queue_outcomes.with_label_values(&[outcome]).inc();
-        let waiting =
-            queue.enter(search.number, since_ms, self.config.queue.max_waiting).map_err(|Full| {
-                outcome("full");
-                saturated()
-            })?;
+        let waiting = queue.enter(search.number, since_ms, settings.max_waiting).map_err(|Full| {
+            outcome("full");
+            saturated()
+        })?;
         search.number = Some(waiting.number());
         let found = tokio::select! {
             biased;
@@ -242,7 +250,7 @@ impl Gateway {
         loop {
             waiting.worth_looking().await;
             match self.pick(search)? {
-                Err(Unpicked::Saturated) => {}
+                Err(Unpicked::Saturated | Unpicked::Asleep) => {}
                 picked => return Ok(picked),
             }
         }
@@ -256,7 +264,12 @@ impl Gateway {
         let (tried, now_ms) = (&search.tried, self.now_ms());
         let picked =
             routing::pick_seen(&pool, tried, search.asked, now_ms, with, chance, seen.as_deref_mut());
-        Ok(picked.map(|(ticket, how)| {
+        let why = |why| match why {
+            // One that fails this request is not asleep.
+            Unpicked::Nobody if tried.is_empty() && pool.is_asleep() => Unpicked::Asleep,
+            other => other,
+        };
+        Ok(picked.map_err(why).map(|(ticket, how)| {
             self.metrics.picks.with_label_values(&[search.rules.policy.name(), how.label()]).inc();
             Place { ticket, _freed: Freed(Arc::clone(&pool.queue)), pool, how, seen }
         }))

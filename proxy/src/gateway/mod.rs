@@ -17,7 +17,7 @@ use bytes::Bytes;
 use http::Method;
 use penstock_config::proxy::{LimitsConfig, ProxyConfig};
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
 pub use self::host::Host;
 use crate::{
@@ -60,6 +60,8 @@ pub struct Gateway {
     pub metrics: Arc<Metrics>,
     /// Where requests leave what is known of them.
     pub telemetry: Telemetry,
+    /// Told when a request has found its model asleep.
+    pub wanted: Notify,
     /// Whether it is stopping.
     pub lifecycle: Lifecycle,
     started: Instant,
@@ -100,6 +102,7 @@ impl Gateway {
             table: EndpointTable::new(config.upstream.clone()),
             metrics,
             telemetry,
+            wanted: Notify::new(),
             lifecycle: Lifecycle::default(),
             started: Instant::now(),
             config,

@@ -38,7 +38,7 @@ impl Gateway {
             match self.attempts(session, record, (model, &target), &asked, &request, alone).await? {
                 Outcome::Answered(done) => return Ok(done),
                 Outcome::Unanswered(failed) => last = failed.or(last),
-                Outcome::Saturated => full = full.or(Some(target)),
+                Outcome::Full => full = full.or(Some(target)),
             }
         }
         if let Some(target) = full {
@@ -47,7 +47,7 @@ impl Gateway {
             match self.attempts(session, record, (model, &target), &asked, &request, true).await? {
                 Outcome::Answered(done) => return Ok(done),
                 Outcome::Unanswered(failed) => last = failed.or(last),
-                Outcome::Saturated => {}
+                Outcome::Full => {}
             }
         }
         self.give_up(session, record, model, last).await

@@ -119,6 +119,8 @@ pub enum Unpicked {
     Nobody,
     /// It has, and each is at its limit.
     Saturated,
+    /// It has none because nobody asked for the model lately; one starts when somebody waits.
+    Asleep,
 }
 
 /// Reserves a place at the endpoint that `rules` choose of those the filters leave. `chance` gives a number in `0..n`.

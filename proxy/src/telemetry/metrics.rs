@@ -87,6 +87,8 @@ pub struct Metrics {
     pub load_reports: IntCounterVec,
     /// Requests that had to wait for a place, by how that ended: see [`QUEUE_OUTCOMES`].
     pub queue_outcomes: IntCounterVec,
+    /// Words to the control plane that requests wait for a sleeping model, by `outcome`.
+    pub wakes_asked: IntCounterVec,
     /// How long they waited.
     pub queue_wait: Histogram,
     pub(super) queue_depth: IntGaugeVec,
@@ -218,6 +220,11 @@ impl Metrics {
                 "Engines' reports of their load that arrived; unknown: of an endpoint that is not in the tables.",
                 &["endpoint"],
             )?,
+            wakes_asked: make.counters(
+                "penstock_proxy_wakes_asked_total",
+                "Words to the control plane that requests wait for a model that sleeps.",
+                &["outcome"],
+            )?,
             queue_outcomes: make.counters(
                 "penstock_proxy_queue_outcomes_total",
                 "Requests for which every engine was at its limit, by how their wait ended.",
@@ -331,16 +338,17 @@ impl Metrics {
             metrics.attempt_failures.with_label_values(&[failure.label()]).inc_by(0);
             metrics.retries.with_label_values(&[failure.label()]).inc_by(0);
         }
-        for policy in Policy::ALL {
-            for how in How::ALL {
-                metrics.picks.with_label_values(&[policy.name(), how.label()]).inc_by(0);
-            }
+        for (policy, how) in Policy::ALL.iter().flat_map(|policy| How::ALL.map(|how| (policy, how))) {
+            metrics.picks.with_label_values(&[policy.name(), how.label()]).inc_by(0);
         }
-        for endpoint in ["known", "unknown"] {
-            metrics.load_reports.with_label_values(&[endpoint]).inc_by(0);
-        }
-        for outcome in QUEUE_OUTCOMES {
-            metrics.queue_outcomes.with_label_values(&[outcome]).inc_by(0);
+        let known: [(&IntCounterVec, &[&str]); 3] = [
+            (&metrics.load_reports, &["known", "unknown"]),
+            (&metrics.wakes_asked, &["taken", "failed"]),
+            (&metrics.queue_outcomes, &QUEUE_OUTCOMES),
+        ];
+        for (counter, label) in known.into_iter().flat_map(|(c, labels)| labels.iter().map(move |l| (c, *l)))
+        {
+            counter.with_label_values(&[label]).inc_by(0);
         }
         for reason in Reason::ALL {
             metrics.ejections.with_label_values(&[reason.label()]).inc_by(0);

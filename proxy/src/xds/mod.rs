@@ -3,6 +3,7 @@
 //! - [`state`]: the tables and routes as last accepted; `apply` decides on each response (pure).
 //! - [`client`]: the delta ADS subscription: connect, subscribe, ACK or NACK, come back.
 //! - [`cache`]: the last accepted state on disk, for a start without a control plane.
+//! - [`wants`]: which sleeping models requests are held for: the one thing that is told in the other direction.
 //! - [`status`]: how the subscription is doing, for metrics and `/readyz`.
 //!
 //! Why the last good state outlives its source: a fleet of engines does not stop serving because the process that
@@ -26,3 +27,4 @@ pub mod cache;
 pub mod client;
 pub mod state;
 pub mod status;
+pub mod wants;

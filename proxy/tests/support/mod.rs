@@ -118,7 +118,11 @@ pub fn table(pool: &str, engines: &[SocketAddr]) -> v1::EndpointTable {
         state: v1::EndpointState::Ready.into(),
         ..Default::default()
     };
-    v1::EndpointTable { pool: pool.into(), endpoints: engines.iter().enumerate().map(endpoint).collect() }
+    v1::EndpointTable {
+        pool: pool.into(),
+        endpoints: engines.iter().enumerate().map(endpoint).collect(),
+        wakes: false,
+    }
 }
 
 /// A route to deployments, by their names and weights.

@@ -14,8 +14,8 @@ use penstock_proto::{
                 core::v3::{DataSource, HeaderValue, HeaderValueOption, data_source},
                 listener::v3::{Filter, FilterChain, Listener, filter},
                 route::v3::{
-                    DirectResponseAction, FilterConfig, HeaderMatcher, RetryPolicy, Route, RouteAction, RouteConfiguration, RouteMatch,
-                    VirtualHost, WeightedCluster, header_matcher,
+                    DirectResponseAction, FilterConfig, HeaderMatcher, RetryPolicy, Route, RouteAction,
+                    RouteConfiguration, RouteMatch, VirtualHost, WeightedCluster, header_matcher,
                     retry_policy::{RetryHostPredicate, retry_host_predicate},
                     route::Action,
                     route_action::ClusterSpecifier,
@@ -33,7 +33,8 @@ use penstock_proto::{
                         router::v3::Router,
                     },
                     network::http_connection_manager::v3::{
-                        HttpConnectionManager, HttpFilter, Rds, http_connection_manager::RouteSpecifier, http_filter,
+                        HttpConnectionManager, HttpFilter, Rds, http_connection_manager::RouteSpecifier,
+                        http_filter,
                     },
                 },
                 retry::host::previous_hosts::v3::PreviousHostsPredicate,
@@ -212,7 +213,8 @@ fn route(name: &str, entry: &Entry, idle: Duration) -> Route {
     let found = Some(found);
     let clusters = match entry.targets.as_slice() {
         [] if entry.known_as.is_empty() => {
-            let message = format!("the model {name:?} leads only to other models, which this gateway does not do");
+            let message =
+                format!("the model {name:?} leads only to other models, which this gateway does not do");
             return Route { r#match: found, ..refusal(404, "model_not_found", &message) };
         }
         [] => {
@@ -310,7 +312,8 @@ fn refusal(status: u32, code: &str, message: &str) -> Route {
 }
 
 fn direct(status: u32, body: String) -> Route {
-    let header = HeaderValue { key: "content-type".into(), value: "application/json".into(), ..Default::default() };
+    let header =
+        HeaderValue { key: "content-type".into(), value: "application/json".into(), ..Default::default() };
     let replace = penstock_proto::xds::envoy::config::core::v3::header_value_option::HeaderAppendAction::OverwriteIfExistsOrAdd;
     Route {
         action: Some(Action::DirectResponse(DirectResponseAction {

@@ -24,8 +24,8 @@ use penstock_proto::{
         Any,
         envoy::{
             config::core::v3::{
-                Address, AggregatedConfigSource, ApiVersion, ConfigSource, HttpProtocolOptions, SocketAddress, address,
-                config_source, socket_address,
+                Address, AggregatedConfigSource, ApiVersion, ConfigSource, HttpProtocolOptions,
+                SocketAddress, address, config_source, socket_address,
             },
             r#type::v3::Percent,
         },

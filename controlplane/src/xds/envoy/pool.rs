@@ -9,9 +9,7 @@ use penstock_proto::{
             cluster::v3::{
                 CircuitBreakers, Cluster, OutlierDetection,
                 circuit_breakers::{Thresholds, thresholds::RetryBudget},
-                cluster::{
-                    ClusterDiscoveryType, CommonLbConfig, DiscoveryType, EdsClusterConfig, LbPolicy,
-                },
+                cluster::{ClusterDiscoveryType, CommonLbConfig, DiscoveryType, EdsClusterConfig, LbPolicy},
             },
             core::v3::{HealthStatus, Http1ProtocolOptions, Locality},
             endpoint::v3::{

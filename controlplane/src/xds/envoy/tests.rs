@@ -40,6 +40,7 @@ fn endpoints_stand_in_their_zones_and_draining_ones_say_so() {
     };
     let table = v1::EndpointTable {
         pool: "m".into(),
+        wakes: false,
         endpoints: vec![
             endpoint("m-0", "10.0.0.1:8000", "a", v1::EndpointState::Ready),
             endpoint("m-1", "[::1]:8001", "b", v1::EndpointState::Draining),
@@ -51,7 +52,9 @@ fn endpoints_stand_in_their_zones_and_draining_ones_say_so() {
     for locality in &assignment.endpoints {
         let zone = &locality.locality.as_ref().expect("set").zone;
         for endpoint in &locality.lb_endpoints {
-            let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else { panic!("no address") };
+            let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else {
+                panic!("no address")
+            };
             let Some(address::Address::SocketAddress(socket)) =
                 host.address.clone().and_then(|address| address.address)
             else {
@@ -78,7 +81,9 @@ fn a_name_leads_to_its_pools_by_weight_and_to_words_where_a_body_would_have_to_b
         ("base", vec![target("a", "base", 1)]),
     ]);
     assert_eq!(pools, ["a", "b", "a"]);
-    let [listing, adapter, alias, base, no_model, .., nothing] = &routes[..] else { panic!("{}", routes.len()) };
+    let [listing, adapter, alias, base, no_model, .., nothing] = &routes[..] else {
+        panic!("{}", routes.len())
+    };
     let cluster = |route: &Route| match route.action.clone() {
         Some(Action::Route(action)) => action.cluster_specifier,
         _ => None,
@@ -101,7 +106,8 @@ fn routes_and_the_listener_are_made_once_as_long_as_names_stay() {
         changed.into_iter().map(|(kind, _)| kind).collect::<Vec<_>>()
     };
     assert_eq!(put(&mut envoy, &mut snapshot), [Kind::Listener, Kind::RouteConfig]);
-    let route = v1::ModelRoute { model: "m".into(), targets: vec![target("m", "m", 1)], ..Default::default() };
+    let route =
+        v1::ModelRoute { model: "m".into(), targets: vec![target("m", "m", 1)], ..Default::default() };
     envoy.note_route("m", Some(&route));
     assert_eq!(put(&mut envoy, &mut snapshot), [Kind::RouteConfig]);
     envoy.note_route("m", Some(&route));

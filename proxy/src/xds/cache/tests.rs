@@ -13,7 +13,11 @@ fn state(endpoints: usize, revision: u64) -> XdsState {
         state: v1::EndpointState::Ready as i32,
         ..Default::default()
     };
-    let table = v1::EndpointTable { pool: "m".to_owned(), endpoints: (0..endpoints).map(endpoint).collect() };
+    let table = v1::EndpointTable {
+        pool: "m".to_owned(),
+        endpoints: (0..endpoints).map(endpoint).collect(),
+        wakes: false,
+    };
     let route = v1::ModelRoute {
         model: "m".to_owned(),
         pool: "m".to_owned(),

@@ -153,14 +153,7 @@ impl XdsClient {
         if settings.node_id.is_empty() {
             return Err(XdsSettingsError::NoNodeId);
         }
-        let peers = settings.endpoints.clone();
-        if peers.is_empty() {
-            return Err(XdsSettingsError::NoEndpoints);
-        }
-        let scheme = if settings.tls.is_some() { "https" } else { "http" };
-        if let Some(bad) = peers.iter().find(|name| !is_peer(name, scheme)) {
-            return Err(XdsSettingsError::BadEndpoint(bad.clone()));
-        }
+        let peers = peers(&settings)?;
         Ok(Self { settings, peers, loads: None })
     }
 
@@ -237,7 +230,8 @@ impl XdsClient {
             }
         }
         let opening = async {
-            let channel = self.endpoint(name)?.connect().await.map_err(|error| in_words(&error))?;
+            let channel =
+                endpoint(name, &self.settings)?.connect().await.map_err(|error| in_words(&error))?;
             let mut client = AggregatedDiscoveryServiceClient::new(channel)
                 .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
                 .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES);
@@ -292,17 +286,6 @@ impl XdsClient {
                 }
             }
         }
-    }
-
-    /// Reads the certificates, if there are any.
-    fn endpoint(&self, name: &str) -> Result<Endpoint, String> {
-        let endpoint = dial(name, self.settings.tls.as_ref())?
-            .connect_timeout(self.settings.connect_timeout)
-            .http2_keep_alive_interval(self.settings.keepalive_interval)
-            .keep_alive_timeout(self.settings.keepalive_timeout)
-            .keep_alive_while_idle(true)
-            .tcp_nodelay(true);
-        Ok(endpoint)
     }
 
     /// Asks for all resources of a type, less those already held.
@@ -370,6 +353,30 @@ fn answer(
     answer
 }
 
+/// The control planes, as they were configured. Never empty.
+pub(super) fn peers(settings: &XdsSettings) -> Result<Vec<String>, XdsSettingsError> {
+    let scheme = if settings.tls.is_some() { "https" } else { "http" };
+    if let Some(bad) = settings.endpoints.iter().find(|name| !is_peer(name, scheme)) {
+        return Err(XdsSettingsError::BadEndpoint(bad.clone()));
+    }
+    if settings.endpoints.is_empty() {
+        Err(XdsSettingsError::NoEndpoints)
+    } else {
+        Ok(settings.endpoints.clone())
+    }
+}
+
+/// What to connect to; reads the certificates, if there are any.
+pub(super) fn endpoint(name: &str, settings: &XdsSettings) -> Result<Endpoint, String> {
+    let endpoint = dial(name, settings.tls.as_ref())?
+        .connect_timeout(settings.connect_timeout)
+        .http2_keep_alive_interval(settings.keepalive_interval)
+        .keep_alive_timeout(settings.keepalive_timeout)
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true);
+    Ok(endpoint)
+}
+
 fn is_peer(name: &str, scheme: &str) -> bool {
     let url = if name.contains("://") { name.to_owned() } else { format!("{scheme}://{name}") };
     let Ok(endpoint) = Endpoint::from_shared(url) else { return false };
@@ -385,7 +392,7 @@ fn backoff(rounds: u32, min: Duration, max: Duration, chance: f64) -> Duration {
     pause / 2 + (pause / 2).mul_f64(chance.clamp(0.0, 1.0))
 }
 
-fn status_in_words(status: &tonic::Status) -> String {
+pub(super) fn status_in_words(status: &tonic::Status) -> String {
     match std::error::Error::source(status) {
         Some(cause) => in_words(cause),
         None => format!("{:?}: {}", status.code(), status.message()),

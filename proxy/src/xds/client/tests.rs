@@ -134,8 +134,11 @@ fn tables(version: &str, addresses: &[&str]) -> DeltaDiscoveryResponse {
         state: v1::EndpointState::Ready as i32,
         ..Default::default()
     };
-    let table =
-        v1::EndpointTable { pool: "m".to_owned(), endpoints: addresses.iter().map(endpoint).collect() };
+    let table = v1::EndpointTable {
+        pool: "m".to_owned(),
+        endpoints: addresses.iter().map(endpoint).collect(),
+        wakes: false,
+    };
     response(ENDPOINT_TABLE_TYPE, version, &table)
 }
 

@@ -1,0 +1,113 @@
+//! What a follower's proxies get and say, as processes on a real etcd: the link between control planes.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+mod etcd_support;
+
+use common::{Agent, Plane, Proxy, wait};
+use etcd_support::{Cluster, planes::Planes};
+use penstock_proto::{
+    v1::{self, gateways_client::GatewaysClient},
+    xds::{
+        DeltaDiscoveryRequest, ENGINE_LOAD_TYPE, Node,
+        aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
+    },
+};
+use prost::Message;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+/// Two control planes, the leader first.
+async fn pair(cluster: &Cluster) -> (Planes, Plane, Plane) {
+    let patient = |_| vec![("PENSTOCK_CONTROLPLANE__FLEET__DEREGISTER_ACK_WAIT_MS".into(), "60000".into())];
+    let planes = Planes::start(cluster, 2, patient).await;
+    let leader = planes.leader(&[0, 1]).await;
+    let at = |index: usize| Plane::at(&planes.all[index].http, &planes.all[index].grpc);
+    let (first, second) = (at(leader), at(1 - leader));
+    wait("the link", async || (first.metric("penstock_controlplane_followers").await == 1.0).then_some(()))
+        .await;
+    (planes, first, second)
+}
+
+/// One engine, registered with the leader.
+async fn serving(leader: &Plane) -> (Agent, v1::Assignment) {
+    let agent = Agent::connect(leader, "node-1", 2).await;
+    let (status, body) = leader.call("PUT", "/api/v2/deployments/m", Some(r#"{"engine":"sim"}"#)).await;
+    assert_eq!(status, 201, "{body}");
+    let assigned = agent.wait_assigned(1).await.remove(0);
+    assert!(agent.serve(&assigned, 10_814).await.accepted);
+    (agent, assigned)
+}
+
+#[tokio::test]
+async fn a_deregistration_waits_for_the_proxies_of_followers_too() {
+    let Some(cluster) = Cluster::start(1).await else { return };
+    let (mut planes, leader, follower) = pair(&cluster).await;
+    let (agent, assigned) = serving(&leader).await;
+    let proxy = Proxy::connect(&follower, "far-proxy").await;
+    let id = assigned.replica_id.clone();
+    proxy.wait("the endpoint", |applied| applied.state_of("m", &id).is_some()).await;
+    *proxy.mute.lock().unwrap() = true;
+    agent.deregister(&assigned).await;
+    // The endpoint is gone at the leader, whose own proxies (it has none) all know it.
+    wait("it to be taken out", async || leader.endpoint(&id).await.filter(|e| e["state"] != "ready")).await;
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    assert!(!agent.deregistered(&id), "a proxy of the follower may still send to it");
+    *proxy.mute.lock().unwrap() = false;
+    agent.wait_deregistered(&id).await;
+    assert!(proxy.now().state_of("m", &id).is_none());
+
+    // One that is gone is not waited for.
+    assert!(agent.serve(&assigned, 10_814).await.accepted);
+    proxy.wait("the endpoint again", |applied| applied.state_of("m", &id).is_some()).await;
+    *proxy.mute.lock().unwrap() = true;
+    agent.deregister(&assigned).await;
+    let gone = planes.all.iter().position(|plane| plane.http == follower.http).unwrap();
+    planes.all[gone].kill();
+    agent.wait_deregistered(&id).await;
+    wait("the link's end", async || {
+        (leader.metric("penstock_controlplane_followers").await == 0.0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_followers_proxies_hear_of_loads_and_its_word_wakes_models() {
+    let Some(cluster) = Cluster::start(1).await else { return };
+    let (_planes, leader, follower) = pair(&cluster).await;
+    let (agent, assigned) = serving(&leader).await;
+
+    let (ask, stream) = mpsc::channel(4);
+    let request = DeltaDiscoveryRequest {
+        node: Some(Node { id: "far-proxy".into(), ..Default::default() }),
+        type_url: ENGINE_LOAD_TYPE.into(),
+        resource_names_subscribe: vec!["*".into()],
+        ..Default::default()
+    };
+    ask.send(request).await.unwrap();
+    let mut client =
+        AggregatedDiscoveryServiceClient::connect(format!("http://{}", follower.grpc)).await.unwrap();
+    let mut news = client.delta_aggregated_resources(ReceiverStream::new(stream)).await.unwrap().into_inner();
+    let heard = news.message().await.unwrap().unwrap();
+    let load = v1::EngineLoad::decode(&*heard.resources[0].resource.as_ref().unwrap().value).unwrap();
+    assert_eq!(heard.resources[0].name, format!("m/{}", assigned.replica_id));
+    assert_eq!((load.running, load.waiting, load.generation), (3, 1, assigned.generation));
+
+    let sleepy = r#"{"engine":"sim","replicas":0,"autoscaling":{"min":0,"max":1,"idle_to_zero_s":600}}"#;
+    let (status, body) = leader.call("PUT", "/api/v2/deployments/sleepy", Some(sleepy)).await;
+    assert_eq!(status, 201, "{body}");
+    let mut gateways = GatewaysClient::connect(format!("http://{}", follower.grpc)).await.unwrap();
+    wait("the follower to know the model", async || {
+        let found = follower.get("/api/v2/models").await["models"].to_string();
+        found.contains("sleepy").then_some(())
+    })
+    .await;
+    let wanted = |model: &str| v1::Wanted { model: model.into(), queued: 2 };
+    let models = vec![wanted("sleepy"), wanted("nobody-knows-it")];
+    gateways.want(v1::Demand { source: "far-proxy".into(), models }).await.unwrap();
+    let assigned =
+        wait("it to wake", async || agent.assignments().into_iter().find(|a| a.model == "sleepy")).await;
+    assert_eq!(assigned.replica_id, "sleepy-0");
+    let refused = gateways.want(v1::Demand::default()).await.expect_err("nobody says so");
+    assert!(refused.message().contains("whose it is"), "{refused}");
+}
