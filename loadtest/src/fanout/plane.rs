@@ -53,6 +53,8 @@ impl Plane {
             .arg(&announce)
             .env(set("LIMITS__MAX_REPLICAS"), options.endpoints.to_string())
             .env(set("RECONCILE__MAX_STARTS"), "100000")
+            // All endpoints register at once, each with a write to disk: agents that wait for that are not lost.
+            .env(set("FLEET__LEASE_TTL_MS"), "600000")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .kill_on_drop(true)
