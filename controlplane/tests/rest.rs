@@ -158,8 +158,12 @@ async fn state_of_the_world_is_served_and_what_cannot_be_is_refused_in_words() {
         stream.message().await.map(Option::unwrap)
     };
     let node = || Some(Node { id: "p".into(), ..Default::default() });
-    let told = ask(node(), ENDPOINT_TABLE_TYPE).await.unwrap();
-    assert_eq!((told.resources.len(), told.type_url.as_str()), (1, ENDPOINT_TABLE_TYPE));
+    wait("the table", async || {
+        let told = ask(node(), ENDPOINT_TABLE_TYPE).await.unwrap();
+        assert_eq!(told.type_url, ENDPOINT_TABLE_TYPE);
+        (told.resources.len() == 1).then_some(())
+    })
+    .await;
     for (node, type_url, words) in [
         (None, ENDPOINT_TABLE_TYPE, "node.id"),
         (node(), "type.googleapis.com/x", "served are"),
