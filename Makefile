@@ -68,6 +68,11 @@ bench-updates: setup-build ## what table updates cost the streams of a proxy, se
 	$(CARGO) build --locked --release -p penstock-proxy -p penstock-loadtest --bin penstock-proxy --bin penstock-bench-updates
 	@"$(TARGET)/release/penstock-bench-updates" --proxy "$(TARGET)/release/penstock-proxy" $(ARGS)
 
+.PHONY: bench-fanout
+bench-fanout: setup-build ## what it costs a control plane to tell many proxies of changes, see docs/benchmarks.md; flags in ARGS="..."
+	$(CARGO) build --locked --release -p penstock-controlplane -p penstock-loadtest --bin penstock-controlplane --bin penstock-bench-fanout
+	@"$(TARGET)/release/penstock-bench-fanout" --controlplane "$(TARGET)/release/penstock-controlplane" $(ARGS)
+
 .PHONY: dist
 dist: setup-build ## the binary that is shipped: slower to build, faster to run
 	$(CARGO) build --locked --profile dist -p penstock

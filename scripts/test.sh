@@ -78,6 +78,8 @@ tools() {
     for client in openai openai-async openai-npm anthropic langchain curl; do
         check "client: $client" scripts/clients.sh "$client"
     done
+    check "a stock Envoy, delta" scripts/envoy.sh delta
+    check "a stock Envoy, state of the world" scripts/envoy.sh sotw
     check "k6: smoke" scripts/k6_smoke.sh
     check "dashboard and metrics" scripts/with_up.py -- scripts/check_dashboard.py
 }

@@ -15,6 +15,7 @@ use std::{
 use penstock_config::agent::FleetConfig;
 use penstock_proto::{
     FLEET_PROTOCOL_VERSION, MAX_GRPC_MESSAGE_BYTES,
+    tls::{ClientTls, dial, in_words},
     v1::{self, agent_message::Message as Out, controller_message::Message as In, fleet_client::FleetClient},
 };
 use tokio::{
@@ -23,7 +24,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Streaming, transport::Endpoint};
+use tonic::Streaming;
 
 use crate::{backoff::Backoff, board::Told, engine::context::Context, intake::Intake};
 
@@ -71,7 +72,7 @@ pub(crate) struct SessionStatus {
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
 enum SessionError {
-    #[error("{0:?} is no address")]
+    #[error("{0}")]
     Address(String),
     #[error("cannot connect: {0}")]
     Connect(String),
@@ -95,6 +96,8 @@ pub(crate) struct Fleet {
     pub(crate) cx: Arc<Context>,
     /// `[controlplane]`
     pub(crate) config: FleetConfig,
+    /// Towards the control planes; None: in clear.
+    pub(crate) tls: Option<ClientTls>,
     /// Said in Hello.
     pub(crate) identity: Identity,
     /// Where assignments go.
@@ -137,14 +140,14 @@ impl Fleet {
     ) -> Result<(mpsc::Sender<v1::AgentMessage>, v1::Welcome, Streaming<v1::ControllerMessage>), SessionError>
     {
         let deadline = Duration::from_millis(self.config.connect_ms);
-        let endpoint = Endpoint::from_shared(address.to_owned())
-            .map_err(|_| SessionError::Address(address.to_owned()))?
+        let endpoint = dial(address, self.tls.as_ref())
+            .map_err(SessionError::Address)?
             .connect_timeout(deadline)
             .http2_keep_alive_interval(KEEP_ALIVE)
             .keep_alive_timeout(KEEP_ALIVE_DEADLINE)
             .keep_alive_while_idle(true);
         let opening = async {
-            let channel = endpoint.connect().await.map_err(|e| SessionError::Connect(innermost(&e)))?;
+            let channel = endpoint.connect().await.map_err(|e| SessionError::Connect(in_words(&e)))?;
             let mut client = FleetClient::new(channel).max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES);
             let (outbox, messages) = mpsc::channel(OUTBOX);
             send(&outbox, Out::Hello(self.hello())).await?;
@@ -311,14 +314,10 @@ async fn send(outbox: &mpsc::Sender<v1::AgentMessage>, message: Out) -> Result<(
     }
 }
 
+/// With what is behind it: a refused certificate is told by the stream's end.
 fn status_text(status: &tonic::Status) -> String {
-    format!("{:?}: {}", status.code(), status.message())
-}
-
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
+    match std::error::Error::source(status) {
+        Some(cause) => in_words(cause),
+        None => format!("{:?}: {}", status.code(), status.message()),
     }
-    cause.to_string()
 }

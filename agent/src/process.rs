@@ -20,6 +20,7 @@ use penstock_config::{
     agent::{AgentConfig, EnginesConfig},
     announce,
 };
+use penstock_proto::tls::ClientTls;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -217,9 +218,11 @@ async fn run_with(
     let hold = Instant::now() + Duration::from_millis(config.controlplane.first_assignments_ms);
     let reconciler = Reconciler::new(cx.clone(), intake.subscribe(), left.alive, hold);
     let session = Arc::new(Mutex::new(SessionStatus::default()));
+    let tls = &config.controlplane.tls;
     let fleet = Fleet {
         cx: cx.clone(),
         config: config.controlplane.clone(),
+        tls: ClientTls::of(&tls.ca_file, &tls.cert_file, &tls.key_file),
         identity: identity(&config, &node_id),
         intake,
         status: session.clone(),

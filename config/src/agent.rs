@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::logging::LogConfig;
+use crate::{logging::LogConfig, tls::TlsConfig};
 
 /// Everything the agent can be told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -72,6 +72,8 @@ impl Default for AgentPrivateConfig {
 pub struct FleetConfig {
     /// gRPC addresses of the control planes, tried in turn.
     pub endpoints: Vec<String>,
+    /// TLS towards them.
+    pub tls: TlsConfig,
     /// Longest connect, and longest wait for the answer to our Hello.
     pub connect_ms: u64,
     /// Pause after the first failed try; each further one is up to twice as long.
@@ -90,6 +92,7 @@ impl Default for FleetConfig {
     fn default() -> Self {
         Self {
             endpoints: vec!["http://127.0.0.1:18091".into()],
+            tls: TlsConfig::default(),
             connect_ms: 5_000,
             backoff_min_ms: 200,
             backoff_max_ms: 5_000,
@@ -247,8 +250,12 @@ impl AgentConfig {
             return Err("controlplane.endpoints is empty; name at least one, as \"http://HOST:18091\"".into());
         }
         if let Some(bad) = self.controlplane.endpoints.iter().find(|e| !is_endpoint(e)) {
-            return Err(format!("controlplane.endpoints has {bad:?}; accepted: \"http://HOST:PORT\""));
+            return Err(format!(
+                "controlplane.endpoints has {bad:?}; accepted: \"HOST:PORT\", \"http://HOST:PORT\", \"https://HOST:PORT\""
+            ));
         }
+        let fleet = &self.controlplane;
+        fleet.tls.validate_endpoints("controlplane.tls", "controlplane.endpoints", &fleet.endpoints)?;
         self.validate_times()?;
         self.engines.programs.iter().try_for_each(|(name, program)| program.validate(name))
     }
@@ -314,13 +321,12 @@ fn not_empty(key: &str, value: &str) -> Result<(), String> {
     if value.trim().is_empty() { Err(format!("{key} is empty; it needs a value")) } else { Ok(()) }
 }
 
-/// `http://HOST:PORT`, nothing behind it but perhaps a slash.
+/// `HOST:PORT`, with http:// or https:// before it or not, nothing behind it but perhaps a slash.
 fn is_endpoint(text: &str) -> bool {
-    text.strip_prefix("http://").and_then(|rest| rest.trim_end_matches('/').rsplit_once(':')).is_some_and(
-        |(host, port)| {
-            !host.is_empty() && !host.contains(['/', '@', ' ']) && port.parse::<u16>().is_ok_and(|p| p != 0)
-        },
-    )
+    let rest = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://")).unwrap_or(text);
+    rest.trim_end_matches('/').rsplit_once(':').is_some_and(|(host, port)| {
+        !host.is_empty() && !host.contains(['/', '@', ' ']) && port.parse::<u16>().is_ok_and(|p| p != 0)
+    })
 }
 
 #[cfg(test)]
@@ -359,15 +365,7 @@ mod tests {
         for good in ["http://127.0.0.1:18091", "http://cp-1.internal:18091/", "http://[::1]:18091"] {
             assert!(is_endpoint(good), "{good}");
         }
-        for bad in [
-            "",
-            "127.0.0.1:18091",
-            "https://cp:18091",
-            "http://cp",
-            "http://:1",
-            "http://cp:0",
-            "http://cp:99999",
-        ] {
+        for bad in ["", "ftp://cp:18091", "http://cp", "http://:1", "http://cp:0", "http://cp:99999"] {
             assert!(
                 refused(|c| c.controlplane.endpoints = vec![bad.into()]).contains("http://HOST:PORT"),
                 "{bad}"

@@ -6,7 +6,10 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::access::{AuditConfig, AuthConfig, ObserveConfig, Role, guide_aliases, parse_token};
 use crate::logging::LogConfig;
-pub use crate::store::{ElectionConfig, StoreConfig};
+pub use crate::{
+    store::{ElectionConfig, StoreConfig},
+    tls::TlsConfig,
+};
 
 /// Everything the controlplane process can be told. All of it is read once, at start.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -46,11 +49,13 @@ pub struct ListenConfig {
     pub http: String,
     /// xDS to proxies and the fleet sessions of agents.
     pub grpc: String,
+    /// TLS on the gRPC side, both as a server and towards other control planes.
+    pub tls: TlsConfig,
 }
 
 impl Default for ListenConfig {
     fn default() -> Self {
-        Self { http: "127.0.0.1:18090".into(), grpc: "127.0.0.1:18091".into() }
+        Self { http: "127.0.0.1:18090".into(), grpc: "127.0.0.1:18091".into(), tls: TlsConfig::default() }
     }
 }
 
@@ -126,11 +131,46 @@ pub struct XdsConfig {
     pub nack_retry_ms: u64,
     /// Shortest pause between two messages with engines' loads to one proxy, in milliseconds.
     pub load_push_ms: u64,
+    /// Share of the fleet's endpoints that may be missing without news before they stay in the tables; 0 to 100, 0: any.
+    pub guard_max_loss_percent: u8,
+    /// What a stock Envoy is told.
+    pub envoy: EnvoyConfig,
 }
 
 impl Default for XdsConfig {
     fn default() -> Self {
-        Self { push_coalesce_ms: 20, nack_retry_ms: 30_000, load_push_ms: 100 }
+        Self {
+            push_coalesce_ms: 20,
+            nack_retry_ms: 30_000,
+            load_push_ms: 100,
+            guard_max_loss_percent: 50,
+            envoy: EnvoyConfig::default(),
+        }
+    }
+}
+
+/// `[xds.envoy]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EnvoyConfig {
+    /// Where Envoys shall listen, IP:PORT; empty: they are told nothing.
+    pub listen: String,
+    /// Largest body of a request, in bytes; 1,024 to 1,073,741,824.
+    pub max_body_bytes: u32,
+    /// Longest silence of a stream, in seconds; 0: any.
+    pub idle_timeout_s: u64,
+    /// Longest time to connect to an engine, in milliseconds; 50 to 60,000.
+    pub connect_timeout_ms: u64,
+}
+
+impl Default for EnvoyConfig {
+    fn default() -> Self {
+        Self {
+            listen: String::new(),
+            max_body_bytes: 32 << 20,
+            idle_timeout_s: 300,
+            connect_timeout_ms: 2_000,
+        }
     }
 }
 
@@ -194,6 +234,13 @@ impl ControlPlaneConfig {
                 ));
             }
         }
+        let envoys = &self.xds.envoy.listen;
+        if !envoys.is_empty() && !envoys.parse::<SocketAddr>().is_ok_and(|address| address.port() > 0) {
+            return Err(format!(
+                "xds.envoy.listen is {envoys:?}: give an IP address and a port, such as 0.0.0.0:8081, or leave it empty"
+            ));
+        }
+        self.listen.tls.validate("listen.tls")?;
         self.store.validate()?;
         self.auth.validate()?;
         self.observe.validate()?;
@@ -228,6 +275,10 @@ impl ControlPlaneConfig {
             ("backup.keep", self.backup.keep as u64, 1, 10_000),
             ("backup.keep_days", self.backup.keep_days as u64, 0, 3_650),
             ("backup.max_bytes", self.backup.max_bytes as u64, 1_024, 4 << 30),
+            ("xds.guard_max_loss_percent", self.xds.guard_max_loss_percent.into(), 0, 100),
+            ("xds.envoy.max_body_bytes", self.xds.envoy.max_body_bytes.into(), 1_024, 1 << 30),
+            ("xds.envoy.idle_timeout_s", self.xds.envoy.idle_timeout_s, 0, 86_400),
+            ("xds.envoy.connect_timeout_ms", self.xds.envoy.connect_timeout_ms, 50, 60_000),
             ("limits.max_body_bytes", self.limits.max_body_bytes as u64, 1_024, 64 << 20),
             ("limits.max_replicas", u64::from(self.limits.max_replicas), 1, 1_000_000),
             ("limits.max_deployments", self.limits.max_deployments as u64, 1, 1_000_000),

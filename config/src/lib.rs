@@ -15,7 +15,9 @@ mod load;
 pub mod logging;
 pub mod proxy;
 mod store;
+mod tls;
 mod tree;
 
 pub use announce::announce;
 pub use load::{ConfigError, environment, load};
+pub use tls::TlsConfig;

@@ -30,6 +30,7 @@ pub mod plan;
 mod process;
 pub mod reconcile;
 pub mod store;
+pub mod tls;
 pub mod view;
 pub mod xds;
 

@@ -7,7 +7,7 @@ use prometheus::{
     Registry, TextEncoder, core::Collector, proto::MetricType,
 };
 
-use crate::view::View;
+use crate::{view::View, xds::kind::Kind};
 
 /// See the module's text. All names begin with `penstock_controlplane_`.
 #[derive(Debug)]
@@ -67,6 +67,16 @@ pub struct Metrics {
     pub xds_snapshots: IntCounter,
     /// Snapshots held back because they were not consistent.
     pub xds_inconsistent: IntCounter,
+    /// Endpoints that stay in tables though nobody hears of them.
+    pub xds_held_endpoints: IntGauge,
+    /// 1 while no snapshot is published.
+    pub xds_held_snapshot: IntGauge,
+    /// gRPC clients whose handshake failed.
+    pub grpc_refused: IntCounter,
+    /// Looks at certificates that found new ones, by outcome.
+    pub grpc_certificate_reloads: IntCounterVec,
+    /// When our gRPC certificate expires.
+    pub grpc_certificate_expires: IntGauge,
     /// Responses sent by `type`.
     pub xds_responses: IntCounterVec,
     /// Responses that proxies refused by `type`.
@@ -108,7 +118,7 @@ impl Metrics {
     /// All series, at zero.
     pub fn new() -> Result<Self, prometheus::Error> {
         let r = Registry::new();
-        let types = ["endpoint_table", "model_route", "engine_load"];
+        let types: Vec<&str> = Kind::ALL.into_iter().map(Kind::label).chain(["engine_load"]).collect();
         let metrics = Self {
             term: gauge(&r, "term", "The last term that anybody took.")?,
             leading: gauge(&r, "leading", "1 while this process leads.")?,
@@ -178,6 +188,33 @@ impl Metrics {
             xds_subscribers: gauge(&r, "xds_subscribers", "Subscribed proxies.")?,
             followers: gauge(&r, "followers", "Control planes that are linked to this one, which leads.")?,
             xds_snapshots: counter(&r, "xds_snapshots_total", "Snapshots published.")?,
+            xds_held_endpoints: gauge(
+                &r,
+                "xds_held_endpoints",
+                "Endpoints that nobody hears of any more and that stay in the tables, since nobody asked for that.",
+            )?,
+            xds_held_snapshot: gauge(
+                &r,
+                "xds_held_snapshot",
+                "1 while no snapshot is published because models vanished from the store.",
+            )?,
+            grpc_refused: counter(
+                &r,
+                "grpc_refused_total",
+                "gRPC connections refused: no TLS, no certificate, or one that is not accepted.",
+            )?,
+            grpc_certificate_reloads: counters(
+                &r,
+                "grpc_certificate_reloads_total",
+                "Changes of the gRPC certificates' files.",
+                "outcome",
+                &["taken", "refused"],
+            )?,
+            grpc_certificate_expires: gauge(
+                &r,
+                "grpc_certificate_expires_seconds",
+                "When the gRPC certificate expires, in seconds since 1970; 0 without TLS.",
+            )?,
             xds_inconsistent: counter(&r, "xds_inconsistent_total", "Snapshots held back as inconsistent.")?,
             xds_responses: counters(&r, "xds_responses_total", "Responses sent.", "type", &types)?,
             xds_nacks: counters(&r, "xds_nacks_total", "Responses that proxies refused.", "type", &types)?,

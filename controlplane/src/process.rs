@@ -33,6 +33,7 @@ use crate::{
     peers::{link, server::PeersService},
     reconcile,
     store::{EmbeddedStore, EtcdStore, Store, StoreError},
+    tls::{self, ServerTls},
     view::ViewKeeper,
     xds::{
         hub::{self, Hub},
@@ -192,6 +193,8 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     config.validate().map_err(Error::Settings)?;
+    let tls = Some(&config.listen.tls).filter(|tls| tls.is_on()).map(ServerTls::load).transpose();
+    let tls = tls.map_err(|e| Error::Settings(format!("listen.tls: {e}")))?;
     let http = bind(&config.listen.http, "listen.http").await?;
     let grpc = bind(&config.listen.grpc, "listen.grpc").await?;
     let store: Arc<dyn Store> = if config.store.is_etcd() {
@@ -200,7 +203,7 @@ pub async fn run(
         let path = PathBuf::from(&config.store.path);
         Arc::new(EmbeddedStore::open(&path, config.store.history_events).await?)
     };
-    let outcome = with_store(config, announce, shutdown, store.clone(), http, grpc).await;
+    let outcome = with_store(config, announce, shutdown, store.clone(), http, (grpc, tls)).await;
     store.close().await;
     outcome
 }
@@ -211,7 +214,7 @@ async fn with_store(
     shutdown: CancellationToken,
     store: Arc<dyn Store>,
     http: TcpListener,
-    grpc: TcpListener,
+    (grpc, tls): (TcpListener, Option<ServerTls>),
 ) -> Result<(), Error> {
     let metrics = Arc::new(Metrics::new().map_err(|e| Error::Settings(format!("metrics: {e}")))?);
     let addresses = (local(&http)?, local(&grpc)?);
@@ -265,7 +268,7 @@ async fn with_store(
     if core.config.store.is_etcd() {
         parts.spawn("the link to the leader", link::run(core.clone()));
     }
-    parts.serve("the gRPC server", serve_grpc(core.clone(), grpc));
+    parts.serve("the gRPC server", serve_grpc(core.clone(), grpc, tls));
     parts.serve("the HTTP server", serve_http(core.clone(), http));
     core.tasks.close();
     let (term, revision, store) = (core.view().term, core.view().revision, core.store.kind());
@@ -338,9 +341,9 @@ async fn serve_http(core: Arc<Core>, listener: TcpListener) -> Result<(), String
     server.await.map_err(|e| e.to_string())
 }
 
-async fn serve_grpc(core: Arc<Core>, listener: TcpListener) -> Result<(), String> {
+async fn serve_grpc(core: Arc<Core>, listener: TcpListener, tls: Option<ServerTls>) -> Result<(), String> {
     let stop = core.stop.clone();
-    tonic::transport::Server::builder()
+    let server = tonic::transport::Server::builder()
         .tcp_nodelay(true)
         // A peer that vanished without a word is noticed within 15 seconds.
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
@@ -348,10 +351,23 @@ async fn serve_grpc(core: Arc<Core>, listener: TcpListener) -> Result<(), String
         .add_service(FleetService::server(core.clone()))
         .add_service(PeersService::links(core.clone()))
         .add_service(PeersService::wants(core.clone()))
-        .add_service(AdsService::server(core))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
-        .await
-        .map_err(|e| e.to_string())
+        .add_service(AdsService::server(core.clone()));
+    let served = match tls {
+        None => {
+            let incoming = TcpListenerStream::new(listener);
+            server.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await
+        }
+        Some(tls) => {
+            let (accepted, incoming) = tls::incoming();
+            let accept = tls::accept(listener, tls.config(), accepted, core.metrics.clone(), stop.clone());
+            let watch = tls.watch(core.metrics.clone());
+            tokio::select! {
+                served = server.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()) => served,
+                () = async { tokio::join!(accept, stop.run_until_cancelled(watch)); std::future::pending().await } => Ok(()),
+            }
+        }
+    };
+    served.map_err(|e| e.to_string())
 }
 
 /// How the other control planes shall know this one; what was left empty is filled in.

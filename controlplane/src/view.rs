@@ -102,6 +102,8 @@ pub struct View {
     pub term_base: u64,
     /// Who leads; None while nobody does.
     pub leader: Option<Stored<Leader>>,
+    /// Revision of the last word of an operator that lets pass what is held back from proxies.
+    pub let_pass: Revision,
     /// The last generation given out.
     pub last_generation: u64,
     /// Revision of the key that holds it; 0 if there is none yet.
@@ -122,6 +124,7 @@ enum Slot {
     Route(String),
     Token(String),
     Generation,
+    LetPass,
     Leader,
     Term,
     TermBase,
@@ -189,6 +192,9 @@ impl Builder {
             self.view.last_generation = number(&entry.value, key)?;
             self.view.generation_revision = entry.mod_revision;
             Slot::Generation
+        } else if key == keys::LET_PASS {
+            self.view.let_pass = entry.mod_revision;
+            Slot::LetPass
         } else if key == keys::LEADER {
             self.view.leader = Some(read(entry)?);
             Slot::Leader
@@ -217,8 +223,8 @@ impl Builder {
             Some(Slot::Token(name)) => drop(self.view.tokens.remove(&name)),
             Some(Slot::Generation) => (self.view.last_generation, self.view.generation_revision) = (0, 0),
             Some(Slot::Leader) => self.view.leader = None,
-            // Terms never fall.
-            Some(Slot::Term | Slot::TermBase) | None => {}
+            // None of them ever falls.
+            Some(Slot::Term | Slot::TermBase | Slot::LetPass) | None => {}
         }
         self.view.models.retain(|_, model| !model.is_empty());
     }

@@ -5,7 +5,8 @@ mod common;
 
 use common::{Plane, Proxy, wait};
 use penstock_proto::xds::{
-    DiscoveryRequest, aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
+    DiscoveryRequest, ENDPOINT_TABLE_TYPE, ENGINE_LOAD_TYPE, Node,
+    aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
 };
 
 #[tokio::test]
@@ -143,15 +144,35 @@ async fn a_proxys_refusal_is_shown_and_cleared() {
 }
 
 #[tokio::test]
-async fn state_of_the_world_is_refused_in_words() {
+async fn state_of_the_world_is_served_and_what_cannot_be_is_refused_in_words() {
     let dir = tempfile::tempdir().unwrap();
     let plane = Plane::start(dir.path()).await;
+    plane.call("PUT", "/api/v2/deployments/m", Some(r#"{"engine":"sim","replicas":0}"#)).await;
     let mut client =
         AggregatedDiscoveryServiceClient::connect(format!("http://{}", plane.grpc)).await.unwrap();
-    let request = tokio_stream::iter([DiscoveryRequest::default()]);
-    let refused = client.stream_aggregated_resources(request).await.unwrap_err();
-    assert_eq!(refused.code(), tonic::Code::Unimplemented);
-    assert!(refused.message().contains("DeltaAggregatedResources"));
+    let mut ask = async |node: Option<Node>, type_url: &str| {
+        let request = DiscoveryRequest { node, type_url: type_url.into(), ..Default::default() };
+        // The stream stays open behind its one request.
+        let requests = tokio_stream::StreamExt::chain(tokio_stream::iter([request]), tokio_stream::pending());
+        let mut stream = client.stream_aggregated_resources(requests).await.unwrap().into_inner();
+        stream.message().await.map(Option::unwrap)
+    };
+    let node = || Some(Node { id: "p".into(), ..Default::default() });
+    wait("the table", async || {
+        let told = ask(node(), ENDPOINT_TABLE_TYPE).await.unwrap();
+        assert_eq!(told.type_url, ENDPOINT_TABLE_TYPE);
+        (told.resources.len() == 1).then_some(())
+    })
+    .await;
+    for (node, type_url, words) in [
+        (None, ENDPOINT_TABLE_TYPE, "node.id"),
+        (node(), "type.googleapis.com/x", "served are"),
+        (node(), ENGINE_LOAD_TYPE, "DeltaAggregatedResources only"),
+        (node(), "type.googleapis.com/envoy.config.cluster.v3.Cluster", "xds.envoy.listen is empty"),
+    ] {
+        let refused = ask(node, type_url).await.unwrap_err();
+        assert!(refused.message().contains(words), "{words}: {}", refused.message());
+    }
     plane.stop().await;
 }
 

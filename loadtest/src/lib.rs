@@ -5,10 +5,13 @@
 //! - [`load`]: a client of many concurrent streams that computes what each stream must say and compares.
 //!
 //! - [`updates`]: a benchmark of one proxy whose tables change all the time while it carries streams.
+//! - [`fanout`]: a benchmark of a control plane that tells many proxies of changes in a large fleet.
 //!
 //! The first two meet in [`engine::tokens`] and [`engine::generation`] only: what the engine will answer can be computed by
 //! anyone who has the request, so a lost, doubled, reordered or foreign token is found by comparison, not by trust.
 
 pub mod engine;
+pub mod fanout;
 pub mod load;
 pub mod updates;
+mod usage;

@@ -7,6 +7,7 @@
 //!
 //! Depends on nothing else of Penstock.
 
+pub mod tls;
 mod version;
 pub mod xds;
 

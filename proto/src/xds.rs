@@ -5,6 +5,21 @@ pub use envoy_types::pb::{
     google::{protobuf::Any, rpc::Status},
 };
 
+/// Envoy's own resources.
+pub use envoy_types::pb::envoy;
+
+/// Google's well-known types that Envoy's resources are made of.
+pub mod google {
+    pub use envoy_types::pb::google::protobuf::{BoolValue, Duration, Struct, UInt32Value, Value, value};
+}
+
+/// Version of what our proxies and control planes say to each other over xDS. A proxy names the one it speaks in its node's
+/// metadata, under [`PROTOCOL_KEY`]; without, it is 1. Raised when an older proxy would misunderstand what it is told.
+pub const XDS_PROTOCOL_VERSION: u32 = 1;
+
+/// See [`XDS_PROTOCOL_VERSION`].
+pub const PROTOCOL_KEY: &str = "penstock.xds_protocol";
+
 /// Type URL of [`crate::v1::EndpointTable`]. Sent before the routes that name it.
 pub const ENDPOINT_TABLE_TYPE: &str = "type.googleapis.com/penstock.v1.EndpointTable";
 

@@ -7,6 +7,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 use penstock_config::proxy::{DrainConfig, PUBLIC, ProxyConfig};
+use penstock_proto::tls::ClientTls;
 use sd_notify::NotifyState;
 use serde::Serialize;
 use tokio::{
@@ -442,6 +443,7 @@ fn discover(
     tasks.spawn(sample(Arc::clone(gateway), stop.clone()));
     let settings = XdsSettings {
         endpoints: discovery.controlplanes.clone(),
+        tls: ClientTls::of(&discovery.tls.ca_file, &discovery.tls.cert_file, &discovery.tls.key_file),
         node_id: node_id(&discovery.node_id),
         ..XdsSettings::default()
     };

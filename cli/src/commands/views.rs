@@ -32,7 +32,10 @@ pub(crate) async fn status(remote: &Remote) -> Result<(), ApiError> {
         );
         let ready = nodes.value.nodes.iter().filter(|n| n.state == "ready").count();
         text += &format!("nodes {ready} ready of {}, ", nodes.value.nodes.len());
-        text += &format!("proxies {}\n\n", proxies.value.proxies.len());
+        text += &format!("proxies {}\n", proxies.value.proxies.len());
+        let held = json.get("publish_held").and_then(Value::as_array).into_iter().flatten();
+        text.extend(held.filter_map(Value::as_str).map(|sentence| format!("HELD BACK: {sentence}\n")));
+        text.push('\n');
         text + &deployment_table(&deployments.value.deployments)
     })?;
     Ok(())
@@ -155,13 +158,13 @@ pub(crate) async fn proxies(remote: &Remote) -> Result<(), ApiError> {
 
 pub(super) fn proxy_table(proxies: &[Value]) -> String {
     let rows = proxies.iter().map(|p| {
-        ["node_id", "version_acked", "last_nack"].map(|key| match p.get(key) {
+        ["node_id", "agent", "version_acked", "nacks", "last_nack"].map(|key| match p.get(key) {
             None | Some(Value::Null) => String::new(),
             Some(Value::String(text)) => text.clone(),
             Some(other) => other.to_string(),
         })
     });
-    table(["PROXY", "VERSION", "LAST REFUSAL"], rows)
+    table(["PROXY", "AGENT", "VERSION", "REFUSALS", "LAST REFUSAL"], rows)
 }
 
 /// Says both versions, or ours alone when the control plane cannot be asked: which is no failure of this command.

@@ -75,7 +75,7 @@ pub(crate) fn agent(
     let mut config = AgentConfig { node_id: LOCAL.into(), ..AgentConfig::default() };
     config.state_dir = data.state("agent").display().to_string();
     config.private.listen = at.agent_private.clone();
-    config.controlplane.endpoints = vec![format!("http://{}", at.grpc)];
+    config.controlplane.endpoints = vec![at.grpc.clone()];
     match gpus {
         Gpus::Real => config.gpus.source = "nvml".into(),
         Gpus::Simulated(count) => {
@@ -99,7 +99,7 @@ pub(crate) fn proxy(data: &DataDir, at: &Addresses) -> ProxyConfig {
     config.public.listen = at.public.clone();
     config.private.listen = at.proxy_private.clone();
     config.discovery.node_id = LOCAL.into();
-    config.discovery.controlplanes = vec![format!("http://{}", at.grpc)];
+    config.discovery.controlplanes = vec![at.grpc.clone()];
     config.discovery.snapshot_file = data.state("proxy").join("snapshot").display().to_string();
     config.drain.deadline_ms = DRAIN_MS;
     config.telemetry.access_log = data.log(ACCESS_LOG).display().to_string();

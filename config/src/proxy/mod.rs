@@ -116,7 +116,8 @@ impl ProxyConfig {
                         name at least one, or there is nothing to route to"
                 .into());
         }
-        Ok(())
+        let discovery = &self.discovery;
+        discovery.tls.validate_endpoints("discovery.tls", "discovery.controlplanes", &discovery.controlplanes)
     }
 }
 

@@ -8,10 +8,15 @@ use axum::{
     http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::error::ApiError;
-use crate::{core::Core, store::keys};
+use super::{
+    ask::Ask,
+    edit::{Place, edit},
+    error::ApiError,
+};
+use crate::{audit::Subject, core::Core, store::keys};
 
 /// Probes do not wait for a store longer than this.
 const STORE_PATIENCE: Duration = Duration::from_secs(1);
@@ -69,6 +74,29 @@ pub(super) async fn status(State(core): State<Arc<Core>>) -> Json<Value> {
         "nodes": view.nodes.len(),
         "held": core.reports.borrow().held,
         "proxies": core.hub.subscribers().len(),
+        "publish_held": core.hub.held().sentences(),
         "readyz": { "ready": reasons.is_empty(), "reasons": reasons },
     }))
+}
+
+/// An operator's word that what is held back may pass.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct LetPass {
+    passed: Vec<String>,
+    /// Of the store when it was said, so that no two are the same.
+    at_revision: u64,
+}
+
+/// Lets pass what is held back from proxies, here and on every other control plane: a word in the store, which each of them
+/// reads.
+pub(super) async fn publish(State(core): State<Arc<Core>>, ask: Ask) -> Result<Json<Value>, ApiError> {
+    let word = LetPass { passed: core.hub.held().sentences(), at_revision: core.view().revision };
+    let subject = Subject { kind: "publish", name: "let-pass".into(), model: String::new() };
+    let place = Place { subject, key: keys::LET_PASS.into(), beside: None };
+    let edited = edit(&core, &ask, &place, |_: Option<&LetPass>, _| Ok(Some(word.clone()).into())).await?;
+    if !edited.dry_run {
+        tracing::warn!(held = ?word.passed, "an operator lets pass what was held back from proxies");
+        core.seen(edited.revision).await;
+    }
+    Ok(Json(json!({ "passed": word.passed, "revision": edited.revision })))
 }

@@ -9,7 +9,8 @@ use axum::{
     Json,
     extract::{Path, State, rejection::PathRejection},
 };
-use serde_json::{Value, json};
+use penstock_proto::Version;
+use serde_json::{Map, Value, json};
 
 use super::{
     ask::{Params, Reply},
@@ -21,7 +22,7 @@ use crate::{
     plan::NodeSeen,
     store::Revision,
     view::View,
-    xds::session::KindStatus,
+    xds::hub::Subscriber,
 };
 
 pub(super) async fn list(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {
@@ -115,33 +116,38 @@ fn shown(
 }
 
 pub(super) async fn proxies(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {
-    let kind = |kind: &KindStatus| {
-        json!({
-            "version_acked": kind.acked.map(|v| v.to_string()).unwrap_or_default(),
-            "nacks": kind.nacks,
-            "last_nack": kind.nack_reason,
-        })
-    };
-    let mut subscribers: Vec<_> = core.hub.subscribers().into_iter().collect();
-    subscribers.sort_by(|a, b| (&a.node_id, &a.peer).cmp(&(&b.node_id, &b.peer)));
-    let items = subscribers.iter().map(|s| (format!("{} {}", s.node_id, s.peer), s));
-    let mut page = params.page("proxies", items, |s| {
-        let reasons = [&s.tables.nack_reason, &s.routes.nack_reason];
-        let last_nack = reasons.into_iter().find(|reason| !reason.is_empty());
-        let acked = s.tables.acked.max(s.routes.acked);
-        json!({
-            "node_id": s.node_id,
-            "peer": s.peer,
-            "zone": s.zone,
-            "agent": s.agent,
-            "connected_s": s.connected.elapsed().as_secs(),
-            "version_acked": acked.map(|v| v.to_string()).unwrap_or_default(),
-            "version_synced": s.synced.map(|v| v.to_string()).unwrap_or_default(),
-            "last_nack": last_nack.map_or("", |reason| reason.as_str()),
-            "endpoint_tables": kind(&s.tables),
-            "model_routes": kind(&s.routes),
-        })
-    })?;
+    let mut subscribers = core.hub.subscribers();
+    subscribers.sort_by(|a, b| (&a.peer.node_id, &a.address).cmp(&(&b.peer.node_id, &b.address)));
+    let items = subscribers.iter().map(|s| (format!("{} {}", s.peer.node_id, s.address), s));
+    let mut page = params.page("proxies", items, proxy)?;
     page.0["version"] = core.hub.snapshot().version.to_string().into();
     Ok(page)
+}
+
+fn proxy(subscriber: &Subscriber) -> Value {
+    let version = |version: Option<Version>| version.map(|v| v.to_string()).unwrap_or_default();
+    let types = subscriber.kinds.iter().map(|(kind, status)| {
+        let refused: Vec<&str> = status.refused.iter().map(AsRef::as_ref).collect();
+        let shown = json!({
+            "version_acked": version(status.acked),
+            "nacks": status.nacks,
+            "last_nack": status.nack_reason,
+            "refused": refused,
+        });
+        (kind.label().to_owned(), shown)
+    });
+    let last_nack = subscriber.kinds.iter().map(|(_, status)| &status.nack_reason).find(|r| !r.is_empty());
+    json!({
+        "node_id": subscriber.peer.node_id,
+        "agent": subscriber.peer.agent,
+        "zone": subscriber.peer.zone,
+        "peer": subscriber.address,
+        "protocol": subscriber.protocol,
+        "connected_s": subscriber.connected.elapsed().as_secs(),
+        "version_acked": version(subscriber.kinds.iter().filter_map(|(_, status)| status.acked).max()),
+        "version_synced": version(subscriber.synced),
+        "nacks": subscriber.kinds.iter().map(|(_, status)| status.nacks).sum::<u64>(),
+        "last_nack": last_nack.map_or("", |reason| reason.as_str()),
+        "types": types.collect::<Map<String, Value>>(),
+    })
 }

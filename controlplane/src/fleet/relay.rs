@@ -12,18 +12,15 @@ use std::{sync::Arc, time::Duration};
 
 use penstock_proto::{
     MAX_GRPC_MESSAGE_BYTES,
+    tls::{dial, in_words},
     v1::{self, agent_message::Message, fleet_client::FleetClient},
 };
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{
-    Request, Status, Streaming,
-    metadata::MetadataValue,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Request, Status, Streaming, metadata::MetadataValue, transport::Channel};
 
 use super::session::{Outbound, PATIENCE, RENEWAL, hello, stopping};
-use crate::{core::Core, leadership::Leader, store::StoreError};
+use crate::{core::Core, leadership::Leader, store::StoreError, tls};
 
 /// Metadata of a session that comes from another control plane.
 pub(super) const RELAYED: &str = "penstock-relayed";
@@ -64,7 +61,7 @@ async fn relay(
         let leader = wait_for_leader(core, &mut lease, deadline).await?;
         let opened = tokio::select! {
             () = core.stop.cancelled() => return Err(stopping()),
-            opened = open(&leader, hello.clone()) => opened,
+            opened = open(core, &leader, hello.clone()) => opened,
         };
         match opened {
             Ok((up, down)) => break (leader, up, down),
@@ -159,12 +156,12 @@ async fn wait_for_leader(
 /// The leader's end of the session, with the Hello said.
 type Opened = (mpsc::Sender<v1::AgentMessage>, Streaming<v1::ControllerMessage>);
 
-async fn open(leader: &Leader, hello: v1::Hello) -> Result<Opened, Status> {
+async fn open(core: &Core, leader: &Leader, hello: v1::Hello) -> Result<Opened, Status> {
     let (up, stream) = mpsc::channel(WAITING);
     let hello = v1::AgentMessage { message: Some(Message::Hello(hello)) };
     let full = |_| Status::unavailable("the leader does not read: connect again");
     up.try_send(hello).map_err(full)?;
-    let channel = channel(leader).await?;
+    let channel = channel(core, leader).await?;
     let mut request = Request::new(ReceiverStream::new(stream));
     request.metadata_mut().insert(RELAYED, MetadataValue::from_static("1"));
     let mut client = FleetClient::new(channel)
@@ -178,16 +175,16 @@ async fn open(leader: &Leader, hello: v1::Hello) -> Result<Opened, Status> {
 ///
 /// # Errors
 /// A sentence that names the address.
-pub(crate) async fn channel(leader: &Leader) -> Result<Channel, Status> {
-    let gone = |e| unreachable(leader, &e);
-    let endpoint = Endpoint::from_shared(format!("http://{}", leader.grpc)).map_err(gone)?;
+pub(crate) async fn channel(core: &Core, leader: &Leader) -> Result<Channel, Status> {
+    let endpoint = dial(&leader.grpc, tls::client(&core.config.listen.tls).as_ref());
     let endpoint = endpoint
+        .map_err(|e| unreachable(leader, &e))?
         .connect_timeout(CONNECT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(PING)
         .keep_alive_timeout(PING)
         .keep_alive_while_idle(true);
-    endpoint.connect().await.map_err(gone)
+    endpoint.connect().await.map_err(|e| unreachable(leader, &in_words(&e)))
 }
 
 fn unreachable(leader: &Leader, why: &dyn std::fmt::Display) -> Status {

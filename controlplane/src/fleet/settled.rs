@@ -82,7 +82,7 @@ mod tests {
     use crate::{
         model::{Assignment, EngineObserved, Placement},
         view::{ModelView, Stored},
-        xds::snapshot::tests::{model, view},
+        xds::project::tests::{model, view},
     };
 
     fn placed(endpoints: &[&str], phase: Phase) -> Arc<ModelView> {

@@ -70,7 +70,7 @@ async fn link(core: &Core, leader: &Leader) -> Result<(), Status> {
         }),
     )?;
     let opening = async {
-        let channel = relay::channel(leader).await?;
+        let channel = relay::channel(core, leader).await?;
         let mut client = PeersClient::new(channel).max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES);
         client.link(ReceiverStream::new(stream)).await
     };

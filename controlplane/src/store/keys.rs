@@ -38,6 +38,8 @@ pub const LEADER: &str = "/meta/leader";
 pub const TERM: &str = "/meta/term";
 /// Holds the last generation given out, in decimal.
 pub const GENERATION: &str = "/meta/generation";
+/// Written when an operator lets pass what is held back from proxies; its revision is what counts.
+pub const LET_PASS: &str = "/meta/let-pass";
 /// Holds the version of this layout, in decimal.
 pub const SCHEMA: &str = "/meta/schema";
 /// What a restore put before the terms of this store, in decimal: peers know the sum, so that terms never fall for them.

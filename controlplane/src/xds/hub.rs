@@ -9,28 +9,26 @@ use std::{
 use penstock_proto::Version;
 use tokio::sync::watch;
 
-use super::{session::KindStatus, snapshot::Snapshot};
+use super::{
+    guard::Held, kind::Kind, peer::Peer, project::Projector, session::KindStatus, snapshot::Snapshot,
+};
 use crate::{core::Core, fleet::settled};
 
 /// One subscribed proxy.
 #[derive(Debug, Clone)]
 pub struct Subscriber {
-    /// Its name.
-    pub node_id: String,
+    /// Who it is.
+    pub peer: Peer,
     /// The address it calls from; may be empty.
-    pub peer: String,
-    /// Its zone, as it says; may be empty.
-    pub zone: String,
-    /// Its program and release, as it says: "penstock-proxy/0.1.0"; may be empty.
-    pub agent: String,
+    pub address: String,
+    /// In which protocol it is told.
+    pub protocol: &'static str,
     /// When it connected.
     pub connected: Instant,
     /// Everything up to this version has been acknowledged.
     pub synced: Option<Version>,
-    /// How it does with tables.
-    pub tables: KindStatus,
-    /// How it does with routes.
-    pub routes: KindStatus,
+    /// How it does with what it asked for.
+    pub kinds: Vec<(Kind, KindStatus)>,
 }
 
 /// See the module's text.
@@ -40,6 +38,7 @@ pub struct Hub {
     subscribers: Mutex<BTreeMap<u64, Subscriber>>,
     /// Counts changes of subscribers' state; also numbers them.
     changes: watch::Sender<u64>,
+    held: watch::Sender<Held>,
 }
 
 impl Default for Hub {
@@ -48,6 +47,7 @@ impl Default for Hub {
             snapshots: watch::Sender::new(Arc::default()),
             subscribers: Mutex::default(),
             changes: watch::Sender::new(0),
+            held: watch::Sender::default(),
         }
     }
 }
@@ -65,6 +65,11 @@ impl Hub {
     /// The newest snapshot.
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshots.borrow().clone()
+    }
+
+    /// What is not told to proxies at the moment.
+    pub fn held(&self) -> Held {
+        self.held.borrow().clone()
     }
 
     /// Enters a subscriber; the number is its own.
@@ -139,6 +144,10 @@ pub async fn publish(core: Arc<Core>) {
     views.mark_changed();
     let pause = Duration::from_millis(core.config.xds.push_coalesce_ms);
     let mut base = core.view().term_base;
+    let mut projector = Projector::new(&core.config.xds);
+    // The newest, published or not.
+    let mut last = Arc::<Snapshot>::default();
+    let mut consistent = true;
     while views.changed().await.is_ok() {
         let mut view = views.borrow_and_update().clone();
         if view.term_base != base {
@@ -151,17 +160,42 @@ pub async fn publish(core: Arc<Core>) {
             continue;
         }
         // The term as of this very revision: every control plane gives the same state the same version.
-        let next = core.hub.snapshot().next(&view, view.published_term());
-        match next.check() {
-            Ok(()) => {
-                core.metrics.xds_snapshots.inc();
-                core.hub.snapshots.send_replace(Arc::new(next));
-            }
-            Err(models) => {
-                core.metrics.xds_inconsistent.inc();
-                tracing::error!(?models, "a snapshot has routes without tables and was held back");
+        let next = projector.next(&last, &view);
+        note_held(&core, projector.held());
+        if let Some(next) = next {
+            last = Arc::new(next);
+            let checked = last.check(!consistent);
+            consistent = checked.is_ok();
+            match checked {
+                Ok(()) => {
+                    core.metrics.xds_snapshots.inc();
+                    core.hub.snapshots.send_replace(last.clone());
+                }
+                Err(reasons) => {
+                    core.metrics.xds_inconsistent.inc();
+                    tracing::error!(?reasons, "a snapshot refers to what is not in it and was held back");
+                }
             }
         }
         tokio::time::sleep(pause).await;
     }
+}
+
+/// Tells people of what the guard holds, when that is news.
+fn note_held(core: &Core, held: Held) {
+    core.metrics.xds_held_endpoints.set(i64::try_from(held.endpoints()).unwrap_or(i64::MAX));
+    core.metrics.xds_held_snapshot.set((!held.snapshot.is_empty()).into());
+    core.hub.held.send_if_modified(|known| {
+        if *known == held {
+            return false;
+        }
+        let sentences = held.sentences();
+        if sentences.is_empty() {
+            tracing::info!("nothing is held back from proxies any more");
+        } else {
+            tracing::error!(held = ?sentences, "held back from proxies; POST /api/v2/cluster/publish lets it pass");
+        }
+        *known = held;
+        true
+    });
 }

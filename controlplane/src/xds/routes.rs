@@ -33,8 +33,8 @@ pub struct Sources {
 /// What differs from the last time.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Changed {
-    /// Models, in any way.
-    pub models: Vec<String>,
+    /// Models, in any way, each with what it was before.
+    pub models: Vec<(String, Option<Arc<ModelView>>)>,
     /// Names whose route may be another one.
     pub names: BTreeSet<String>,
 }
@@ -46,19 +46,20 @@ impl Sources {
         let same = |name: &String, model: &Arc<ModelView>| {
             self.models.get(name).is_some_and(|before| Arc::ptr_eq(before, model))
         };
-        changed.models.extend(view.models.iter().filter(|(n, m)| !same(n, m)).map(|(name, _)| name.clone()));
-        changed.models.extend(self.models.keys().filter(|name| !view.models.contains_key(*name)).cloned());
-        for name in &changed.models {
-            let after = view.models.get(name);
+        let new = view.models.iter().filter(|(name, model)| !same(name, model)).map(|(name, _)| name);
+        let gone = self.models.keys().filter(|name| !view.models.contains_key(*name));
+        let names: Vec<String> = new.chain(gone).cloned().collect();
+        for name in names {
+            let after = view.models.get(&name);
             let before = match after {
                 Some(model) => self.models.insert(name.clone(), model.clone()),
-                None => self.models.remove(name),
+                None => self.models.remove(&name),
             };
             changed.names.insert(name.clone());
             let (had, has) = (names_of(before.as_ref()), names_of(after));
             for adapter in had.difference(&has) {
                 if let Some(models) = self.adapters.get_mut(adapter) {
-                    models.remove(name);
+                    models.remove(&name);
                 }
                 self.adapters.retain(|_, models| !models.is_empty());
             }
@@ -66,6 +67,7 @@ impl Sources {
                 self.adapters.entry(adapter.clone()).or_default().insert(name.clone());
             }
             changed.names.extend(had.into_iter().chain(has));
+            changed.models.push((name, before));
         }
         let targets_any = |route: &Arc<Stored<Route>>| {
             route.value.targets.iter().any(|target| changed.names.contains(&target.model))
@@ -86,6 +88,11 @@ impl Sources {
             self.routes.clone_from(&view.routes);
         }
         changed
+    }
+
+    /// Every model.
+    pub fn models(&self) -> &BTreeMap<String, Arc<ModelView>> {
+        &self.models
     }
 
     /// The view of a model.

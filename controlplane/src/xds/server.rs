@@ -1,4 +1,5 @@
-//! The gRPC around [`Session`]: one task per stream, which sleeps until the proxy speaks or a snapshot appears.
+//! The gRPC around [`Session`]: one task per stream, which sleeps until the proxy speaks or a snapshot appears. Both protocols,
+//! delta and state of the world, are the same but for their words ([`Protocol`]).
 
 use std::{
     net::SocketAddr,
@@ -9,7 +10,7 @@ use std::{
 use penstock_proto::{
     MAX_GRPC_MESSAGE_BYTES,
     xds::{
-        DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
+        DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse, Node,
         aggregated_discovery_service_server::{AggregatedDiscoveryService, AggregatedDiscoveryServiceServer},
     },
 };
@@ -19,18 +20,86 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     hub::Subscriber,
+    kind::Kind,
     loads::{Answer, LoadSession},
-    session::{Heard, Session},
-    snapshot::Kind,
+    peer,
+    session::{self, Heard, Reply, Session},
+    sotw,
 };
 use crate::core::Core;
 
-/// Responses that may wait for one proxy. One of state and one of loads may be outstanding, so this never fills.
-const OUTBOUND: usize = 4;
+/// Responses that may wait for one proxy. One of each kind may be outstanding, and one of loads, so this never fills.
+const OUTBOUND: usize = 8;
 /// A proxy that opens a stream and asks for nothing for this long is cut off.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-type Outbound = mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>;
+type Outbound<P> = mpsc::Sender<Result<<P as Protocol>::Response, Status>>;
+
+/// One of the two protocols.
+trait Protocol: Send + 'static {
+    /// Its name in the API.
+    const NAME: &'static str;
+    type Request: Send + 'static;
+    type Response: Send + 'static;
+
+    fn node(request: &Self::Request) -> Option<&Node>;
+
+    /// The request in delta's words; None: nothing is to be heard in it.
+    fn heard(request: Self::Request, session: &Session) -> Option<DeltaDiscoveryRequest>;
+
+    fn told(reply: &Reply, session: &Session) -> Self::Response;
+
+    /// News of loads; None: they cannot be told in these words.
+    fn news(loads: DeltaDiscoveryResponse) -> Option<Self::Response>;
+}
+
+struct Delta;
+
+impl Protocol for Delta {
+    const NAME: &'static str = "delta";
+    type Request = DeltaDiscoveryRequest;
+    type Response = DeltaDiscoveryResponse;
+
+    fn node(request: &Self::Request) -> Option<&Node> {
+        request.node.as_ref()
+    }
+
+    fn heard(request: Self::Request, _: &Session) -> Option<DeltaDiscoveryRequest> {
+        Some(request)
+    }
+
+    fn told(reply: &Reply, _: &Session) -> Self::Response {
+        session::delta(reply)
+    }
+
+    fn news(loads: DeltaDiscoveryResponse) -> Option<Self::Response> {
+        Some(loads)
+    }
+}
+
+struct WholeState;
+
+impl Protocol for WholeState {
+    const NAME: &'static str = "state_of_the_world";
+    type Request = DiscoveryRequest;
+    type Response = DiscoveryResponse;
+
+    fn node(request: &Self::Request) -> Option<&Node> {
+        request.node.as_ref()
+    }
+
+    fn heard(request: Self::Request, session: &Session) -> Option<DeltaDiscoveryRequest> {
+        sotw::heard(request, session)
+    }
+
+    fn told(reply: &Reply, session: &Session) -> Self::Response {
+        sotw::told(reply, session)
+    }
+
+    fn news(_: DeltaDiscoveryResponse) -> Option<Self::Response> {
+        None
+    }
+}
 
 /// See the module's text.
 #[derive(Clone)]
@@ -45,6 +114,16 @@ impl AdsService {
             .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES)
     }
+
+    fn open<P: Protocol>(
+        &self,
+        request: Request<Streaming<P::Request>>,
+    ) -> Response<ReceiverStream<Result<P::Response, Status>>> {
+        let peer = request.remote_addr();
+        let (outbound, stream) = mpsc::channel(OUTBOUND);
+        self.core.tasks.spawn(run::<P>(self.core.clone(), request.into_inner(), outbound, peer));
+        Response::new(ReceiverStream::new(stream))
+    }
 }
 
 #[tonic::async_trait]
@@ -54,56 +133,50 @@ impl AggregatedDiscoveryService for AdsService {
 
     async fn stream_aggregated_resources(
         &self,
-        _request: Request<Streaming<DiscoveryRequest>>,
+        request: Request<Streaming<DiscoveryRequest>>,
     ) -> Result<Response<Self::StreamAggregatedResourcesStream>, Status> {
-        Err(Status::unimplemented("state-of-the-world xDS is not served; use DeltaAggregatedResources"))
+        Ok(self.open::<WholeState>(request))
     }
 
     async fn delta_aggregated_resources(
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let peer = request.remote_addr();
-        let (outbound, stream) = mpsc::channel(OUTBOUND);
-        self.core.tasks.spawn(run(self.core.clone(), request.into_inner(), outbound, peer));
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Ok(self.open::<Delta>(request))
     }
 }
 
 /// Runs a stream to its end and tells the proxy why it ended.
-async fn run(
+async fn run<P: Protocol>(
     core: Arc<Core>,
-    mut inbound: Streaming<DeltaDiscoveryRequest>,
-    outbound: Outbound,
-    peer: Option<SocketAddr>,
+    mut inbound: Streaming<P::Request>,
+    outbound: Outbound<P>,
+    address: Option<SocketAddr>,
 ) {
-    let ended = match first(&core, &mut inbound).await {
-        Ok(Some(request)) => {
-            let said = request.node.as_ref();
-            let node_id = said.map(|node| node.id.clone()).unwrap_or_default();
+    let ended = match first::<P>(&core, &mut inbound).await {
+        Ok(Some((peer, request))) => {
+            let node_id = peer.node_id.clone();
             let number = core.hub.enter(Subscriber {
-                node_id: node_id.clone(),
-                peer: peer.map(|peer| peer.to_string()).unwrap_or_default(),
-                zone: said
-                    .and_then(|node| node.locality.as_ref())
-                    .map(|l| l.zone.clone())
-                    .unwrap_or_default(),
-                agent: said.map(|node| node.user_agent_name.clone()).unwrap_or_default(),
+                peer,
+                address: address.map(|address| address.to_string()).unwrap_or_default(),
+                protocol: P::NAME,
                 connected: Instant::now(),
                 synced: None,
-                tables: Default::default(),
-                routes: Default::default(),
+                kinds: Vec::new(),
             });
             core.metrics.xds_subscribers.inc();
-            tracing::info!(node_id, "a proxy subscribed");
-            let ended = serve(&core, number, request, &mut inbound, &outbound).await;
+            tracing::info!(node_id, protocol = P::NAME, "a proxy subscribed");
+            let ended = serve::<P>(&core, number, request, &mut inbound, &outbound).await;
             core.hub.leave(number);
             core.metrics.xds_subscribers.dec();
             tracing::info!(node_id, ?ended, "a proxy's subscription ended");
             ended
         }
         Ok(None) => Ok(()),
-        Err(status) => Err(status),
+        Err(status) => {
+            tracing::warn!(?address, reason = status.message(), "a subscription was refused");
+            Err(status)
+        }
     };
     if let Err(status) = ended {
         // A proxy that has gone away needs no reason.
@@ -112,10 +185,10 @@ async fn run(
 }
 
 /// The request that opens a stream; it must say who calls.
-async fn first(
+async fn first<P: Protocol>(
     core: &Core,
-    inbound: &mut Streaming<DeltaDiscoveryRequest>,
-) -> Result<Option<DeltaDiscoveryRequest>, Status> {
+    inbound: &mut Streaming<P::Request>,
+) -> Result<Option<(peer::Peer, P::Request)>, Status> {
     let first = tokio::select! {
         () = core.stop.cancelled() => return Err(stopping()),
         first = tokio::time::timeout(PATIENCE, inbound.message()) => first,
@@ -123,40 +196,39 @@ async fn first(
     let Some(request) = first.map_err(|_| Status::deadline_exceeded("nothing was asked for"))?? else {
         return Ok(None);
     };
-    let id = request.node.as_ref().map(|node| node.id.as_str()).unwrap_or_default();
-    if id.is_empty() || id.len() > 256 {
-        return Err(Status::invalid_argument("the first request must carry a node.id of 1 to 256 bytes"));
-    }
-    Ok(Some(request))
+    let peer = peer::Peer::of(P::node(&request)).map_err(|refusal| match refusal {
+        peer::Refusal::Unnamed(words) => Status::invalid_argument(words),
+        peer::Refusal::Unknown(words) => Status::failed_precondition(words),
+    })?;
+    Ok(Some((peer, request)))
 }
 
-async fn serve(
+async fn serve<P: Protocol>(
     core: &Core,
     number: u64,
-    first: DeltaDiscoveryRequest,
-    inbound: &mut Streaming<DeltaDiscoveryRequest>,
-    outbound: &Outbound,
+    first: P::Request,
+    inbound: &mut Streaming<P::Request>,
+    outbound: &Outbound<P>,
 ) -> Result<(), Status> {
     let mut session = Session::new(Duration::from_millis(core.config.xds.nack_retry_ms));
     let mut loads = LoadSession::default();
     let mut snapshots = core.hub.subscribe();
     let mut news = tokio::time::interval(Duration::from_millis(core.config.xds.load_push_ms));
     news.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    take(core, number, (&mut session, &mut loads), first)?;
+    take::<P>(core, number, (&mut session, &mut loads), first)?;
     loop {
         // Before the first projection there is nothing to tell: an empty answer would be a lie.
         let snapshot = snapshots.borrow_and_update().clone();
         if snapshot.sequence > 0 {
-            if let Some((kind, response)) = session.next(&snapshot, Instant::now()) {
-                core.metrics.xds_responses.with_label_values(&[kind.label()]).inc();
-                if outbound.send(Ok(response)).await.is_err() {
+            while let Some(reply) = session.next(&snapshot, Instant::now()) {
+                core.metrics.xds_responses.with_label_values(&[reply.kind.label()]).inc();
+                if outbound.send(Ok(P::told(&reply, &session))).await.is_err() {
                     return Ok(());
                 }
             }
             core.hub.update(number, |subscriber| {
                 subscriber.synced = session.synced();
-                subscriber.tables = session.status(Kind::Table).clone();
-                subscriber.routes = session.status(Kind::Route).clone();
+                subscriber.kinds = session.status();
             });
         }
         let retry = session.retry_at().map(tokio::time::Instant::from_std);
@@ -176,9 +248,7 @@ async fn serve(
                 () = core.stop.cancelled() => return Err(stopping()),
                 message = inbound.message() => {
                     let Some(request) = message? else { return Ok(()) };
-                    let of_loads = LoadSession::is_addressed(&request);
-                    take(core, number, (&mut session, &mut loads), request)?;
-                    if !of_loads {
+                    if take::<P>(core, number, (&mut session, &mut loads), request)? {
                         break;
                     }
                 }
@@ -189,7 +259,7 @@ async fn serve(
                 () = &mut retry => break,
                 _ = news.tick(), if loads.is_due() => {
                     let response = loads.next(&core.loads, core.view().published_term(), Instant::now());
-                    if let Some(response) = response {
+                    if let Some(response) = response.and_then(P::news) {
                         core.metrics.xds_responses.with_label_values(&["engine_load"]).inc();
                         if outbound.send(Ok(response)).await.is_err() {
                             return Ok(());
@@ -201,26 +271,40 @@ async fn serve(
     }
 }
 
-fn take(
+/// Whether there may be something new to say of anything but loads.
+fn take<P: Protocol>(
     core: &Core,
     number: u64,
     (session, loads): (&mut Session, &mut LoadSession),
-    request: DeltaDiscoveryRequest,
-) -> Result<(), Status> {
+    request: P::Request,
+) -> Result<bool, Status> {
+    let Some(request) = P::heard(request, session) else { return Ok(false) };
     if LoadSession::is_addressed(&request) {
+        if P::NAME != Delta::NAME {
+            return Err(Status::invalid_argument(
+                "news of loads are told over DeltaAggregatedResources only",
+            ));
+        }
         if let Answer::Nack(reason) = loads.hear(request) {
             core.metrics.xds_nacks.with_label_values(&["engine_load"]).inc();
             tracing::warn!(subscriber = number, reason, "a proxy refused news of loads");
         }
-        return Ok(());
+        return Ok(false);
+    }
+    if core.config.xds.envoy.listen.is_empty()
+        && Kind::from_url(&request.type_url).is_some_and(Kind::is_envoys)
+    {
+        let words =
+            "Envoy's resources are not served: xds.envoy.listen is empty in the control plane's settings";
+        return Err(Status::failed_precondition(words));
     }
     let heard = session.hear(request, Instant::now()).map_err(Status::invalid_argument)?;
     if let Heard::Nack(kind) = heard {
         core.metrics.xds_nacks.with_label_values(&[kind.label()]).inc();
-        let reason = &session.status(kind).nack_reason;
+        let reason = session.nack_reason(kind);
         tracing::warn!(subscriber = number, kind = kind.label(), reason, "a proxy refused a response");
     }
-    Ok(())
+    Ok(true)
 }
 
 fn stopping() -> Status {

@@ -3,33 +3,40 @@
 use super::*;
 use crate::{
     view::ModelView,
-    xds::snapshot::tests::{model, view},
+    xds::project::{
+        Projector,
+        tests::{model, view},
+    },
 };
 use std::sync::Arc;
 
 const RETRY: Duration = Duration::from_secs(30);
 
+/// What our own proxies ask for.
+const OURS: [Kind; 2] = [Kind::Table, Kind::Route];
+
 fn ask(kind: Kind) -> xds::DeltaDiscoveryRequest {
-    xds::DeltaDiscoveryRequest { type_url: kind.url().into(), ..Default::default() }
+    xds::DeltaDiscoveryRequest { type_url: kind.url(), ..Default::default() }
 }
 
-fn ack(kind: Kind, response: &xds::DeltaDiscoveryResponse) -> xds::DeltaDiscoveryRequest {
+fn ack(kind: Kind, response: &Reply) -> xds::DeltaDiscoveryRequest {
     xds::DeltaDiscoveryRequest { response_nonce: response.nonce.clone(), ..ask(kind) }
 }
 
-fn nack(kind: Kind, response: &xds::DeltaDiscoveryResponse) -> xds::DeltaDiscoveryRequest {
+fn nack(kind: Kind, response: &Reply) -> xds::DeltaDiscoveryRequest {
     let error = xds::Status { code: 3, message: "bad".into(), details: vec![] };
     xds::DeltaDiscoveryRequest { error_detail: Some(error), ..ack(kind, response) }
 }
 
-fn names(response: &xds::DeltaDiscoveryResponse) -> Vec<&str> {
-    response.resources.iter().map(|r| r.name.as_str()).collect()
+fn names(reply: &Reply) -> Vec<&str> {
+    reply.changed.iter().map(|(name, _)| name.as_ref()).collect()
 }
 
 /// A subscriber to everything, and the snapshots it is shown.
 struct Scene {
     session: Session,
     snapshot: Snapshot,
+    projector: Projector,
     now: Instant,
 }
 
@@ -37,19 +44,28 @@ impl Scene {
     fn new() -> Self {
         let mut session = Session::new(RETRY);
         let now = Instant::now();
-        for kind in Kind::ALL {
+        for kind in OURS {
             session.hear(ask(kind), now).expect("known type");
         }
-        Self { session, snapshot: Snapshot::default(), now }
+        Self { session, snapshot: Snapshot::default(), projector: Projector::default(), now }
     }
 
     fn publish(&mut self, models: &[(&str, &Arc<ModelView>)]) {
         let revision = self.snapshot.version.revision + 1;
-        self.snapshot = self.snapshot.next(&view(revision, models), 1);
+        let view = crate::view::View { term: 1, ..view(revision, models) };
+        self.snapshot = self.projector.next(&self.snapshot, &view).expect("nothing is held");
     }
 
-    fn next(&mut self) -> Option<(Kind, xds::DeltaDiscoveryResponse)> {
-        self.session.next(&self.snapshot, self.now)
+    fn next(&mut self) -> Option<(Kind, Reply)> {
+        self.session.next(&self.snapshot, self.now).map(|reply| (reply.kind, reply))
+    }
+
+    fn status(&self, kind: Kind) -> KindStatus {
+        self.session
+            .status()
+            .into_iter()
+            .find_map(|(k, status)| (k == kind).then_some(status))
+            .expect("asked for")
     }
 
     /// Acknowledges everything there is; says what came, as "T+a" (table added) or "R-a" (route removed).
@@ -58,7 +74,7 @@ impl Scene {
         while let Some((kind, response)) = self.next() {
             let letter = if kind == Kind::Table { 'T' } else { 'R' };
             seen.extend(names(&response).iter().map(|n| format!("{letter}+{n}")));
-            seen.extend(response.removed_resources.iter().map(|n| format!("{letter}-{n}")));
+            seen.extend(response.removed.iter().map(|n| format!("{letter}-{n}")));
             assert_eq!(self.session.hear(ack(kind, &response), self.now), Ok(Heard::Ack(kind)));
         }
         seen
@@ -80,7 +96,7 @@ fn the_first_answer_comes_even_when_there_is_nothing() {
     let mut scene = Scene::new();
     scene.publish(&[]);
     let (kind, response) = scene.next().expect("an answer");
-    assert_eq!((kind, response.system_version_info.as_str()), (Kind::Table, "1.1"));
+    assert_eq!((kind, response.version.to_string().as_str()), (Kind::Table, "1.1"));
     scene.session.hear(ack(kind, &response), scene.now).expect("valid");
     assert_eq!(scene.next().expect("an answer").0, Kind::Route);
 }
@@ -99,7 +115,7 @@ fn one_response_is_outstanding_and_the_newest_snapshot_follows_it() {
     assert_eq!(scene.session.synced(), None);
     scene.session.hear(ack(kind, &first), scene.now).expect("valid");
     let (_, second) = scene.next().expect("the newest");
-    assert_eq!(second.resources[0].version.as_str(), scene.snapshot.tables["a"].version.as_ref());
+    assert_eq!(second.changed[0].1, scene.snapshot.resources(Kind::Table)["a"]);
     let stale = scene.session.hear(ack(kind, &first), scene.now);
     assert_eq!(stale, Ok(Heard::Nothing), "an older nonce is no answer");
     assert_eq!(scene.next(), None);
@@ -112,7 +128,8 @@ fn a_reconnecting_subscriber_is_sent_only_what_differs() {
     scene.publish(&[("a", &a), ("b", &b)]);
     let versions = |kind: Kind| {
         let all = scene.snapshot.resources(kind).iter();
-        all.map(|(name, r)| (name.clone(), r.version.as_ref().to_owned())).collect::<HashMap<_, _>>()
+        all.map(|(name, r)| (name.as_ref().to_owned(), r.version.as_ref().to_owned()))
+            .collect::<HashMap<_, _>>()
     };
     let mut tables = versions(Kind::Table);
     tables.insert("gone".into(), "x".into());
@@ -143,8 +160,8 @@ fn a_refusal_isolates_the_bad_resource_and_is_not_repeated_until_it_changes_or_t
         assert!(offered.len() < 20, "it does not end: {offered:?}");
     }
     assert_eq!(offered, ["Tbad,good", "Tbad", "Tgood", "Rgood"], "and no route without its table");
-    assert_eq!(scene.session.status(Kind::Table).nacks, 2);
-    assert_eq!(scene.session.status(Kind::Table).nack_reason, "bad");
+    assert_eq!(scene.status(Kind::Table).nacks, 2);
+    assert_eq!(scene.status(Kind::Table).nack_reason, "bad");
     assert_eq!(scene.session.synced(), None);
     let due = scene.session.retry_at().expect("a retry");
     scene.now = due;
@@ -154,7 +171,7 @@ fn a_refusal_isolates_the_bad_resource_and_is_not_repeated_until_it_changes_or_t
     assert_eq!(scene.next(), None);
     scene.publish(&[("bad", &model("bad", true, &[])), ("good", &model("good", true, &[]))]);
     assert_eq!(scene.settle(), ["T+bad", "R+bad"]);
-    assert_eq!(scene.session.status(Kind::Table).nack_reason, "", "a later acknowledgement clears it");
+    assert_eq!(scene.status(Kind::Table).nack_reason, "", "a later acknowledgement clears it");
     assert_eq!(scene.session.retry_at(), None);
 }
 

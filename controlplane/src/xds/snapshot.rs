@@ -1,12 +1,7 @@
-//! View → resources. Pure.
+//! What subscribers are told: every resource, encoded once and shared by all of them.
 //!
-//! Per model one pool of the model's name: its [`v1::EndpointTable`]. Per name that clients can ask for a
-//! [`v1::ModelRoute`] ([`super::routes`]). A deployment without endpoints has a route and an empty table, so that proxies
-//! answer "nobody serves it now" and not "no such model". A deleted one loses its route at once; its table stays while
-//! engines are registered, which are draining by then.
-//!
-//! Cost: a changed model costs its own table; the others cost a pointer comparison. A snapshot remembers which
-//! resources the last [`RECENT`] changes touched, so that a subscriber that keeps up never looks at the rest.
+//! A snapshot remembers which resources the last [`RECENT`] changes touched, so that a subscriber that keeps up never
+//! looks at the rest. [`super::project`] makes them.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -14,53 +9,17 @@ use std::{
 };
 
 use bytes::Bytes;
-use penstock_proto::{
-    Version, v1,
-    xds::{ENDPOINT_TABLE_TYPE, MODEL_ROUTE_TYPE},
-};
+use penstock_proto::Version;
 use prost::Message;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::routes::Sources;
-use crate::view::{ModelView, View};
+use super::kind::Kind;
 
 /// Changes that a snapshot remembers. A subscriber that is further behind compares everything once.
 pub const RECENT: usize = 64;
 
-/// The two types of resources, in the order in which they are sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
-    /// [`v1::EndpointTable`].
-    Table,
-    /// [`v1::ModelRoute`].
-    Route,
-}
-
-impl Kind {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Table, Self::Route];
-
-    /// From its type URL.
-    pub fn from_url(url: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| kind.url() == url)
-    }
-
-    /// Its type URL.
-    pub fn url(self) -> &'static str {
-        match self {
-            Self::Table => ENDPOINT_TABLE_TYPE,
-            Self::Route => MODEL_ROUTE_TYPE,
-        }
-    }
-
-    /// Its metric label.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Table => "endpoint_table",
-            Self::Route => "model_route",
-        }
-    }
-}
+/// Resources of one kind, by name.
+pub type Resources = BTreeMap<Arc<str>, Arc<Resource>>;
 
 /// One encoded resource.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,12 +28,13 @@ pub struct Resource {
     pub version: Arc<str>,
     /// The protobuf message.
     pub body: Bytes,
-    /// Of a route: the tables it needs.
-    pub pools: Vec<String>,
+    /// What it refers to, by name; of which kinds, [`Kind::needs`] says.
+    pub pools: Vec<Arc<str>>,
 }
 
 impl Resource {
-    fn of(message: &impl Message, pools: Vec<String>) -> Self {
+    /// Encodes `message`.
+    pub fn of(message: &impl Message, pools: Vec<Arc<str>>) -> Self {
         let body: Bytes = message.encode_to_vec().into();
         let version = format!("{:016x}", xxh3_64(&body)).into();
         Self { version, body, pools }
@@ -86,197 +46,132 @@ impl Resource {
 pub struct Change {
     /// The snapshot that brought it.
     pub sequence: u64,
-    /// Names of tables and routes, changed or removed.
-    pub names: Arc<[(Kind, String)]>,
+    /// Names of resources, changed or removed.
+    pub names: Arc<[(Kind, Arc<str>)]>,
 }
 
-/// Everything published, at one version. Immutable and shared.
+/// Everything published, at one version. Immutable and shared; a clone costs a few pointers.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     /// (term, revision) of the view it was made from.
     pub version: Version,
     /// Counts published snapshots of this process, from 1; 0 is the one before the first.
     pub sequence: u64,
-    /// Tables by pool.
-    pub tables: BTreeMap<String, Resource>,
-    /// Routes by model.
-    pub routes: BTreeMap<String, Resource>,
+    /// By [`Kind::index`].
+    resources: [Arc<Resources>; 6],
     /// The newest changes, oldest first.
     pub recent: VecDeque<Change>,
-    /// What they were made from.
-    sources: Sources,
 }
 
 impl Snapshot {
-    /// Resources of a kind, by name.
-    pub fn resources(&self, kind: Kind) -> &BTreeMap<String, Resource> {
+    /// Resources of a kind.
+    pub fn resources(&self, kind: Kind) -> &Resources {
+        let [tables, routes, clusters, assignments, listeners, configs] = &self.resources;
         match kind {
-            Kind::Table => &self.tables,
-            Kind::Route => &self.routes,
+            Kind::Table => tables,
+            Kind::Route => routes,
+            Kind::Cluster => clusters,
+            Kind::Assignment => assignments,
+            Kind::Listener => listeners,
+            Kind::RouteConfig => configs,
         }
     }
 
-    /// The snapshot that follows this one when the store looks like `view`.
-    pub fn next(&self, view: &View, term: u64) -> Self {
-        let mut next = self.clone();
-        next.version = Version { term, revision: view.revision };
-        next.sequence += 1;
-        let changed = next.sources.update(view);
-        let mut names = Vec::new();
-        for model in changed.models {
-            let table = next.sources.model(&model).and_then(|source| table(&model, source));
-            put(&mut next.tables, (Kind::Table, model), table, &mut names);
+    /// Puts a resource as it is now, or takes it out, and notes its name if it was another one.
+    pub(super) fn put(
+        &mut self,
+        kind: Kind,
+        name: &str,
+        resource: Option<Resource>,
+        changed: &mut Vec<(Kind, Arc<str>)>,
+    ) {
+        let before = self.resources(kind).get_key_value(name);
+        if before.map(|(_, resource)| &**resource) == resource.as_ref() {
+            return;
         }
-        for name in changed.names {
-            let route = next.sources.route(&name).map(|route| {
-                let pools = route.targets.iter().map(|target| target.pool.clone()).collect();
-                Resource::of(&route, pools)
-            });
-            put(&mut next.routes, (Kind::Route, name), route, &mut names);
-        }
-        next.recent.push_back(Change { sequence: next.sequence, names: names.into() });
-        while next.recent.len() > RECENT {
-            next.recent.pop_front();
-        }
-        next
+        let name: Arc<str> = before.map_or_else(|| name.into(), |(name, _)| name.clone());
+        changed.push((kind, name.clone()));
+        let Some(resources) = self.resources.get_mut(kind.index()) else { return };
+        let resources = Arc::make_mut(resources);
+        match resource {
+            Some(resource) => resources.insert(name, Arc::new(resource)),
+            None => resources.remove(&name),
+        };
     }
 
-    /// Whether every route has its tables; else the routes that lack one.
-    pub fn check(&self) -> Result<(), Vec<String>> {
-        let lacks = |route: &Resource| route.pools.iter().any(|pool| !self.tables.contains_key(pool));
-        let dangling: Vec<String> =
-            self.routes.iter().filter(|(_, route)| lacks(route)).map(|(model, _)| model.clone()).collect();
+    /// Numbers it, and notes what its change touched.
+    pub(super) fn seal(&mut self, version: Version, changed: Vec<(Kind, Arc<str>)>) {
+        self.version = version;
+        self.sequence += 1;
+        self.recent.push_back(Change { sequence: self.sequence, names: changed.into() });
+        while self.recent.len() > RECENT {
+            self.recent.pop_front();
+        }
+    }
+
+    /// Whether everything that the last change touched has what it refers to; else what lacks something, in words. Costs
+    /// what changed, unless something that may be referred to was removed. `all`: whether everything is looked at, as after
+    /// a snapshot that failed.
+    pub fn check(&self, all: bool) -> Result<(), Vec<String>> {
+        let lacks = |kind: Kind, resource: &Resource| {
+            let mut needed =
+                kind.needs().iter().flat_map(|needed| resource.pools.iter().map(move |p| (needed, p)));
+            needed
+                .find(|(needed, pool)| !self.resources(**needed).contains_key(*pool))
+                .map(|(needed, pool)| format!("{} {pool:?}", needed.label()))
+        };
+        let Some(change) = self.recent.back() else { return Ok(()) };
+        let gone = |kind: Kind| {
+            change.names.iter().any(|(k, name)| *k == kind && !self.resources(kind).contains_key(name))
+        };
+        let mut dangling = Vec::new();
+        for kind in Kind::ALL.into_iter().filter(|kind| !kind.needs().is_empty()) {
+            let mut look = |name: &str, resource: &Resource| {
+                if let Some(what) = lacks(kind, resource) {
+                    dangling.push(format!("{} {name:?} lacks {what}", kind.label()));
+                }
+            };
+            if all || kind.needs().iter().any(|needed| gone(*needed)) {
+                self.resources(kind).iter().for_each(|(name, resource)| look(name, resource));
+                continue;
+            }
+            for (_, name) in change.names.iter().filter(|(k, _)| *k == kind) {
+                if let Some(resource) = self.resources(kind).get(name) {
+                    look(name, resource);
+                }
+            }
+        }
         if dangling.is_empty() { Ok(()) } else { Err(dangling) }
     }
 }
 
-/// Notes a resource as it is now, and its name if it was another one.
-fn put(
-    resources: &mut BTreeMap<String, Resource>,
-    (kind, name): (Kind, String),
-    resource: Option<Resource>,
-    names: &mut Vec<(Kind, String)>,
-) {
-    if resources.get(&name) == resource.as_ref() {
-        return;
-    }
-    names.push((kind, name.clone()));
-    match resource {
-        Some(resource) => resources.insert(name, resource),
-        None => resources.remove(&name),
-    };
-}
-
-fn table(pool: &str, model: &ModelView) -> Option<Resource> {
-    if model.deployment.is_none() && model.endpoints.is_empty() {
-        return None;
-    }
-    let endpoints = model.endpoints.values().map(|endpoint| {
-        let state = match model.deployment.is_some() && model.takes_requests(endpoint) {
-            true => v1::EndpointState::Ready,
-            false => v1::EndpointState::Draining,
-        };
-        v1::Endpoint {
-            id: endpoint.replica_id.clone(),
-            address: endpoint.address.clone(),
-            generation: endpoint.generation,
-            state: state.into(),
-            zone: endpoint.zone.clone(),
-            node_id: endpoint.node_id.clone(),
-            adapters: endpoint.adapters.clone(),
-        }
-    });
-    let wakes = model.deployment.as_ref().is_some_and(|stored| {
-        stored.value.policy.autoscaling.as_ref().is_some_and(|autoscaling| autoscaling.min == 0)
-    });
-    let table = v1::EndpointTable { pool: pool.to_owned(), endpoints: endpoints.collect(), wakes };
-    Some(Resource::of(&table, Vec::new()))
-}
-
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-    use crate::{
-        model::{Deployment, EngineSpec, RegisteredEndpoint},
-        view::Stored,
-    };
 
-    /// A deployed model whose endpoints are registered without an assignment: so they are draining.
-    pub(crate) fn model(name: &str, deployed: bool, endpoints: &[&str]) -> Arc<ModelView> {
-        let spec = EngineSpec {
-            engine: "sim".into(),
-            model_path: name.into(),
-            args: vec![],
-            env: BTreeMap::new(),
-            gpus_per_replica: 1,
-            lora: vec![],
-            resources: Default::default(),
+    #[test]
+    fn what_refers_to_nothing_is_noticed_whichever_of_the_two_changed() {
+        let resource = |pools: &[&str]| {
+            let pools = pools.iter().map(|pool| (*pool).into()).collect();
+            Some(Resource { version: "1".into(), body: Bytes::new(), pools })
         };
-        let deployment = Deployment {
-            model: name.into(),
-            replicas: 1,
-            spec,
-            created_unix_s: 7,
-            policy: Default::default(),
-        };
-        let endpoint = |id: &&str| RegisteredEndpoint {
-            model: name.into(),
-            replica_id: (*id).into(),
-            generation: 1,
-            address: "127.0.0.1:1".into(),
-            pid: 1,
-            node_id: "n".into(),
-            zone: String::new(),
-            adapters: vec![],
-        };
-        Arc::new(ModelView {
-            deployment: deployed.then_some(Stored { value: deployment, mod_revision: 1, lease: 0 }),
-            endpoints: endpoints.iter().map(|id| ((*id).to_owned(), Arc::new(endpoint(id)))).collect(),
-            ..ModelView::default()
-        })
-    }
-
-    pub(crate) fn view(revision: u64, models: &[(&str, &Arc<ModelView>)]) -> View {
-        let models = models.iter().map(|(name, model)| ((*name).to_owned(), Arc::clone(model))).collect();
-        View { revision, models, ..View::default() }
-    }
-
-    #[test]
-    fn a_deployment_without_endpoints_has_a_route_and_an_empty_table() {
-        let snapshot = Snapshot::default().next(&view(3, &[("m", &model("m", true, &[]))]), 2);
-        assert_eq!(snapshot.version.to_string(), "2.3");
-        let table = v1::EndpointTable::decode(snapshot.tables["m"].body.clone()).expect("valid");
-        assert!(table.endpoints.is_empty());
-        assert!(snapshot.routes.contains_key("m"));
-        assert_eq!(snapshot.check(), Ok(()));
-    }
-
-    #[test]
-    fn a_deleted_model_loses_its_route_first_and_its_table_with_its_last_endpoint() {
-        let first = Snapshot::default().next(&view(1, &[("m", &model("m", true, &["m-0"]))]), 1);
-        let second = first.next(&view(2, &[("m", &model("m", false, &["m-0"]))]), 1);
-        assert!(second.routes.is_empty());
-        let table = v1::EndpointTable::decode(second.tables["m"].body.clone()).expect("valid");
-        assert_eq!(table.endpoints[0].state(), v1::EndpointState::Draining);
-        let third = second.next(&view(3, &[]), 1);
-        assert!(third.tables.is_empty());
-        assert_eq!(third.recent.back().expect("kept").names.as_ref(), [(Kind::Table, "m".to_owned())]);
-    }
-
-    #[test]
-    fn versions_are_of_the_content_alone() {
-        let m = model("m", true, &["m-0"]);
-        let first = Snapshot::default().next(&view(1, &[("m", &m)]), 1);
-        let restarted = Snapshot::default().next(&view(9, &[("m", &m)]), 2);
-        assert_eq!(first.tables, restarted.tables);
-        let same = first.next(&view(2, &[("m", &Arc::new(ModelView::clone(&m)))]), 1);
-        assert!(same.recent.back().expect("kept").names.is_empty(), "equal content is no change");
-    }
-
-    #[test]
-    fn a_route_without_its_table_is_noticed() {
-        let mut snapshot = Snapshot::default().next(&view(1, &[("m", &model("m", true, &[]))]), 1);
-        snapshot.tables.clear();
-        assert_eq!(snapshot.check(), Err(vec!["m".to_owned()]));
+        let mut snapshot = Snapshot::default();
+        let mut changed = Vec::new();
+        snapshot.put(Kind::Table, "m", resource(&[]), &mut changed);
+        snapshot.put(Kind::Route, "m", resource(&["m"]), &mut changed);
+        snapshot.seal(Version::default(), std::mem::take(&mut changed));
+        assert_eq!(snapshot.check(false), Ok(()));
+        let good = snapshot.clone();
+        snapshot.put(Kind::Table, "m", None, &mut changed);
+        snapshot.seal(Version::default(), std::mem::take(&mut changed));
+        let error = "model_route \"m\" lacks endpoint_table \"m\"".to_owned();
+        assert_eq!(snapshot.check(false), Err(vec![error.clone()]));
+        snapshot.seal(Version::default(), Vec::new());
+        assert_eq!((snapshot.check(false), snapshot.check(true)), (Ok(()), Err(vec![error])));
+        let mut snapshot = good;
+        snapshot.put(Kind::RouteConfig, "penstock", resource(&["m"]), &mut changed);
+        snapshot.seal(Version::default(), changed);
+        let error = "route_configuration \"penstock\" lacks cluster \"m\"".to_owned();
+        assert_eq!(snapshot.check(false), Err(vec![error]));
     }
 }

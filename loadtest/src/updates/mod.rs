@@ -28,6 +28,7 @@ use clap::Parser;
 use tokio::{task::JoinSet, time::sleep};
 
 pub use self::options::Options;
+pub(crate) use self::stream::histogram;
 use self::{
     ads::Ads,
     proxy::Proxy,

@@ -19,12 +19,10 @@ use tokio::{
 };
 
 use super::ads::Log;
+use crate::usage;
 
 /// How long it may take to start, to use what it was told, and to stop.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A tick of the times in /proc, the same on every Linux (`USER_HZ`).
-const TICK: Duration = Duration::from_millis(10);
 
 pub(super) struct Proxy {
     pub(super) public: SocketAddr,
@@ -110,27 +108,14 @@ impl Proxy {
         })
     }
 
-    fn proc(&self, file: &str) -> Result<String, String> {
-        let path = format!("/proc/{}/{file}", self.pid);
-        std::fs::read_to_string(&path).map_err(|e| format!("{path}: {e}; has the proxy ended?"))
-    }
-
     /// CPU time it has used.
     pub(super) fn cpu(&self) -> Result<Duration, String> {
-        let stat = self.proc("stat")?;
-        // The second field, a name, may hold blanks.
-        let fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ');
-        let ticks: u32 = fields.skip(11).take(2).filter_map(|field| field.parse::<u32>().ok()).sum();
-        Ok(TICK * ticks)
+        usage::cpu(self.pid)
     }
 
     /// Memory that is in RAM.
     pub(super) fn memory(&self) -> Result<u64, String> {
-        let status = self.proc("status")?;
-        let kib = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse::<u64>().ok());
-        Ok(kib.unwrap_or_default() * 1_024)
+        usage::memory(self.pid)
     }
 
     /// Ends it.

@@ -22,7 +22,7 @@ use super::{Options, engine::STAMP};
 const MAX_US: u64 = 60_000_000;
 
 /// An empty histogram of microseconds.
-pub(super) fn histogram() -> Histogram<u64> {
+pub(crate) fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, MAX_US, 3).expect("constants that are valid")
 }
 

@@ -6,12 +6,15 @@
 
 use std::{sync::Arc, time::Duration};
 
-use penstock_proto::v1::{self, gateways_client::GatewaysClient};
+use penstock_proto::{
+    tls::in_words,
+    v1::{self, gateways_client::GatewaysClient},
+};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
-use super::client::{XdsSettings, XdsSettingsError, peers, status_in_words};
+use super::client::{XdsSettings, XdsSettingsError, endpoint, peers, status_in_words};
 use crate::gateway::Gateway;
 
 /// Pause between two words. The control plane believes one for a minute, and wakes a model at the first.
@@ -21,9 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Whoever is told.
 pub struct Wants {
-    node_id: String,
+    settings: XdsSettings,
     /// Control planes, by name. Never empty.
-    peers: Vec<(String, Endpoint)>,
+    peers: Vec<String>,
     /// The one that is told now.
     turn: usize,
     open: Option<GatewaysClient<Channel>>,
@@ -37,7 +40,7 @@ impl Wants {
     pub fn new(settings: &XdsSettings) -> Result<Self, XdsSettingsError> {
         let peers = peers(settings)?;
         let turn = fastrand::usize(..peers.len());
-        Ok(Self { node_id: settings.node_id.clone(), peers, turn, open: None })
+        Ok(Self { settings: settings.clone(), peers, turn, open: None })
     }
 
     /// Tells what `gateway` wants until `stop`.
@@ -86,15 +89,17 @@ impl Wants {
     }
 
     async fn try_say(&mut self, models: Vec<v1::Wanted>) -> Result<(), String> {
-        let Some((name, endpoint)) = self.peers.get(self.turn) else { return Ok(()) };
+        let Some(name) = self.peers.get(self.turn) else { return Ok(()) };
         let mut client = match self.open.take() {
             Some(client) => client,
             None => {
-                let channel = endpoint.connect().await.map_err(|error| format!("{name}: {error}"))?;
+                let named = |error: String| format!("{name}: {error}");
+                let endpoint = endpoint(name, &self.settings).map_err(named)?;
+                let channel = endpoint.connect().await.map_err(|error| named(in_words(&error)))?;
                 GatewaysClient::new(channel)
             }
         };
-        let demand = v1::Demand { source: self.node_id.clone(), models };
+        let demand = v1::Demand { source: self.settings.node_id.clone(), models };
         let said = client.want(demand).await;
         said.map_err(|status| format!("{name}: {}", status_in_words(&status)))?;
         self.open = Some(client);

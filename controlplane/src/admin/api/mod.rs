@@ -14,7 +14,7 @@ use axum::{
 
 use super::{
     audit, backup, cluster, console, observe, openapi,
-    table::{ADMIN, Content, OPEN, Row, VIEWER},
+    table::{ADMIN, Content, OPEN, OPERATOR, Row, VIEWER},
     tokens,
 };
 
@@ -181,6 +181,16 @@ fn process() -> Vec<Row> {
             get(cluster::status),
         )
         .gives("ClusterStatus"),
+        row(
+            OPERATOR,
+            Method::POST,
+            "/api/v2/cluster/publish",
+            "publish_held",
+            "Lets pass what is held back from proxies (publish_held of the cluster's status), on every control plane.",
+            post(cluster::publish),
+        )
+        .edits()
+        .gives("Published"),
         row(
             VIEWER,
             Method::GET,

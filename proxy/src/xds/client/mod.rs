@@ -21,17 +21,18 @@ mod loads;
 mod tests;
 
 use std::{
-    error::Error,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use penstock_proto::{
     MAX_GRPC_MESSAGE_BYTES,
+    tls::{ClientTls, dial, in_words},
     xds::{
         DeltaDiscoveryRequest, DeltaDiscoveryResponse, ENDPOINT_TABLE_TYPE, ENGINE_LOAD_TYPE,
-        MODEL_ROUTE_TYPE, Node, Status,
+        MODEL_ROUTE_TYPE, Node, PROTOCOL_KEY, Status, XDS_PROTOCOL_VERSION,
         aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
+        google::{Struct, Value, value},
     },
 };
 use tokio::sync::{mpsc, watch};
@@ -53,6 +54,8 @@ const MAX_NACK_BYTES: usize = 4096;
 pub struct XdsSettings {
     /// Control planes to try in turn, `host:port` or `http://host:port`; a random one comes first.
     pub endpoints: Vec<String>,
+    /// Towards them; None: in clear.
+    pub tls: Option<ClientTls>,
     /// This proxy's name, unique among the proxies.
     pub node_id: String,
     /// The zone this proxy is in; may be empty.
@@ -77,6 +80,7 @@ impl Default for XdsSettings {
     fn default() -> Self {
         Self {
             endpoints: Vec::new(),
+            tls: None,
             node_id: String::new(),
             zone: String::new(),
             connect_timeout: Duration::from_secs(2),
@@ -96,7 +100,7 @@ pub enum XdsSettingsError {
     #[error("no control-plane endpoint is configured; give at least one as host:port")]
     NoEndpoints,
     /// One of the list is not an address.
-    #[error("control-plane endpoint {0:?} is not host:port or http://host:port")]
+    #[error("control-plane endpoint {0:?} is not host:port, http://host:port, or with TLS https://host:port")]
     BadEndpoint(String),
     /// There is no node id.
     #[error("the proxy's node id is empty; the control plane tells its proxies apart by it")]
@@ -106,8 +110,8 @@ pub enum XdsSettingsError {
 /// A subscription that can be run.
 pub struct XdsClient {
     settings: XdsSettings,
-    /// Each with the name it was configured by. Never empty.
-    peers: Vec<(String, Endpoint)>,
+    /// As they were configured. Never empty.
+    peers: Vec<String>,
     /// Where news of loads go; without it none are asked for.
     loads: Option<LoadSink>,
 }
@@ -173,7 +177,7 @@ impl XdsClient {
         let mut turn = fastrand::usize(..self.peers.len());
         let (mut failures, mut refusals) = (0u32, 0u32);
         loop {
-            let Some((name, endpoint)) = self.peers.get(turn % self.peers.len()) else { return };
+            let Some(name) = self.peers.get(turn % self.peers.len()) else { return };
             status.connecting(name);
             (progress.heard, progress.refused) = (false, false);
             progress.ask_loads = self.loads.is_some() && !std::mem::take(&mut without_loads);
@@ -182,7 +186,7 @@ impl XdsClient {
                 self.settings.resync_after.max(self.settings.backoff_min) * 2u32.pow(refusals.min(5));
             let end = tokio::select! {
                 () = shutdown.cancelled() => return,
-                end = self.session(endpoint, resync_after, &mut progress, &cell, &status) => end,
+                end = self.session(name, resync_after, &mut progress, &cell, &status) => end,
             };
             refusals = if progress.refused { refusals.saturating_add(1) } else { 0 };
             let error = match end {
@@ -213,7 +217,7 @@ impl XdsClient {
 
     async fn session(
         &self,
-        endpoint: &Endpoint,
+        name: &str,
         resync_after: Duration,
         progress: &mut Progress,
         cell: &watch::Sender<Arc<XdsState>>,
@@ -226,7 +230,8 @@ impl XdsClient {
             }
         }
         let opening = async {
-            let channel = endpoint.connect().await.map_err(|error| in_words(&error))?;
+            let channel =
+                endpoint(name, &self.settings)?.connect().await.map_err(|error| in_words(&error))?;
             let mut client = AggregatedDiscoveryServiceClient::new(channel)
                 .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
                 .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES);
@@ -258,7 +263,7 @@ impl XdsClient {
             };
             progress.heard = true;
             if status.responded(Instant::now()) {
-                tracing::info!(control_plane = %endpoint.uri(), "connected to the control plane");
+                tracing::info!(control_plane = name, "connected to the control plane");
             }
             let answer = match &self.loads {
                 Some(sink) if response.type_url == ENGINE_LOAD_TYPE => {
@@ -292,6 +297,9 @@ impl XdsClient {
             ..Default::default()
         };
         self.settings.zone.clone_into(&mut node.locality.get_or_insert_default().zone);
+        let version = value::Kind::NumberValue(XDS_PROTOCOL_VERSION.into());
+        let fields = [(PROTOCOL_KEY.to_owned(), Value { kind: Some(version) })].into();
+        node.metadata = Some(Struct { fields });
         DeltaDiscoveryRequest {
             node: Some(node),
             type_url: type_url.to_owned(),
@@ -345,28 +353,36 @@ fn answer(
     answer
 }
 
-/// The control planes, with the names they were configured by. Never empty.
-pub(super) fn peers(settings: &XdsSettings) -> Result<Vec<(String, Endpoint)>, XdsSettingsError> {
-    let peers = settings.endpoints.iter().map(|name| peer(name, settings)).collect::<Result<Vec<_>, _>>()?;
-    if peers.is_empty() { Err(XdsSettingsError::NoEndpoints) } else { Ok(peers) }
+/// The control planes, as they were configured. Never empty.
+pub(super) fn peers(settings: &XdsSettings) -> Result<Vec<String>, XdsSettingsError> {
+    let scheme = if settings.tls.is_some() { "https" } else { "http" };
+    if let Some(bad) = settings.endpoints.iter().find(|name| !is_peer(name, scheme)) {
+        return Err(XdsSettingsError::BadEndpoint(bad.clone()));
+    }
+    if settings.endpoints.is_empty() {
+        Err(XdsSettingsError::NoEndpoints)
+    } else {
+        Ok(settings.endpoints.clone())
+    }
 }
 
-fn peer(name: &str, settings: &XdsSettings) -> Result<(String, Endpoint), XdsSettingsError> {
-    let bad = || XdsSettingsError::BadEndpoint(name.to_owned());
-    let uri = if name.contains("://") { name.to_owned() } else { format!("http://{name}") };
-    let endpoint = Endpoint::from_shared(uri).map_err(|_| bad())?;
-    let uri = endpoint.uri();
-    let plain = uri.path_and_query().is_none_or(|path| path == "/");
-    if uri.scheme_str() != Some("http") || uri.port_u16().is_none_or(|port| port == 0) || !plain {
-        return Err(bad());
-    }
-    let endpoint = endpoint
+/// What to connect to; reads the certificates, if there are any.
+pub(super) fn endpoint(name: &str, settings: &XdsSettings) -> Result<Endpoint, String> {
+    let endpoint = dial(name, settings.tls.as_ref())?
         .connect_timeout(settings.connect_timeout)
         .http2_keep_alive_interval(settings.keepalive_interval)
         .keep_alive_timeout(settings.keepalive_timeout)
         .keep_alive_while_idle(true)
         .tcp_nodelay(true);
-    Ok((name.to_owned(), endpoint))
+    Ok(endpoint)
+}
+
+fn is_peer(name: &str, scheme: &str) -> bool {
+    let url = if name.contains("://") { name.to_owned() } else { format!("{scheme}://{name}") };
+    let Ok(endpoint) = Endpoint::from_shared(url) else { return false };
+    let uri = endpoint.uri();
+    let plain = uri.path_and_query().is_none_or(|path| path == "/");
+    uri.scheme_str() == Some(scheme) && uri.port_u16().is_some_and(|port| port > 0) && plain
 }
 
 /// The pause after a failure in the given round through the list. `chance`, from 0 to 1, spreads proxies that lost
@@ -376,22 +392,8 @@ fn backoff(rounds: u32, min: Duration, max: Duration, chance: f64) -> Duration {
     pause / 2 + (pause / 2).mul_f64(chance.clamp(0.0, 1.0))
 }
 
-/// An error with its causes: tonic's own words are often no more than "transport error".
-fn in_words(error: &dyn Error) -> String {
-    let mut words = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if !words.ends_with(&text) {
-            words = format!("{words}: {text}");
-        }
-        cause = error.source();
-    }
-    words
-}
-
 pub(super) fn status_in_words(status: &tonic::Status) -> String {
-    match status.source() {
+    match std::error::Error::source(status) {
         Some(cause) => in_words(cause),
         None => format!("{:?}: {}", status.code(), status.message()),
     }
