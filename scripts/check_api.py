@@ -35,6 +35,11 @@ ensure_resource_availability.enabled = false
 
 [generation]
 deterministic = true
+
+# A deployment with a history, which nothing else in the run names.
+[[operations]]
+include-operation-id = ["get_deployment", "list_revisions", "diff_revisions", "rollback", "wake_model", "patch_deployment"]
+parameters = { "path.model" = "kept-for-reads" }
 """
 
 
@@ -134,8 +139,10 @@ def fuzz() -> int:
                     return 1
                 time.sleep(0.05)
             base = f"http://{json.loads(announce.read_text())['http']}"
-            for name in ("m", "a/b"):
-                call(base, f"/api/v2/deployments/{name.replace('/', '%2F')}", "PUT", {"replicas": 0, "engine": "sim"})
+            for args in ([], ["--seed=1"], ["--seed=2"]):
+                kept = {"replicas": 1, "engine": "sim", "args": args}
+                assert call(base, "/api/v2/deployments/kept-for-reads", "PUT", kept)[0] < 300
+            call(base, "/api/v2/deployments/m", "PUT", {"replicas": 0})
             call(base, "/api/v2/routes/r", "PUT", {"targets": [{"model": "m"}]})
             config = Path(folder, "schemathesis.toml")
             config.write_text(CONFIG)

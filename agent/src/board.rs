@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::{
     assignment::Assignment,
-    engine::{State, load::Load},
+    engine::{State, load::Load, ttft::Window},
 };
 
 /// One engine, as others see it.
@@ -38,6 +38,8 @@ pub(crate) struct EngineView {
     pub(crate) registration: String,
     /// What it last said of its load, and when.
     pub(crate) load: Option<(Load, Instant)>,
+    /// What it said of first tokens lately.
+    pub(crate) first_tokens: Window,
     /// What was executed.
     pub(crate) command: Vec<String>,
 }
@@ -55,17 +57,21 @@ impl EngineView {
             restarts: 0,
             registration: String::new(),
             load: None,
+            first_tokens: Window::default(),
             command: vec![],
         }
     }
 
     fn load(&self, now: Instant) -> Option<v1::EngineLoad> {
+        let mean = self.first_tokens.mean();
         self.load.map(|(load, at)| v1::EngineLoad {
             running: load.running,
             waiting: load.waiting,
             kv_used_ratio: load.kv_used_ratio,
             age_ms: u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX),
             generation: self.assignment.generation,
+            ttft_ms: mean.ttft_ms,
+            ttft_requests: mean.requests,
         })
     }
 
@@ -129,6 +135,9 @@ impl Board {
     pub(crate) fn note_load(&self, replica_id: &str, load: Load, now: Instant) {
         if let Some(view) = self.lock().get_mut(replica_id) {
             view.load = Some((load, now));
+            if let Some(reading) = load.first_tokens {
+                view.first_tokens.note(reading, now);
+            }
         }
     }
 
@@ -197,7 +206,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::engine::records::tests::record;
+    use crate::engine::{records::tests::record, ttft::FirstTokens};
 
     #[test]
     fn changes_wake_and_load_readings_do_not() {
@@ -206,8 +215,8 @@ mod tests {
         board.put(EngineView::new(record("a", 0).assignment, ""));
         assert!(changes.has_changed().unwrap());
         changes.mark_unchanged();
-        let load = Load { running: 1, waiting: 2, kv_used_ratio: 0.5 };
-        let at = Instant::now();
+        let load = Load { running: 1, waiting: 2, kv_used_ratio: 0.5, first_tokens: None };
+        let (at, before) = (Instant::now(), load);
         board.note_load("a", load, at);
         board.update("a", |view| view.reason.clear());
         board.update("b", |view| view.reason = "x".into());
@@ -220,11 +229,25 @@ mod tests {
         board.note_load("a", Load { running: 2, ..load }, at);
         let load = board.load_changes(&mut told, at).remove(0).load.unwrap();
         assert_eq!((load.running, load.waiting), (2, 2));
-        board.note_load("a", Load { running: 1, waiting: 2, kv_used_ratio: 0.5 }, at);
+        board.note_load("a", before, at);
         board.update("a", |view| view.state = State::Loading);
         assert!(changes.has_changed().unwrap());
         let status = board.statuses(at + Duration::from_millis(70)).remove(0);
         assert_eq!(status.load.unwrap().age_ms, 70);
         assert_eq!(status.state, i32::from(v1::EngineState::Loading));
+    }
+
+    #[test]
+    fn first_tokens_are_told_as_the_mean_of_late() {
+        let board = Board::new();
+        board.put(EngineView::new(record("a", 0).assignment, ""));
+        let start = Instant::now();
+        for (after_s, requests, seconds) in [(0, 10.0, 5.0), (2, 14.0, 7.0)] {
+            let first_tokens = Some(FirstTokens { requests, seconds });
+            let load = Load { running: 1, waiting: 0, kv_used_ratio: 0.0, first_tokens };
+            board.note_load("a", load, start + Duration::from_secs(after_s));
+        }
+        let load = board.statuses(start + Duration::from_secs(2)).remove(0).load.unwrap();
+        assert_eq!((load.ttft_ms, load.ttft_requests), (500, 4));
     }
 }

@@ -4,16 +4,21 @@
 //! 1. processes (`proxy`, `controlplane`, `agent`, `engine-sim`, `load`): the rest of the command line is theirs, see
 //!    [`processes`]. The thin binaries of those crates run the same code.
 //! 2. `up`: a whole Penstock on this machine, whose parts are this binary executed again, see [`up`].
-//! 3. everything else: one call of the control plane's REST API, see [`commands`] and [`api`].
+//! 3. everything else: calls of the control plane's REST API, see [`commands`] and [`api`]. [`apply`] makes a site what
+//!    [`manifest`]s say; [`checks`] look at a site, a machine or a plan, and say what to do.
 //!
 //! Exit codes: 0 done; 1 failed (the server said no, a port is taken, not ready in time); 2 wrong usage or settings;
-//! 3 the control plane, or a proxy, cannot be reached; 4 it knows no such thing.
+//! 3 the control plane, or a proxy, cannot be reached; 4 it knows no such thing; 5 what was compared differs.
 //!
-//! Deliberately absent: any access to the store or to the fleet's gRPC; what this binary can do, the REST API can do.
+//! Deliberately absent: any access to the store or to the fleet's gRPC; what this binary can do, the REST API can do. The
+//! exception is `backup` and `restore` with `--offline`, for a control plane that cannot be up.
 
 mod api;
+mod apply;
 mod args;
+mod checks;
 mod commands;
+mod manifest;
 mod output;
 mod processes;
 mod up;

@@ -8,7 +8,7 @@ use std::{
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::Value;
 
-use crate::{api::ApiError, args::Format};
+use crate::{api::ApiError, args::Format, manifest::emit::yaml};
 
 /// Exit code for wrong usage or settings.
 pub(crate) const USAGE: u8 = 2;
@@ -16,6 +16,8 @@ pub(crate) const USAGE: u8 = 2;
 pub(crate) const UNREACHABLE: u8 = 3;
 /// Exit code when the control plane knows no such thing.
 pub(crate) const NOT_FOUND: u8 = 4;
+/// Exit code when two things that were compared differ.
+pub(crate) const DIFFERS: u8 = 5;
 
 /// Writes `text` to stdout. A reader that has gone (`penstock models | head -1`) is no failure.
 pub(crate) fn print(text: &str) -> io::Result<()> {
@@ -31,10 +33,11 @@ pub(crate) fn say(text: &str) {
     drop(writeln!(io::stderr(), "penstock: {text}"));
 }
 
-/// Prints `json` as it is, or the text that `table` makes.
+/// Prints `json` as it is, the same as YAML, or the text that `table` makes.
 pub(crate) fn show(format: Format, json: &Value, table: impl FnOnce() -> String) -> io::Result<()> {
     match format {
         Format::Json => print(&format!("{json:#}\n")),
+        Format::Yaml => print(&yaml(json)),
         Format::Table => print(&table()),
     }
 }
@@ -64,9 +67,11 @@ pub(crate) fn failed(error: &ApiError) -> ExitCode {
         ApiError::Usage(_) => USAGE,
         ApiError::Unreachable { .. } | ApiError::ProxyUnreachable { .. } => UNREACHABLE,
         ApiError::NotFound(_) => NOT_FOUND,
+        ApiError::Differs(_) => DIFFERS,
         ApiError::Refused { .. }
         | ApiError::Malformed { .. }
         | ApiError::NotInTime(_)
+        | ApiError::Found(_)
         | ApiError::Output(_) => 1,
     })
 }

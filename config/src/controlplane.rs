@@ -29,6 +29,8 @@ pub struct ControlPlaneConfig {
     pub reconcile: ReconcileConfig,
     /// How it publishes to proxies.
     pub xds: XdsConfig,
+    /// What it keeps copies of, and where.
+    pub backup: BackupConfig,
     /// What it accepts.
     pub limits: LimitsConfig,
     /// Who may use its API.
@@ -172,6 +174,28 @@ impl Default for EnvoyConfig {
     }
 }
 
+/// `[backup]`: copies that the leader makes by the clock. Those that are asked for need no setting.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BackupConfig {
+    /// Folder for backups; it is made if missing. Empty: none are made by the clock.
+    pub dir: String,
+    /// From one backup to the next, in seconds.
+    pub every_s: u64,
+    /// How many of the newest are kept.
+    pub keep: usize,
+    /// For how many of the newest days, by UTC, the last backup of the day is kept besides.
+    pub keep_days: usize,
+    /// Largest backup that can be restored over REST, in bytes.
+    pub max_bytes: usize,
+}
+
+impl Default for BackupConfig {
+    fn default() -> Self {
+        Self { dir: String::new(), every_s: 3_600, keep: 24, keep_days: 14, max_bytes: 256 << 20 }
+    }
+}
+
 /// `[limits]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -251,6 +275,10 @@ impl ControlPlaneConfig {
             ("xds.envoy.max_body_bytes", self.xds.envoy.max_body_bytes.into(), 1_024, 1 << 30),
             ("xds.envoy.idle_timeout_s", self.xds.envoy.idle_timeout_s, 0, 86_400),
             ("xds.envoy.connect_timeout_ms", self.xds.envoy.connect_timeout_ms, 50, 60_000),
+            ("backup.every_s", self.backup.every_s, 1, 604_800),
+            ("backup.keep", self.backup.keep as u64, 1, 10_000),
+            ("backup.keep_days", self.backup.keep_days as u64, 0, 3_650),
+            ("backup.max_bytes", self.backup.max_bytes as u64, 1_024, 4 << 30),
             ("limits.max_body_bytes", self.limits.max_body_bytes as u64, 1_024, 64 << 20),
             ("limits.max_replicas", u64::from(self.limits.max_replicas), 1, 1_000_000),
             ("limits.max_deployments", self.limits.max_deployments as u64, 1, 1_000_000),

@@ -1,7 +1,9 @@
 //! How a process logs: `tracing` to stderr, as text for people or JSON for collectors.
 //!
 //! Records of the `log` crate (Pingora's) take the same way. Libraries whose debug lines come per packet or per frame
-//! are held at `warn` unless the filter names them: `info,h2=debug` shows h2's.
+//! are held at `warn` unless the filter names them: `info,h2=debug` shows h2's. Pingora reports a client that leaves and an
+//! engine that refuses a connection as errors; both are in our own log and metrics with what became of the request, so the
+//! modules that do so are heard from `debug` on, or when the filter names them.
 //!
 //! The last [`KEPT_LINES`] lines are kept in memory too, for [`recent`]. They are the process's, as its logging is.
 
@@ -43,6 +45,10 @@ const NOISY: [&str; 10] = [
     "pingora_pool",
     "pingora_proxy",
 ];
+
+/// Modules whose errors and warnings are single connections that ended.
+const PER_CONNECTION: [&str; 3] =
+    ["pingora_core::apps", "pingora_core::connectors", "pingora_core::protocols"];
 
 /// The accepted levels, quietest first.
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
@@ -139,7 +145,9 @@ fn directives(level: &str) -> Result<String, String> {
     }
     let quiet = matches!(general, "off" | "error");
     let held = NOISY.iter().filter(|_| !quiet).map(|library| format!("{library}=warn"));
-    Ok(held.chain([level.to_string()]).collect::<Vec<_>>().join(","))
+    let curious = matches!(general, "debug" | "trace");
+    let muted = PER_CONNECTION.iter().filter(|_| !curious).map(|module| format!("{module}=off"));
+    Ok(held.chain(muted).chain([level.to_string()]).collect::<Vec<_>>().join(","))
 }
 
 #[cfg(test)]
@@ -151,8 +159,48 @@ mod tests {
         let text = directives("debug,h2=info").unwrap();
         assert!(text.starts_with("h2=warn,"), "{text}");
         assert!(text.ends_with(",debug,h2=info"), "{text}");
-        assert_eq!(directives("error").unwrap(), "error");
+        assert!(!directives("error").unwrap().contains("h2="));
         assert!(EnvFilter::try_new(directives("info").unwrap()).is_ok());
+    }
+
+    /// What a filter lets through, as the `tracing-log` bridge asks for it.
+    fn hears(level: &str, target: &'static str) -> bool {
+        let filter = EnvFilter::try_new(directives(level).unwrap()).unwrap();
+        let heard = std::sync::Arc::<std::sync::Mutex<Vec<u8>>>::default();
+        let writer = std::sync::Arc::clone(&heard);
+        let subscriber = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(move || Lines(std::sync::Arc::clone(&writer)))
+            .finish();
+        tracing::subscriber::with_default(subscriber, || match target {
+            "apps" => tracing::error!(target: "pingora_core::apps::http_app", "gone"),
+            "connectors" => tracing::error!(target: "pingora_core::connectors::l4", "refused"),
+            _ => tracing::error!(target: "pingora_core::server", "real"),
+        });
+        let heard = heard.lock().unwrap();
+        !heard.is_empty()
+    }
+
+    struct Lines(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_client_that_leaves_is_no_error_of_ours_and_a_real_error_stays_one() {
+        for level in ["info", "error", "warn"] {
+            assert!(!hears(level, "apps") && !hears(level, "connectors"), "{level}");
+            assert!(hears(level, "server"), "{level}");
+        }
+        assert!(hears("debug", "apps") && hears("info,pingora_core::apps=debug", "apps"));
     }
 
     #[test]

@@ -17,6 +17,7 @@
 pub mod access;
 pub mod admin;
 pub mod audit;
+pub mod backup;
 pub mod core;
 pub mod demand;
 pub mod fleet;

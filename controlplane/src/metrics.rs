@@ -89,6 +89,14 @@ pub struct Metrics {
     pub audit_records: IntCounter,
     /// Requests with an Idempotency-Key by `outcome`.
     pub idempotency: IntCounterVec,
+    /// Scheduled backups by `outcome`.
+    pub backups: IntCounterVec,
+    /// When the last scheduled backup was made, in Unix seconds; 0: none is known.
+    pub backup_last_success: IntGauge,
+    /// Its size.
+    pub backup_bytes: IntGauge,
+    /// How often one shall be made; 0: backups are not scheduled.
+    pub backup_interval_seconds: IntGauge,
     /// Seconds since the process started.
     pub uptime_seconds: Gauge,
 }
@@ -217,6 +225,18 @@ impl Metrics {
                 "class",
                 &["2xx", "3xx", "4xx", "5xx"],
             )?,
+            backups: counters(&r, "backups_total", "Scheduled backups.", "outcome", &["ok", "failed"])?,
+            backup_last_success: gauge(
+                &r,
+                "backup_last_success_timestamp_seconds",
+                "When the last scheduled backup was made; 0: none is known.",
+            )?,
+            backup_bytes: gauge(&r, "backup_bytes", "Size of the last scheduled backup.")?,
+            backup_interval_seconds: gauge(
+                &r,
+                "backup_interval_seconds",
+                "How often a backup is made; 0: backups are not scheduled.",
+            )?,
             http_refused: counters(
                 &r,
                 "http_refused_total",
@@ -258,7 +278,7 @@ impl Metrics {
         self.endpoints.with_label_values(&["ready"]).set(ready);
         self.endpoints.with_label_values(&["draining"]).set(draining);
         self.nodes.set(i64::try_from(view.nodes.len()).unwrap_or(i64::MAX));
-        self.term.set(i64::try_from(view.term).unwrap_or(i64::MAX));
+        self.term.set(i64::try_from(view.published_term()).unwrap_or(i64::MAX));
         self.view_revision.set(i64::try_from(view.revision).unwrap_or(i64::MAX));
     }
 

@@ -24,7 +24,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     access::Gate,
-    admin,
+    admin, backup,
     core::Core,
     fleet::{roster::Roster, server::FleetService},
     forward,
@@ -263,6 +263,7 @@ async fn with_store(
         });
     }
     parts.spawn("reconcile", reconcile::run(core.clone()));
+    parts.spawn("backups", backup::schedule::run(core.clone()));
     parts.spawn("publishing", hub::publish(core.clone()));
     if core.config.store.is_etcd() {
         parts.spawn("the link to the leader", link::run(core.clone()));

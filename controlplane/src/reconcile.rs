@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use crate::{
     core::Core,
     fleet::liveness::Liveness,
-    model::{NodeObserved, Phase},
+    model::{NodeObserved, Phase, observed::mean_ttft_ms},
     plan::{Action, Demand, Desired, Load, NodeSeen, Observed, Plan, Rules, memory::Memory, plan, scale},
     store::{Compare, StoreError, Txn, TxnOutcome, keys},
     view::{ModelView, View},
@@ -180,10 +180,11 @@ fn remember<'a>(
     memory.retain(|name| observed.models.contains_key(name));
 }
 
-/// What the ready replicas of a model do, by the last reports of their nodes. Engines do not report the time to the
-/// first token yet.
+/// What the ready replicas of a model do, by the last reports of their nodes. The time to the first token is the mean of all
+/// requests that had one lately, wherever: an engine that had none says nothing of it.
 fn load(model: &ModelView, nodes: &BTreeMap<String, NodeObserved>, fresh: Duration, now: Instant) -> Load {
     let mut load = Load::default();
+    let mut first_tokens = Vec::new();
     let active = model.placement.iter().flat_map(|stored| &stored.value.assignments);
     for a in active.filter(|a| a.phase == Phase::Active) {
         let ready = model.endpoints.get(&a.replica_id).is_some_and(|e| e.generation == a.generation);
@@ -200,10 +201,12 @@ fn load(model: &ModelView, nodes: &BTreeMap<String, NodeObserved>, fresh: Durati
                 load.reporting += 1;
                 load.running += u64::from(engine.running);
                 load.waiting += u64::from(engine.waiting);
+                first_tokens.push(engine.ttft);
             }
             None => load.silent += 1,
         }
     }
+    load.ttft_ms = mean_ttft_ms(&first_tokens);
     load
 }
 

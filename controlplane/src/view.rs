@@ -98,6 +98,8 @@ pub struct View {
     pub by_node: BTreeMap<String, Arc<NodeAssignments>>,
     /// The last term that anybody took; the revision belongs to it.
     pub term: u64,
+    /// What a restore put before the terms of this store.
+    pub term_base: u64,
     /// Who leads; None while nobody does.
     pub leader: Option<Stored<Leader>>,
     /// Revision of the last word of an operator that lets pass what is held back from proxies.
@@ -125,6 +127,15 @@ enum Slot {
     LetPass,
     Leader,
     Term,
+    TermBase,
+}
+
+impl View {
+    /// The term as agents, proxies and operators know it: it never falls, not even when a backup was restored into a new
+    /// store.
+    pub fn published_term(&self) -> u64 {
+        self.term.saturating_add(self.term_base)
+    }
 }
 
 /// Makes views out of entries and events.
@@ -190,6 +201,9 @@ impl Builder {
         } else if key == keys::TERM {
             self.view.term = entry.mod_revision;
             Slot::Term
+        } else if key == keys::TERM_BASE {
+            self.view.term_base = number(&entry.value, key)?;
+            Slot::TermBase
         } else {
             return Ok(());
         };
@@ -209,8 +223,8 @@ impl Builder {
             Some(Slot::Token(name)) => drop(self.view.tokens.remove(&name)),
             Some(Slot::Generation) => (self.view.last_generation, self.view.generation_revision) = (0, 0),
             Some(Slot::Leader) => self.view.leader = None,
-            // Neither ever falls.
-            Some(Slot::Term | Slot::LetPass) | None => {}
+            // None of them ever falls.
+            Some(Slot::Term | Slot::TermBase | Slot::LetPass) | None => {}
         }
         self.view.models.retain(|_, model| !model.is_empty());
     }

@@ -128,12 +128,14 @@ async fn a_repeated_request_is_done_once_and_answered_the_same() {
         200
     );
     assert_eq!(plane.ask("PUT", AT, "", &[("idempotency-key", "")], Some(body)).await.0, 400);
-    // Many at once: one does it, and nobody is told that it did when it did not.
+    // Many at once: one does it, and the others are told that it is so, or that it is under way.
     let same = [("idempotency-key", "deploy-3")];
     let all = (0..8).map(|_| plane.ask("PUT", "/api/v2/deployments/race", "", &same, Some(body)));
-    let answers = futures_util::future::join_all(all).await;
-    let statuses: Vec<u16> = answers.iter().map(|(status, ..)| *status).collect();
-    assert!(statuses.contains(&201) && statuses.iter().all(|s| [201, 409].contains(s)), "{statuses:?}");
+    let mut statuses: Vec<u16> =
+        futures_util::future::join_all(all).await.iter().map(|(status, ..)| *status).collect();
+    statuses.sort_unstable();
+    let done = statuses.iter().filter(|status| **status == 201).count();
+    assert!(done >= 1 && statuses.iter().all(|s| [200, 201, 409].contains(s)), "{statuses:?}");
     let audit = plane.get("/api/v2/audit?model=race").await;
     assert_eq!(audit["records"].as_array().unwrap().len(), 1, "{audit}");
     plane.stop().await;

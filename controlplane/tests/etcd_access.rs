@@ -58,8 +58,7 @@ async fn roles_hold_on_followers_and_reads_without_a_leader() {
     let mut planes = planes(&cluster, 0).await;
     let leader = planes.leader(&[0, 1]).await;
     let follower = 1 - leader;
-    let made = planes.call(follower, "PUT", "/api/v2/deployments/m", Some("{\"replicas\":0}")).await.unwrap();
-    assert_eq!(made.0, 201, "{}", made.1);
+    planes.write(follower, "m").await;
     let (_, audit) = planes.call(follower, "GET", "/api/v2/audit", None).await.unwrap();
     let record = &audit["records"][0];
     assert_eq!((&record["kind"], &record["name"]), (&"deployment".into(), &"m".into()), "{audit}");

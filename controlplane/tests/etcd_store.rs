@@ -36,8 +36,17 @@ async fn next(watch: &mut Watch) -> Vec<Event> {
 }
 
 #[tokio::test]
-async fn each_member_may_die_in_turn_and_no_write_or_event_is_lost() {
-    let Some(mut cluster) = Cluster::start(3).await else { return };
+async fn each_of_three_members_may_die_in_turn_and_no_write_or_event_is_lost() {
+    survive_the_death_of(1, 3).await;
+}
+
+#[tokio::test]
+async fn two_of_five_members_may_die_at_once_and_no_write_or_event_is_lost() {
+    survive_the_death_of(2, 5).await;
+}
+
+async fn survive_the_death_of(some: usize, of: usize) {
+    let Some(mut cluster) = Cluster::start(of).await else { return };
     let store = EtcdStore::new(cluster.settings());
     let lease = store.lease_grant(Duration::from_secs(5)).await.unwrap();
     store.txn(Txn::new().put_leased("/leased", "", lease)).await.unwrap();
@@ -45,8 +54,9 @@ async fn each_member_may_die_in_turn_and_no_write_or_event_is_lost() {
     let mut number = 0;
     // The leader among them, by the time all have been.
     let first = cluster.leader().await;
-    for victim in [first, (first + 1) % 3, (first + 2) % 3] {
-        cluster.kill(victim);
+    for turn in 0..of {
+        let victims: Vec<usize> = (0..some).map(|n| (first + turn + n) % of).collect();
+        victims.iter().for_each(|victim| cluster.kill(*victim));
         let began = Instant::now();
         for _ in 0..5 {
             append(&store, number).await;
@@ -54,7 +64,7 @@ async fn each_member_may_die_in_turn_and_no_write_or_event_is_lost() {
         }
         assert!(began.elapsed() < Duration::from_secs(10), "writes stood still for {:?}", began.elapsed());
         store.lease_keep_alive(lease).await.unwrap();
-        cluster.restart(victim);
+        victims.iter().for_each(|victim| cluster.restart(*victim));
         cluster.wait_ready().await;
         store.lease_keep_alive(lease).await.unwrap();
     }
@@ -69,8 +79,17 @@ async fn each_member_may_die_in_turn_and_no_write_or_event_is_lost() {
 }
 
 #[tokio::test]
-async fn without_a_quorum_it_says_so_and_recovers_by_itself() {
-    let Some(mut cluster) = Cluster::start(3).await else { return };
+async fn without_a_quorum_of_three_it_says_so_and_recovers_by_itself() {
+    lose_the_quorum_of(3).await;
+}
+
+#[tokio::test]
+async fn without_a_quorum_of_five_it_says_so_and_recovers_by_itself() {
+    lose_the_quorum_of(5).await;
+}
+
+async fn lose_the_quorum_of(count: usize) {
+    let Some(mut cluster) = Cluster::start(count).await else { return };
     let settings = StoreConfig { request_timeout_ms: 3_000, member_timeout_ms: 1_000, ..cluster.settings() };
     let store = EtcdStore::new(settings);
     let lease = store.lease_grant(Duration::from_secs(3)).await.unwrap();
@@ -79,10 +98,9 @@ async fn without_a_quorum_it_says_so_and_recovers_by_itself() {
     append(&store, 0).await;
     assert_eq!(next(&mut watch).await.len(), 1);
     let leader = cluster.leader().await;
-    let (one, other) = ((leader + 1) % 3, (leader + 2) % 3);
-    cluster.kill(leader);
-    cluster.kill(one);
-    // The survivor takes about a second to notice; from then on it says what is wrong.
+    let majority = count / 2 + 1;
+    (0..majority).for_each(|n| cluster.kill((leader + n) % count));
+    // A survivor takes about a second to notice; from then on it says what is wrong.
     let deadline = Instant::now() + PATIENCE;
     loop {
         let began = Instant::now();
@@ -100,10 +118,10 @@ async fn without_a_quorum_it_says_so_and_recovers_by_itself() {
     assert!(store.get("/leased").await.is_err(), "a read that may be stale is no answer");
     // Longer than the lease: while nobody can agree on anything, no lease ends.
     tokio::time::sleep(Duration::from_secs(2)).await;
-    cluster.kill(other);
+    (majority..count).for_each(|n| cluster.kill((leader + n) % count));
     let gone = store.get("/leased").await.unwrap_err();
     assert!(matches!(&gone, StoreError::Unavailable(why) if why.contains("cannot be reached")), "{gone}");
-    (0..3).for_each(|index| cluster.restart(index));
+    (0..count).for_each(|index| cluster.restart(index));
     cluster.wait_ready().await;
     store.lease_keep_alive(lease).await.unwrap();
     append(&store, 1).await;

@@ -80,6 +80,7 @@ fn check_chat(text: &str, (word, reason): (&str, FinishReason), usage: Usage, ch
         usage,
         terminal: Some(Terminal::Done),
         error: None,
+        begun: true,
     };
     assert_eq!(observed(&stream.concat(), choices), wanted);
 }

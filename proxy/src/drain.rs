@@ -58,6 +58,9 @@ impl Default for Lifecycle {
     }
 }
 
+/// How long connections whose requests are over may take to be closed.
+const GOODBYES: Duration = Duration::from_millis(500);
+
 impl Lifecycle {
     /// Whether stopping has begun.
     pub fn is_draining(&self) -> bool {
@@ -143,6 +146,9 @@ impl Lifecycle {
         }
         self.cut.cancel();
         drop(timeout(LAST_WORDS, self.requests.wait()).await);
+        // Their requests are over; what is left to do is to close them, which under TLS takes a word.
+        self.connections.close();
+        drop(timeout(LAST_REQUEST + GOODBYES, self.connections.wait()).await);
         left
     }
 }

@@ -28,6 +28,10 @@
 //! - The engine's connection closes when the client leaves, in every phase: it is dropped with the future that waits on it.
 //! - The data plane needs neither the control plane nor its store to serve a request.
 
+// The fuzz targets' properties name the crate as its users do; its own tests check them, too.
+#[cfg(test)]
+extern crate self as penstock_proxy;
+
 pub mod admission;
 pub mod downstream;
 pub mod drain;

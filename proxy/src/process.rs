@@ -182,11 +182,13 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     }
 
     let stop = CancellationToken::new();
+    // Ends later than the rest: after an upgrade the streams of this process still write their lines.
+    let served = CancellationToken::new();
     let tasks = TaskTracker::new();
     let xds = Arc::new(XdsStatus::default());
     discover(&config, &gateway, &xds, &tasks, &stop)?;
     tasks.spawn(health::watch::run(Arc::clone(&gateway), stop.clone()));
-    tasks.spawn(access_log.clone().reopen_on_hangup(stop.clone()));
+    tasks.spawn(access_log.clone().reopen_on_hangup(served.clone()));
     tasks.spawn(reload::run(open.watched, Arc::clone(&gateway), hangup, stop.clone()));
     if let Some(predecessor) = &predecessor {
         tracing::info!(pid = predecessor.pid, "taking over");
@@ -221,6 +223,7 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
 
     let cut = live(&config, &gateway, signals, sockets, &stop).await?;
     stop.cancel();
+    served.cancel();
     tasks.close();
     if tokio::time::timeout(TASKS_END, tasks.wait()).await.is_err() {
         tracing::warn!(left = tasks.len(), "background tasks did not end in time");
@@ -313,7 +316,16 @@ fn sockets(config: &ProxyConfig, predecessor: &mut Option<Predecessor>) -> Resul
     for (name, listener) in config.client_listeners() {
         let setting =
             if name == PUBLIC { "public.listen".into() } else { format!("listeners.{name}.listen") };
-        sockets.push(predecessor::socket(predecessor, &name, &setting, &listener.listen)?);
+        let socket = predecessor::socket(predecessor, &name, &setting, &listener.listen)?;
+        listener::widen(&socket.socket, config.public.backlog)?;
+        sockets.push(socket);
+    }
+    let somaxconn = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap_or_default();
+    if let Some(limit) = listener::narrowed(config.public.backlog, &somaxconn) {
+        tracing::warn!(
+            "public.backlog is {}, but the kernel holds {limit} connections at most: raise net.core.somaxconn",
+            config.public.backlog
+        );
     }
     sockets.push(predecessor::socket(predecessor, PRIVATE, "private.listen", &config.private.listen)?);
     Ok(sockets)

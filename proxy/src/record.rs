@@ -14,6 +14,7 @@ use http::request::Parts;
 use penstock_proto::Version;
 
 use crate::{
+    downstream::respond::client_request_id,
     endpoints::{Endpoint, Pool},
     error::GatewayError,
     openai::{
@@ -104,6 +105,9 @@ impl<'a> Record<'a> {
         if let Some(id) = text("traceparent").and_then(facts::trace_id) {
             id.clone_into(&mut self.facts.trace_id);
         }
+        if let Some(id) = client_request_id(&head.headers).and_then(|id| id.to_str().ok()) {
+            id.clone_into(&mut self.facts.client_request_id);
+        }
         self.asked =
             self.telemetry.decisions.is_on() && text(EXPLAIN).is_some_and(|value| value.trim() == "1");
     }
@@ -178,12 +182,19 @@ impl<'a> Record<'a> {
     }
 
     /// No endpoint could be picked, and why.
-    pub fn unplaced(&mut self, pool: &Pool, tried: &[Arc<str>], policy: Policy, now_ms: u64) {
+    pub fn unplaced(
+        &mut self,
+        pool: &Pool,
+        tried: &[Arc<str>],
+        adapter: Option<&str>,
+        policy: Policy,
+        now_ms: u64,
+    ) {
         pool.source.pool.clone_into(&mut self.facts.deployment);
         self.attempt = Some(Attempt {
             began: Millis(self.started.elapsed()),
             policy: policy.name(),
-            considered: Some(Box::new(Considered::nobody(&pool.endpoints, tried, now_ms))),
+            considered: Some(Box::new(Considered::nobody(&pool.endpoints, tried, adapter, now_ms))),
             ..Attempt::default()
         });
     }

@@ -140,6 +140,28 @@ async fn a_stream_from_before_an_upgrade_is_finished_by_the_old_process() {
     assert_eq!(daemon.pid(), new, "one successor");
 }
 
+/// logrotate meets two processes then, and moves the file away from both.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_an_upgrade_the_old_process_opens_its_log_again_too() {
+    let engine = paused(6_000).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (log, moved) = (dir.path().join("access.log"), dir.path().join("access.log.1"));
+    let mut daemon = Daemon::start(&format!("telemetry.access_log = '{}'", log.display()), &[engine.address]);
+    let old = daemon.pid();
+    let mut client = Client::connect(daemon.address("public")).await;
+    client.send(&post(CHAT, &chat(true))).await;
+    client.read_until("one").await;
+    assert!(daemon.upgrade().status.success());
+    std::fs::rename(&log, &moved).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(old), Signal::SIGHUP).unwrap();
+    assert!(client.read_to_end().await.contains("[DONE]"));
+    wait("the old process ends", || daemon.has_ended(old)).await;
+    let lines = std::fs::read_to_string(&log).expect("opened again by the old process");
+    assert_eq!(lines.lines().count(), 1, "{lines}");
+    assert!(lines.contains("\"outcome\":\"completed\""), "{lines}");
+    assert_eq!(std::fs::read_to_string(&moved).unwrap(), "");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_successor_that_fails_costs_nothing_and_is_told_about() {
     let engine = paused(5).await;
@@ -234,6 +256,64 @@ async fn sigterm_with_200_open_streams_fails_none_of_them() {
         }
     }
     assert_eq!((whole, told), (195, 5), "left-over streams get an error event, the others all of theirs");
+    wait("it ends", || daemon.has_ended(pid)).await;
+    assert_eq!(daemon.exit_code(), Some(0));
+}
+
+/// DR02 over TLS: what was promised to a stream is kept behind a handshake, too, and a closed session is told as one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sigterm_over_tls_finishes_streams_tells_what_is_left_and_closes_sessions_properly() {
+    let engine = Engine::start(|number| {
+        let head = [SSE_HEAD, &chunk(&delta("one"))].concat();
+        let rest = [&chunk(&delta("two")), &chunk("data: [DONE]\n\n"), "0\r\n\r\n"].concat();
+        let end = if number < 18 {
+            vec![Step::Pause(Duration::from_millis(1_500)), Step::Send(rest.into())]
+        } else {
+            vec![Step::UntilClosed]
+        };
+        [vec![Step::Send(head.into())], end].concat()
+    })
+    .await;
+    let authority = Authority::new();
+    let dir = tempfile::tempdir().unwrap();
+    authority.pair("edge", 2040).write(dir.path());
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let settings = format!(
+        "drain.unready_ms = 200\ndrain.deadline_ms = 5000\nlisteners.tls.listen = '127.0.0.1:0'\n\
+         listeners.tls.certificate = '{}'\nlisteners.tls.key = '{}'",
+        path("tls.crt"),
+        path("tls.key")
+    );
+    let mut daemon = Daemon::start(&settings, &[engine.address]);
+    let (pid, address) = (daemon.pid(), daemon.address("tls"));
+    let client = authority.client(&["http/1.1"], &[&rustls::version::TLS13], None);
+    let mut streams = Vec::new();
+    for _ in 0..20 {
+        let mut stream = connect(&client, address).await.unwrap();
+        stream.write_all(&post_with(CHAT, "", &chat(true))).await.unwrap();
+        let begun = read_until(&mut stream, "one").await;
+        streams.push((stream, begun));
+    }
+    let mut idle = connect(&client, address).await.unwrap();
+    idle.write_all(&post_with("/v1/models", "", "")).await.unwrap();
+    read_until(&mut idle, "\r\n\r\n").await;
+    daemon.signal(Signal::SIGTERM);
+    wait("no more connections", || std::net::TcpStream::connect(address).is_err()).await;
+    // An end without close_notify would be an error here: nobody could tell it from an attack.
+    idle.read_to_end(&mut Vec::new()).await.expect("a session that is closed");
+    let (mut whole, mut told) = (0, 0);
+    for (mut stream, mut answer) in streams {
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).await.expect("a session that is closed");
+        answer.push_str(&String::from_utf8_lossy(&rest));
+        if answer.contains("[DONE]") {
+            whole += 1;
+        } else {
+            assert!(answer.contains("gateway_draining") && answer.ends_with("0\r\n\r\n"), "{answer}");
+            told += 1;
+        }
+    }
+    assert_eq!((whole, told), (18, 2));
     wait("it ends", || daemon.has_ended(pid)).await;
     assert_eq!(daemon.exit_code(), Some(0));
 }

@@ -271,6 +271,33 @@ async fn an_engines_refusal_is_passed_on_and_a_failure_is_retried() {
 }
 
 #[tokio::test]
+async fn a_model_named_inside_is_the_one_that_the_engine_knows() {
+    let engine = Echo::start().await;
+    let tables = vec![table("org/base", &[engine.address])];
+    let state = fleet(tables, vec![route("alias", &[("org/base", 1)], &[])]);
+    let proxy = Proxy::start_on(ProxyConfig::default(), &state);
+    let mut socket = connect_with(&proxy, "?model=alias", &[]).await.unwrap();
+    let audio = r#"{"type":"input_audio_buffer.append","audio":"AAAA","model":"alias"}"#;
+    for (said, heard) in [
+        (r#"{"type":"session.update","model":"alias"}"#, r#"{"type":"session.update","model":"org/base"}"#),
+        (audio, audio),
+        (
+            r#"{"type":"session.update","session":{"model":"alias"}}"#,
+            r#"{"type":"session.update","session":{"model":"org/base"}}"#,
+        ),
+    ] {
+        socket.send(Message::text(said)).await.unwrap();
+        assert_eq!(next(&mut socket).await.unwrap().into_text().unwrap(), heard);
+    }
+    socket.send(Message::binary(vec![7; 70_000])).await.unwrap();
+    assert_eq!(next(&mut socket).await.unwrap().into_data().len(), 70_000);
+    assert!(engine.heads.lock().unwrap()[0].starts_with("/v1/realtime?model=org%2Fbase\n"));
+    socket.close(None).await.unwrap();
+    while next_or_end(&mut socket).await.is_some() {}
+    proxy.settles().await;
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_frees_its_engine() {
     let engine = Echo::start().await;
     let proxy = Proxy::start(ProxyConfig::default(), &[engine.address]);

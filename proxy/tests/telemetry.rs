@@ -102,7 +102,7 @@ async fn a_stream_leaves_its_line_and_its_figures() {
     let hash = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"; // of "secret"
     config.auth.keys = vec![format!("alice:{hash}")];
     let seen = Seen::start(config, &[engine.address]).await;
-    let headers = "connection: close\r\nauthorization: Bearer secret\r\n\
+    let headers = "connection: close\r\nauthorization: Bearer secret\r\nx-request-id: mine-1\r\n\
                    traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\n";
     let body = r#"{"model":"m","stream":true,"messages":[{"role":"user","content":"whisper"}]}"#;
     let answer = seen.proxy.exchange(&post_with(&format!("{CHAT}?token=hidden"), headers, body)).await;
@@ -115,6 +115,7 @@ async fn a_stream_leaves_its_line_and_its_figures() {
         "model": "m", "deployment": "m", "endpoint": "e0", "attempts": 1, "status": 200, "outcome": "completed",
         "blame": "none", "error": "", "bytes_in": body.len(), "prompt_tokens": 11, "completion_tokens": 3,
         "queue_ms": 0.0, "stream": true, "snapshot": "1.1", "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
+        "client_request_id": "mine-1",
     });
     for (field, value) in expected.as_object().unwrap() {
         assert_eq!(&line[field], value, "{field} in {line}");

@@ -19,19 +19,12 @@ def asked(gateway: Gateway, prompt: str, tokens: int) -> dict:
     return {"model": gateway.model, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
 
 
-def same_text(gateway: Gateway, got: str, prompt: str, tokens: int) -> None:
-    """The template is the chat's, so the text is the one that a chat gets."""
-    assert got, "no text"
-    if gateway.engines:
-        gateway.same_text(got, prompt, tokens)
-
-
 def check_message(client: anthropic.Anthropic, gateway: Gateway) -> str:
     answer = client.messages.create(**asked(gateway, "Say something.", 16))
     assert (answer.type, answer.role) == ("message", "assistant"), answer
     assert answer.stop_reason in ("end_turn", "max_tokens"), answer.stop_reason
     assert 0 < answer.usage.output_tokens <= 16 and answer.usage.input_tokens > 0, answer.usage
-    same_text(gateway, answer.content[0].text, "Say something.", 16)
+    gateway.same_text(answer.content[0].text, "Say something.", 16)
     return f"{answer.usage.output_tokens} tokens, {answer.stop_reason}"
 
 
@@ -42,7 +35,7 @@ def check_stream(client: anthropic.Anthropic, gateway: Gateway) -> str:
     assert len(pieces) > 1, f"{len(pieces)} piece: not a stream"
     assert final.content[0].text == "".join(pieces), final
     assert 0 < final.usage.output_tokens <= 20, final.usage
-    same_text(gateway, "".join(pieces), "Count to twenty.", 20)
+    gateway.same_text("".join(pieces), "Count to twenty.", 20)
     return f"{len(pieces)} pieces, {final.usage.output_tokens} tokens"
 
 

@@ -4,6 +4,8 @@
 //! are added, the fullest cache counts) and of names that changed between vLLM versions. A line it cannot read is skipped:
 //! an odd line must not cost the figures of the others.
 
+use super::ttft::FirstTokens;
+
 /// Waiting and running requests, and how full the KV cache is.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Load {
@@ -13,7 +15,12 @@ pub(crate) struct Load {
     pub(crate) waiting: u32,
     /// Share of the KV cache in use, 0.0 to 1.0.
     pub(crate) kv_used_ratio: f32,
+    /// Its counters of first tokens, if it has them.
+    pub(crate) first_tokens: Option<FirstTokens>,
 }
+
+const TTFT_SUM: &str = "vllm:time_to_first_token_seconds_sum";
+const TTFT_COUNT: &str = "vllm:time_to_first_token_seconds_count";
 
 /// A difference in KV use below this is none.
 const KV_STEP: f32 = 0.01;
@@ -38,6 +45,7 @@ const KV_USED: &[&str] = &["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_per
 /// engines too.
 pub(crate) fn parse(text: &str) -> Result<Load, &'static str> {
     let (mut running, mut waiting, mut kv) = (None::<f64>, None::<f64>, None::<f64>);
+    let (mut ttft_sum, mut ttft_count) = (None::<f64>, None::<f64>);
     for (name, value) in text.lines().filter_map(sample) {
         if RUNNING.contains(&name) {
             *running.get_or_insert(0.0) += value;
@@ -45,12 +53,17 @@ pub(crate) fn parse(text: &str) -> Result<Load, &'static str> {
             *waiting.get_or_insert(0.0) += value;
         } else if KV_USED.contains(&name) {
             kv = Some(kv.unwrap_or(0.0).max(value));
+        } else if name == TTFT_SUM {
+            *ttft_sum.get_or_insert(0.0) += value;
+        } else if name == TTFT_COUNT {
+            *ttft_count.get_or_insert(0.0) += value;
         }
     }
     Ok(Load {
         running: count(running.ok_or("vllm:num_requests_running")?),
         waiting: count(waiting.ok_or("vllm:num_requests_waiting")?),
         kv_used_ratio: ratio(kv.unwrap_or(0.0)),
+        first_tokens: ttft_sum.zip(ttft_count).map(|(seconds, requests)| FirstTokens { requests, seconds }),
     })
 }
 
@@ -112,8 +125,12 @@ vllm:num_requests_waiting{engine=\"0\",model_name=\"tiny\"} 12.0
 vllm:num_requests_waiting_by_reason{engine=\"0\",model_name=\"tiny\",reason=\"capacity\"} 11.0
 vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"tiny\"} 0.25
 vllm:num_requests_running_created{engine=\"0\"} 1.7e+09
+vllm:time_to_first_token_seconds_bucket{engine=\"0\",le=\"0.25\"} 3.0
+vllm:time_to_first_token_seconds_count{engine=\"0\",model_name=\"tiny\"} 4.0
+vllm:time_to_first_token_seconds_sum{engine=\"0\",model_name=\"tiny\"} 1.5
 ";
-        assert_eq!(parse(text), Ok(Load { running: 3, waiting: 12, kv_used_ratio: 0.25 }));
+        let first_tokens = Some(FirstTokens { requests: 4.0, seconds: 1.5 });
+        assert_eq!(parse(text), Ok(Load { running: 3, waiting: 12, kv_used_ratio: 0.25, first_tokens }));
     }
 
     #[test]
@@ -125,7 +142,7 @@ vllm:num_requests_waiting 0
 vllm:gpu_cache_usage_perc{engine=\"0\"} 0.5
 vllm:gpu_cache_usage_perc{engine=\"1\"} 0.75 1700000000000
 ";
-        assert_eq!(parse(text), Ok(Load { running: 3, waiting: 0, kv_used_ratio: 0.75 }));
+        assert_eq!(parse(text), Ok(Load { running: 3, waiting: 0, kv_used_ratio: 0.75, first_tokens: None }));
     }
 
     #[test]
@@ -143,7 +160,10 @@ vllm:gpu_cache_usage_perc{engine=\"1\"} 0.75 1700000000000
         assert_eq!(parse(text), Err("vllm:num_requests_waiting"));
         let huge =
             "vllm:num_requests_running 1e300\nvllm:num_requests_waiting 1\nvllm:kv_cache_usage_perc 7\n";
-        assert_eq!(parse(huge), Ok(Load { running: u32::MAX, waiting: 1, kv_used_ratio: 1.0 }));
+        assert_eq!(
+            parse(huge),
+            Ok(Load { running: u32::MAX, waiting: 1, kv_used_ratio: 1.0, first_tokens: None })
+        );
     }
 
     proptest! {

@@ -28,6 +28,7 @@ pub(crate) mod readiness;
 pub(crate) mod records;
 pub(crate) mod stop;
 pub(crate) mod supervisor;
+pub(crate) mod ttft;
 pub(crate) mod watch;
 
 use std::fmt;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{connect, views, wait};
 use crate::{
     api::{ApiError, DeploymentSpec, LoraAdapter},
-    args::{DeleteArgs, DeployArgs, EndpointArgs, ScaleArgs},
+    args::{DeleteArgs, DeployArgs, ScaleArgs},
     output::show,
 };
 
@@ -49,16 +49,5 @@ pub(crate) async fn delete(args: &DeleteArgs) -> Result<(), ApiError> {
         wait::gone(&server, &args.model, Duration::from_secs(args.wait.timeout_s)).await?;
     }
     show(args.remote.output, &reply.json, || format!("deleted {}\n", args.model))?;
-    Ok(())
-}
-
-pub(crate) async fn drain(args: &EndpointArgs, out_of_use: bool) -> Result<(), ApiError> {
-    let server = connect(&args.remote)?;
-    let reply = if out_of_use {
-        server.drain(&args.endpoint_id).await?
-    } else {
-        server.undrain(&args.endpoint_id).await?
-    };
-    show(args.remote.output, &reply.json, || views::endpoint_table(&[reply.value]))?;
     Ok(())
 }

@@ -28,13 +28,18 @@ pub(crate) async fn history(args: &ModelArgs) -> Result<(), ApiError> {
 }
 
 pub(crate) async fn diff(args: &DiffArgs) -> Result<(), ApiError> {
-    let reply = connect(&args.remote)?.diff(&args.model, args.from, args.to).await?;
+    let model = args.model.as_deref().unwrap_or_default();
+    let reply = connect(&args.remote)?.diff(model, args.from, args.to).await?;
+    let differ = reply.value.changes.len();
     show(args.remote.output, &reply.json, || {
         let mut out = format!("revision {} to {}\n", reply.value.from, reply.value.to);
         reply.value.changes.iter().for_each(|change| out.push_str(&lines(change)));
         out
     })?;
-    Ok(())
+    match args.exit_code && differ > 0 {
+        true => Err(ApiError::Differs(format!("{differ} fields differ"))),
+        false => Ok(()),
+    }
 }
 
 pub(crate) async fn rollback(args: &RollbackArgs) -> Result<(), ApiError> {

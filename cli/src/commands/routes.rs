@@ -33,7 +33,7 @@ async fn delete(args: &RouteDeleteArgs) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn route_table(routes: &[Route]) -> String {
+pub(super) fn route_table(routes: &[Route]) -> String {
     if routes.is_empty() {
         return "no routes; deploy a model, or make one with `penstock route set NAME --target MODEL`\n"
             .into();

@@ -79,7 +79,16 @@ struct Candidate {
     load: u32,
     weight: u32,
     near: bool,
+    reported: Option<Reported>,
     health: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Reported {
+    running: u32,
+    waiting: u32,
+    age_ms: u64,
 }
 
 /// The story of `decision`, which `proxy` told.
@@ -192,9 +201,13 @@ fn considered(seen: &Considered, chosen: &str, lines: &mut Vec<String>) {
         let mark = if c.id == chosen { "* " } else { "  " };
         let weight = format!("{}%", c.weight / 10);
         let (local, load) = (c.local.to_string(), c.load.to_string());
-        [format!("{mark}{}", c.id), load, local, weight, yes(c.near), c.health.clone()]
+        let reported = c.reported.as_ref().map_or_else(
+            || "-".to_owned(),
+            |said| format!("{}+{}, {} ms ago", said.running, said.waiting, said.age_ms),
+        );
+        [format!("{mark}{}", c.id), load, local, reported, weight, yes(c.near), c.health.clone()]
     });
-    let text = table(["  ENDPOINT", "LOAD", "OWN", "WEIGHT", "NEAR", "HEALTH"], rows);
+    let text = table(["  ENDPOINT", "LOAD", "OWN", "REPORTED", "WEIGHT", "NEAR", "HEALTH"], rows);
     lines.extend(text.trim_end().lines().map(|line| format!("    {line}")));
     let more = seen.candidates.saturating_sub(seen.shown.len() as u64);
     if more > 0 {
@@ -259,7 +272,8 @@ mod tests {
                 {"began_ms": 0.1, "endpoint": "e0", "policy": "least_loaded", "how": "balanced", "failed_ms": 0.5,
                  "failure": "connect", "detail": "refused", "next": "retry", "considered": {
                     "endpoints": 4, "candidates": 2, "out": {"draining": 1, "ejected": 1}, "panic": false,
-                    "shown": [{"id": "e0", "load": 3, "local": 3, "weight": 1000, "near": true, "health": "admitted"}]}},
+                    "shown": [{"id": "e0", "load": 3, "local": 3, "weight": 1000, "near": true, "health": "admitted",
+                               "reported": {"running": 5, "waiting": 1, "age_ms": 120}}]}},
                 {"began_ms": 0.7, "endpoint": "e1", "policy": "least_loaded", "how": "spilled", "connection": "new",
                  "connected_ms": 0.2, "first_byte_ms": 11.0},
             ],
@@ -269,7 +283,7 @@ mod tests {
             "recorded by http://p:1 because an attempt failed; tables 1.2",
             "Attempt 1, after 0.1 ms: e0 (least_loaded, balanced)",
             "2 of 4 endpoints could take it; left out: 1 draining, 1 ejected",
-            "* e0        3     3    100%    yes   admitted",
+            "* e0        3     3    5+1, 120 ms ago  100%    yes   admitted",
             "and 1 more",
             "failed after 0.5 ms: connect: refused",
             "so another endpoint was tried",

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::connect;
 use crate::{
     api::{ApiError, Deployment, Endpoint, Node},
-    args::{EndpointsArgs, Format, Remote},
+    args::{ClusterCommand, EndpointsArgs, Format, Remote},
     output::{say, show, table},
 };
 
@@ -37,6 +37,23 @@ pub(crate) async fn status(remote: &Remote) -> Result<(), ApiError> {
         text.extend(held.filter_map(Value::as_str).map(|sentence| format!("HELD BACK: {sentence}\n")));
         text.push('\n');
         text + &deployment_table(&deployments.value.deployments)
+    })?;
+    Ok(())
+}
+
+/// `penstock cluster status`
+pub(crate) async fn cluster(command: &ClusterCommand) -> Result<(), ApiError> {
+    let ClusterCommand::Status(remote) = command;
+    let json = connect(remote)?.get(&["api", "v2", "cluster", "status"]).await?;
+    show(remote.output, &json, || {
+        let rows = json.as_object().into_iter().flatten().map(|(field, value)| {
+            let value = match value {
+                Value::String(text) => text.clone(),
+                other => other.to_string(),
+            };
+            [field.clone(), value]
+        });
+        table(["", ""], rows).trim_start().to_owned()
     })?;
     Ok(())
 }
@@ -135,17 +152,19 @@ fn node_state(node: &Node) -> String {
 
 pub(crate) async fn proxies(remote: &Remote) -> Result<(), ApiError> {
     let reply = connect(remote)?.proxies().await?;
-    show(remote.output, &reply.json, || {
-        let rows = reply.value.proxies.iter().map(|p| {
-            ["node_id", "agent", "version_acked", "nacks", "last_nack"].map(|key| match p.get(key) {
-                None | Some(Value::Null) => String::new(),
-                Some(Value::String(text)) => text.clone(),
-                Some(other) => other.to_string(),
-            })
-        });
-        table(["PROXY", "AGENT", "VERSION", "REFUSALS", "LAST REFUSAL"], rows)
-    })?;
+    show(remote.output, &reply.json, || proxy_table(&reply.value.proxies))?;
     Ok(())
+}
+
+pub(super) fn proxy_table(proxies: &[Value]) -> String {
+    let rows = proxies.iter().map(|p| {
+        ["node_id", "agent", "version_acked", "nacks", "last_nack"].map(|key| match p.get(key) {
+            None | Some(Value::Null) => String::new(),
+            Some(Value::String(text)) => text.clone(),
+            Some(other) => other.to_string(),
+        })
+    });
+    table(["PROXY", "AGENT", "VERSION", "REFUSALS", "LAST REFUSAL"], rows)
 }
 
 /// Says both versions, or ours alone when the control plane cannot be asked: which is no failure of this command.

@@ -1,10 +1,15 @@
-//! `--wait`: asks the control plane again until the engines are as wanted.
+//! `--wait` and `wait-ready`: asks the control plane again until the engines are as wanted.
 
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use crate::api::{ApiError, ControlPlane, Deployment, Reply};
+use super::{connect, views};
+use crate::{
+    api::{ApiError, ControlPlane, Deployment, Reply},
+    args::WaitReadyArgs,
+    output::show,
+};
 
 /// Between two questions. Engines take seconds to minutes to start.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -48,9 +53,30 @@ pub(crate) async fn gone(server: &ControlPlane, model: &str, longest: Duration) 
     }
 }
 
+/// `penstock wait-ready`
+pub(crate) async fn ready(args: &WaitReadyArgs) -> Result<(), ApiError> {
+    let server = connect(&args.remote)?;
+    let mut models = args.models.clone();
+    if models.is_empty() {
+        models = server.deployments().await?.value.deployments.into_iter().map(|d| d.model).collect();
+    }
+    let deadline = Instant::now() + Duration::from_secs(args.timeout_s);
+    let mut done = Vec::new();
+    for model in &models {
+        let left = deadline.saturating_duration_since(Instant::now());
+        done.push(as_wanted(&server, model, left).await?);
+    }
+    let json = serde_json::json!({ "deployments": done.iter().map(|d| &d.json).collect::<Vec<_>>() });
+    let deployments: Vec<Deployment> = done.into_iter().map(|reply| reply.value).collect();
+    show(args.remote.output, &json, || views::deployment_table(&deployments))?;
+    Ok(())
+}
+
 fn settled(deployment: &Deployment) -> bool {
     let status = &deployment.status;
-    status.ready == deployment.replicas && status.starting + status.draining + status.failed == 0
+    // Autoscaling may want another number than the operator's.
+    let wanted = status.wanted.unwrap_or(deployment.replicas);
+    status.ready == wanted && status.starting + status.draining + status.failed == 0
 }
 
 fn unfinished(deployment: &Deployment, longest: Duration) -> String {
@@ -60,7 +86,7 @@ fn unfinished(deployment: &Deployment, longest: Duration) -> String {
         longest.as_secs(),
         deployment.model,
         status.ready,
-        deployment.replicas,
+        status.wanted.unwrap_or(deployment.replicas),
         status.starting,
         status.draining,
         status.failed

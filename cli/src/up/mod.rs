@@ -88,6 +88,12 @@ pub(crate) fn last_controlplane(data_dir: Option<&Path>) -> Option<(String, Stri
     Some((format!("http://{}", summary.controlplane), file))
 }
 
+/// The same for its API for clients.
+pub(crate) fn last_public(data_dir: Option<&Path>) -> Option<(String, String)> {
+    let (summary, file) = last_summary(data_dir)?;
+    Some((format!("http://{}", summary.public), file))
+}
+
 /// The same for its proxy's private port.
 pub(crate) fn last_proxy(data_dir: Option<&Path>) -> Option<(String, String)> {
     let (summary, file) = last_summary(data_dir)?;

@@ -90,7 +90,8 @@ impl System {
         let controlplane = self.controlplane.start(&self.program, &self.data)?;
         let announced: ControlPlaneAddresses = controlplane.announced(deadline).await?;
         (self.at.http, self.at.grpc) = (announced.http, announced.grpc);
-        let server = ControlPlane::new(&format!("http://{}", self.at.http), "penstock up")
+        let token = std::env::var("PENSTOCK_TOKEN").ok().filter(|token| !token.is_empty());
+        let server = ControlPlane::new(&format!("http://{}", self.at.http), "penstock up", token)
             .map_err(|e| UpError::Failed(e.to_string()))?;
         let engines = self.deploy(&server, deadline).await?;
         self.write_settings()?;

@@ -135,8 +135,7 @@ fn report_departures(left: &[(&'static str, u64, u64)], seen: &HashMap<u64, u64>
 fn faults() -> Vec<Value> {
     let kinds = [
         ("status", None, 0.03),
-        // Few: each teaches the gateway that the engine holds no more than it did at that moment.
-        ("busy", None, 0.003),
+        ("busy", None, 0.03),
         ("reset", None, 0.02),
         ("close", None, 0.01),
         ("garbage_http", None, 0.01),

@@ -24,11 +24,21 @@ pub struct PublicConfig {
     pub h2c: bool,
     /// Seconds an idle connection is kept; 0 closes after each answer.
     pub keepalive_s: u64,
+    /// Connections that the kernel holds, for each listener for clients, until they are accepted; 1 to 65535. More than
+    /// net.core.somaxconn it does not hold, whatever this says.
+    pub backlog: u16,
 }
 
 impl Default for PublicConfig {
     fn default() -> Self {
-        Self { listen: "0.0.0.0:8081".into(), threads: 0, work_stealing: false, h2c: true, keepalive_s: 75 }
+        Self {
+            listen: "0.0.0.0:8081".into(),
+            threads: 0,
+            work_stealing: false,
+            h2c: true,
+            keepalive_s: 75,
+            backlog: 4_096,
+        }
     }
 }
 
@@ -85,6 +95,9 @@ pub(super) fn validate(
     public: &PublicConfig,
     listeners: &BTreeMap<String, ListenerConfig>,
 ) -> Result<(), String> {
+    if public.backlog == 0 {
+        return Err("public.backlog is 0; it must be 1 to 65535".into());
+    }
     if public.listen.is_empty() && listeners.is_empty() {
         return Err(
             "public.listen is empty, and there are no [listeners]: name an address for clients".into()

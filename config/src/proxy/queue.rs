@@ -16,7 +16,7 @@ pub struct QueueConfig {
     pub engine_waiting: u32,
     /// KV cache use, in percent, from which on only one may.
     pub kv_percent: u32,
-    /// After an engine's busy answer, time after which one request more than it held is tried.
+    /// After an engine's busy answer, time after which one request more than it held is tried, then two, then four.
     pub busy_step_ms: u64,
     /// Requests of this proxy that one engine may have; 0: as many as it takes.
     pub engine_inflight: u32,

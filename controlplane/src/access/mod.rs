@@ -47,6 +47,8 @@ pub struct Gate {
 pub enum Refusal {
     /// Nobody is known by what it presents.
     Unknown(Unknown),
+    /// The store has not been read yet since the start: whether there are tokens is not known.
+    TooEarly,
     /// The token made too many requests; there is room again in so many seconds.
     TooMany(u64),
 }
@@ -62,9 +64,9 @@ impl Gate {
         }
     }
 
-    /// No tokens anywhere: everybody may do everything.
+    /// No tokens anywhere: everybody may do everything. Never before the store was read.
     pub fn is_open(&self, view: &View) -> bool {
-        self.settings.is_empty() && view.tokens.is_empty()
+        self.settings.is_empty() && view.tokens.is_empty() && view.revision > 0
     }
 
     /// Requests are counted at all.
@@ -86,7 +88,11 @@ impl Gate {
             return Ok(Identity { name: ANYBODY.into(), role: Role::Admin });
         }
         let stored = view.tokens.values().map(|stored| &stored.value);
-        let who = identify(bearer(headers), &self.settings, stored, now_unix_s).map_err(Refusal::Unknown)?;
+        let found = identify(bearer(headers), &self.settings, stored, now_unix_s);
+        let who = found.map_err(|unknown| match view.revision {
+            0 => Refusal::TooEarly,
+            _ => Refusal::Unknown(unknown),
+        })?;
         let mut limiter = self.limiter.lock().unwrap_or_else(PoisonError::into_inner);
         limiter.take(&who.name, self.limit, self.started.elapsed()).map_err(Refusal::TooMany)?;
         Ok(who)
@@ -164,5 +170,25 @@ impl<S: Sync> FromRequestParts<S> for Caller {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
         // Every route that is not open has been through the gate, which puts it there.
         parts.extensions.get::<Self>().cloned().ok_or(axum::http::StatusCode::INTERNAL_SERVER_ERROR)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_let_in_before_it_is_known_whether_there_are_tokens() {
+        let unread = View::default();
+        let read = View { revision: 1, ..View::default() };
+        let nobody = HeaderMap::new();
+        let open = Gate::new(&AuthConfig::default());
+        assert_eq!(open.admit(&nobody, &unread, 0), Err(Refusal::TooEarly));
+        assert_eq!(open.admit(&nobody, &read, 0).map(|who| who.name), Ok(ANYBODY.to_owned()));
+        let closed = Gate::new(&AuthConfig { tokens: vec!["t:viewer".into()], ..AuthConfig::default() });
+        let mut known = HeaderMap::new();
+        known.insert(header::AUTHORIZATION, "bearer t".parse().expect("a header"));
+        assert_eq!(closed.admit(&known, &unread, 0).map(|who| who.role), Ok(Role::Viewer));
+        assert_eq!(closed.admit(&nobody, &read, 0), Err(Refusal::Unknown(Unknown::Missing)));
     }
 }

@@ -20,6 +20,10 @@ use crate::{
 pub(super) const DRY_RUN: HeaderName = HeaderName::from_static("penstock-dry-run");
 /// Most things on one page of a list, and as many come where nothing is said.
 pub(super) const MAX_PAGE: usize = 1_000;
+/// Longest cursor; names are shorter.
+pub(super) const MAX_CURSOR_BYTES: usize = 1_024;
+/// Longest name to filter by, in characters.
+pub(super) const MAX_FILTER_CHARS: usize = 256;
 /// Longest query.
 const MAX_QUERY_BYTES: usize = 8 << 10;
 
@@ -63,6 +67,18 @@ impl Params {
         self.0.get(name).map(String::as_str)
     }
 
+    /// A parameter that is a name to look for.
+    pub(super) fn name(&self, name: &str) -> Result<Option<String>, ApiError> {
+        let Some(text) = self.text(name) else { return Ok(None) };
+        if text.chars().count() > MAX_FILTER_CHARS {
+            return Err(invalid(
+                name,
+                format!("{name} is longer than any name: accepted are up to {MAX_FILTER_CHARS}"),
+            ));
+        }
+        Ok(Some(text.to_owned()))
+    }
+
     /// A parameter that is a whole number.
     pub(super) fn number(&self, name: &str, low: u64, high: u64) -> Result<Option<u64>, ApiError> {
         let Some(text) = self.text(name) else { return Ok(None) };
@@ -95,7 +111,8 @@ impl Params {
     /// The key of the last thing of the page before.
     fn cursor(&self) -> Result<Option<String>, ApiError> {
         let Some(text) = self.text("cursor") else { return Ok(None) };
-        let key = keys::decode(text).filter(|key| keys::encode(key) == text);
+        let key =
+            keys::decode(text).filter(|key| text.len() <= MAX_CURSOR_BYTES && keys::encode(key) == text);
         key.map(Some).ok_or_else(|| {
             invalid(
                 "cursor",

@@ -14,8 +14,8 @@ use crate::{
 /// Newest first; a cursor is the number of the last record of the page before.
 pub(super) async fn list(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {
     let below = params.number("cursor", 1, u64::MAX)?;
-    let given = |name: &str| params.text(name).map(str::to_owned);
-    let filter = Filter { model: given("model"), actor: given("actor"), kind: given("kind") };
+    let (model, actor, kind) = (params.name("model")?, params.name("actor")?, params.name("kind")?);
+    let filter = Filter { model, actor, kind };
     let (records, more) = log::page(&*core.store, below, &filter, params.limit()?).await?;
     let next = records.last().filter(|_| more).map(|shown| shown.record.number.to_string());
     Ok(Json(json!({ "records": records, "next_cursor": next })))

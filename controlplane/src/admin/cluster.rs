@@ -62,7 +62,7 @@ pub(super) async fn status(State(core): State<Arc<Core>>) -> Json<Value> {
     let ready =
         view.models.values().flat_map(|m| m.endpoints.values().filter(|e| m.takes_requests(e))).count();
     Json(json!({
-        "term": view.term,
+        "term": view.published_term(),
         "revision": view.revision,
         "store": core.store.kind(),
         "leader": core.leadership.term().is_some(),

@@ -2,7 +2,6 @@
 //! the request was made before.
 
 use std::{
-    collections::HashMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -13,7 +12,7 @@ use std::{
 use axum::{
     body::{Body, Bytes},
     extract::{FromRequest, MatchedPath, Request, State},
-    http::{HeaderName, HeaderValue, Method, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -34,6 +33,8 @@ use crate::{
 pub(super) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Marks an answer that was given before.
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+/// How long a request waits for the store to be read after the start: who calls is not known before.
+const FIRST_VIEW: Duration = Duration::from_secs(2);
 /// Longest answer that is kept for repetitions: what etcd takes in one value, with room to spare.
 const MAX_KEPT_BYTES: usize = 512 << 10;
 
@@ -50,7 +51,8 @@ pub(super) struct Rule {
 #[derive(Clone)]
 pub(super) struct Guard {
     pub(super) core: Arc<Core>,
-    pub(super) rules: Arc<HashMap<(Method, &'static str), Rule>>,
+    /// By method and path, as the router has it.
+    pub(super) rules: Arc<[(Method, &'static str, Rule)]>,
 }
 
 pub(super) async fn guard(
@@ -64,17 +66,22 @@ pub(super) async fn guard(
         ref method => method.clone(),
     };
     // What no rule is about is no route either: it is answered 405.
-    let rule = guard.rules.iter().find(|((m, path), _)| *m == method && *path == matched.as_str());
-    let Some((_, rule)) = rule else { return next.run(request).await };
+    let rule = guard.rules.iter().find(|(m, path, _)| *m == method && *path == matched.as_str());
+    let Some((_, _, rule)) = rule else { return next.run(request).await };
+    if rule.access != Access::Open && guard.core.view().revision == 0 {
+        let mut views = guard.core.views.clone();
+        drop(tokio::time::timeout(FIRST_VIEW, views.wait_for(|view| view.revision > 0)).await);
+    }
     match admit(&guard.core, rule, request) {
-        Ok((request, caller)) => match caller {
-            Some(caller) if rule.repeatable => once(&guard.core, caller, request, next).await,
-            _ => next.run(request).await,
+        Ok((request, repeatable)) => match repeatable {
+            Some(caller) => once(&guard.core, caller, request, next).await,
+            None => next.run(request).await,
         },
         Err(error) => error.into_response(),
     }
 }
 
+/// The request with what handlers take from it, and its caller if it shall be done only once.
 fn admit(core: &Core, rule: &Rule, request: Request) -> Result<(Request, Option<Caller>), ApiError> {
     let (mut parts, body) = request.into_parts();
     let mut caller = None;
@@ -89,6 +96,10 @@ fn admit(core: &Core, rule: &Rule, request: Request) -> Result<(Request, Option<
                     Unknown::Expired => "this token has expired",
                 };
                 ApiError::new(StatusCode::UNAUTHORIZED, "unauthenticated", message)
+            }
+            Refusal::TooEarly => {
+                let message = "the store has not been read yet since the start, so that nobody is known; try again";
+                ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message)
             }
             Refusal::TooMany(seconds) => {
                 refused("rate_limited");
@@ -113,9 +124,20 @@ fn admit(core: &Core, rule: &Rule, request: Request) -> Result<(Request, Option<
     let params = Params::parse(parts.uri.query(), &rule.query)?;
     let dry_run = params.flag("dry_run").unwrap_or(false);
     parts.extensions.insert(params);
+    let repeatable = rule.repeatable && key_of(&parts.headers)?.is_some();
     // A dry run changes nothing: there is nothing to be done once.
-    let caller = caller.filter(|_| !dry_run && parts.headers.contains_key(IDEMPOTENCY_KEY));
+    let caller = caller.filter(|_| repeatable && !dry_run);
     Ok((Request::from_parts(parts, body), caller))
+}
+
+/// The Idempotency-Key of a request, if it has one.
+fn key_of(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
+    let Some(value) = headers.get(IDEMPOTENCY_KEY) else { return Ok(None) };
+    let key = value.to_str().ok().filter(|key| (1..=255).contains(&key.len()));
+    key.filter(|key| key.bytes().all(|b| b.is_ascii_graphic())).map(Some).ok_or_else(|| {
+        let message = "Idempotency-Key is malformed: accepted are 1 to 255 visible ASCII characters";
+        ApiError::new(StatusCode::BAD_REQUEST, "invalid_header", message).of("Idempotency-Key")
+    })
 }
 
 /// What is kept of a request with an Idempotency-Key.
@@ -137,12 +159,10 @@ struct Answered {
 /// Lets a request through, unless it was before: then its answer is given again.
 async fn once(core: &Core, mut caller: Caller, request: Request, next: Next) -> Response {
     let (mut parts, body) = request.into_parts();
-    let given = parts.headers.get(IDEMPOTENCY_KEY).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    if given.is_empty() || given.len() > 255 || !given.bytes().all(|b| b.is_ascii_graphic()) {
-        let message = "Idempotency-Key is malformed: accepted are 1 to 255 visible ASCII characters";
-        let error = ApiError::new(StatusCode::BAD_REQUEST, "invalid_header", message);
-        return error.of("Idempotency-Key").into_response();
-    }
+    let given = match key_of(&parts.headers) {
+        Ok(key) => key.unwrap_or_default().to_owned(),
+        Err(error) => return error.into_response(),
+    };
     // With the extensions, among which is the limit.
     let mut asked = Request::new(body);
     asked.extensions_mut().clone_from(&parts.extensions);

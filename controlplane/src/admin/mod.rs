@@ -1,13 +1,14 @@
 //! The private HTTP side: REST, the console, probes, metrics.
 //!
-//! [`api`] is the table of every route with its role; the router, the guard that authorises ([`guard`]) and the API's
-//! document ([`openapi`]) are made from it. Reads come from the view. Changes go through [`edit`]: one transaction with the
-//! change's record in the audit, and an answer only when the view has it, so that what was put can be read back at once.
-//! Every refusal has the one shape of [`error`]'s `ApiError`.
+//! `api` is the table of every route with its role; the router, the `guard` that authorises, and the API's document
+//! (`openapi`) are made from it. Reads come from the view. Changes go through `edit`: one transaction with the change's record
+//! in the audit, and an answer only when the view has it, so that what was put can be read back at once. Every refusal has the
+//! one shape of `error`.
 
 mod api;
 mod ask;
 mod audit;
+mod backup;
 mod cluster;
 mod console;
 mod deployments;
@@ -46,13 +47,13 @@ use guard::{Guard, Rule};
 pub fn router(core: Arc<Core>) -> Router {
     let limit = DefaultBodyLimit::max(core.config.limits.max_body_bytes);
     let mut router = Router::new();
-    let mut rules = std::collections::HashMap::new();
+    let mut rules = Vec::new();
     for row in api::rows() {
         let rule = Rule { access: row.access, query: row.query, repeatable: row.repeatable };
-        rules.insert((row.method, row.path), rule);
+        rules.push((row.method, row.path, rule));
         router = router.route(row.path, row.handler);
     }
-    let guard = Guard { core: core.clone(), rules: Arc::new(rules) };
+    let guard = Guard { core: core.clone(), rules: rules.into() };
     router
         .route_layer(middleware::from_fn_with_state(guard, guard::guard))
         .fallback(|| async {

@@ -74,6 +74,18 @@ pub(super) async fn patch(
     write(&core, &ask, id, false, |before| Ok(validate::node_body(&asked, &before)?)).await
 }
 
+/// Everything that is said of a node, in place of what was said before.
+pub(super) async fn put(
+    State(core): State<Arc<Core>>,
+    ask: Ask,
+    id: Id,
+    headers: HeaderMap,
+    bytes: Body,
+) -> Answer {
+    let asked = body(&headers, bytes)?;
+    write(&core, &ask, id, false, |before| Ok(validate::node_policy_body(&before.node_id, &asked)?)).await
+}
+
 /// Why, out of a body that may be empty.
 fn reason(headers: &HeaderMap, bytes: Body) -> Result<String, ApiError> {
     if bytes.as_ref().is_ok_and(Bytes::is_empty) {

@@ -111,6 +111,7 @@ fn shown(
         "maintenance": policy.is_some_and(|p| p.maintenance),
         "taints": policy.map(|p| json!(p.taints)).unwrap_or_else(|| json!([])),
         "reason": policy.map_or("", |p| &p.reason),
+        "policy": policy.map(|p| json!(p)),
     })
 }
 

@@ -29,7 +29,7 @@ pub(super) const ADMIN: Access = Access::Role(Role::Admin);
 /// What an answer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Content {
-    /// JSON of a schema in `schemas.json`.
+    /// JSON, by its schema's name in `openapi/*.json`.
     Json(&'static str),
     /// Something else, by its media type.
     Media(&'static str),

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use super::{
     ask::{Ask, Params, Reply},
     body,
-    edit::{Place, edit},
+    edit::{Beside, Place, Step, edit},
     error::ApiError,
     guard::{IDEMPOTENCY_KEY, unix_now},
 };
@@ -27,7 +27,8 @@ use crate::{
     audit::Subject,
     core::Core,
     model::validate::{TokenBody, token_body, token_name},
-    store::keys,
+    store::{Entry, keys},
+    view::View,
 };
 
 /// What the console and other clients ask first.
@@ -61,7 +62,21 @@ pub(super) async fn list(State(core): State<Arc<Core>>, params: Params) -> Resul
 
 fn place(name: &str) -> Place {
     let subject = Subject { kind: "token", name: name.into(), model: String::new() };
-    Place { subject, key: keys::token(name), beside: None }
+    // Whether an admin is left depends on all tokens: two changes must not be decided upon by the same state.
+    Place { subject, key: keys::token(name), beside: Some(keys::TOKENS_CHANGED.into()) }
+}
+
+/// The view, if it has the last change of a token.
+fn settled(core: &Core, changed: Option<&Entry>) -> Result<Arc<View>, ApiError> {
+    let view = core.view();
+    match changed.is_none_or(|entry| entry.mod_revision <= view.revision) {
+        true => Ok(view),
+        false => Err(ApiError::conflict()),
+    }
+}
+
+fn step(name: &str, after: Option<StoredToken>) -> Step<StoredToken> {
+    Step { after, beside: Beside::Put(name.as_bytes().to_vec()) }
 }
 
 pub(super) async fn create(
@@ -94,12 +109,12 @@ pub(super) async fn create(
         expires_unix_s: expires_in_s.map(|s| now.saturating_add(i64::from(s))),
     };
     let ask = Ask { caller, dry_run: false, conditions: Default::default() };
-    let edited = edit(&core, &ask, &place(&name), |before: Option<&StoredToken>, _| {
+    let edited = edit(&core, &ask, &place(&name), |before: Option<&StoredToken>, changed| {
         if before.is_some_and(|before| !before.is_expired(now)) {
             let message = format!("there is a token {name:?}: withdraw it first, or choose another name");
             return Err(ApiError::new(StatusCode::CONFLICT, "token_exists", message).of("name"));
         }
-        let view = core.view();
+        let view = settled(&core, changed)?;
         if view.tokens.len() >= MAX_TOKENS {
             let message = format!("there are {MAX_TOKENS} tokens, which is the most: withdraw some");
             return Err(ApiError::new(StatusCode::CONFLICT, "too_many_tokens", message));
@@ -110,7 +125,7 @@ pub(super) async fn create(
                            whoever has none, and nobody could make another";
             return Err(ApiError::new(StatusCode::CONFLICT, "no_admin_left", message).of("role"));
         }
-        Ok(Some(made.clone()).into())
+        Ok(step(&name, Some(made.clone())))
     })
     .await?;
     let mut body = shown(&made);
@@ -125,11 +140,11 @@ pub(super) async fn delete(
 ) -> Result<Reply, ApiError> {
     let Ok(Path(name)) = name else { return Err(ApiError::not_found("the token's name is not UTF-8")) };
     token_name(&name)?;
-    let edited = edit(&core, &ask, &place(&name), |before: Option<&StoredToken>, _| {
+    let edited = edit(&core, &ask, &place(&name), |before: Option<&StoredToken>, changed| {
         if before.is_none() {
             return Err(ApiError::not_found(format!("there is no token {name:?}")));
         }
-        let view = core.view();
+        let view = settled(&core, changed)?;
         let others = view.tokens.values().map(|stored| &stored.value).filter(|other| other.name != name);
         let was_admin = before.is_some_and(|before| before.role == Role::Admin);
         if was_admin && !keeps_an_admin(core.gate.settings(), others) {
@@ -137,7 +152,7 @@ pub(super) async fn delete(
                            and without any the API would be open to everybody; make another first";
             return Err(ApiError::new(StatusCode::CONFLICT, "no_admin_left", message));
         }
-        Ok(None.into())
+        Ok(step(&name, None))
     })
     .await?;
     let body = edited.before.as_ref().map(shown).unwrap_or_default();

@@ -173,7 +173,7 @@ impl Session {
         use v1::controller_message::Message;
         let core = self.core.clone();
         let welcome = v1::Welcome {
-            term: core.view().term,
+            term: core.view().published_term(),
             lease_ttl_ms: core.config.fleet.lease_ttl_ms,
             report_interval_ms: core.config.fleet.report_interval_ms,
         };
@@ -337,7 +337,7 @@ impl Session {
         let assignments: Vec<_> = active.map(|(model, a)| on_wire(model, a)).collect();
         if self.sent.as_ref() != Some(&assignments) {
             let message = v1::Assignments {
-                term: view.term,
+                term: view.published_term(),
                 revision: view.revision,
                 assignments: assignments.clone(),
             };

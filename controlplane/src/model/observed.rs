@@ -70,6 +70,16 @@ pub struct EngineObserved {
     pub waiting: u32,
     /// Share of its KV cache in use, 0.0 to 1.0.
     pub kv_used_ratio: f32,
+    /// Mean time to the first token over the last half minute, in milliseconds, and of how many requests; 0 requests: not
+    /// known.
+    pub ttft: (u32, u32),
+}
+
+/// The mean of engines' means, each with the number of requests it is of; None: no request had a first token.
+pub fn mean_ttft_ms(engines: &[(u32, u32)]) -> Option<u32> {
+    let sum = engines.iter().map(|(ms, requests)| u128::from(*ms) * u128::from(*requests)).sum::<u128>();
+    let requests = engines.iter().map(|(_, requests)| u128::from(*requests)).sum();
+    sum.checked_div(requests).and_then(|ms| u32::try_from(ms).ok())
 }
 
 impl From<v1::EngineStatus> for EngineObserved {
@@ -87,6 +97,7 @@ impl From<v1::EngineStatus> for EngineObserved {
             says_load,
             running: load.running,
             waiting: load.waiting,
+            ttft: (load.ttft_ms, load.ttft_requests),
             kv_used_ratio: if ratio.is_finite() { ratio.clamp(0.0, 1.0) } else { 0.0 },
         }
     }
@@ -147,5 +158,13 @@ mod tests {
         let status = v1::EngineStatus { state: 99, load: Some(load), ..v1::EngineStatus::default() };
         let engine = EngineObserved::from(status);
         assert_eq!((engine.state, engine.kv_used_ratio), (EngineState::Starting, 0.0));
+    }
+
+    #[test]
+    fn an_engine_counts_by_its_requests_and_one_without_any_not_at_all() {
+        assert_eq!(mean_ttft_ms(&[(100, 30), (500, 10), (9_999, 0)]), Some(200));
+        assert_eq!(mean_ttft_ms(&[(0, 0), (0, 0)]), None);
+        assert_eq!(mean_ttft_ms(&[]), None);
+        assert_eq!(mean_ttft_ms(&[(u32::MAX, u32::MAX), (u32::MAX, u32::MAX)]), Some(u32::MAX));
     }
 }

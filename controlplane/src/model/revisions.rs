@@ -108,8 +108,13 @@ pub fn differences(before: &Revision, after: &Revision) -> Vec<Difference> {
         }
         spec
     };
+    json_differences(&value(before), &value(after))
+}
+
+/// Every field that differs between two objects, by path.
+pub fn json_differences(before: &Value, after: &Value) -> Vec<Difference> {
     let mut out = Vec::new();
-    compare("", Some(&value(before)), Some(&value(after)), &mut out);
+    compare("", Some(before), Some(after), &mut out);
     out.sort_by(|a: &Difference, b| a.field.cmp(&b.field));
     out
 }

@@ -17,7 +17,7 @@ mod policy;
 
 mod token;
 
-pub use policy::{node_body, reason_body, rollback_body, wake_body};
+pub use policy::{node_body, node_policy_body, reason_body, rollback_body, wake_body};
 pub use token::{TokenBody, token_body, token_name};
 
 /// A field that was refused.

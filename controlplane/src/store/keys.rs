@@ -23,6 +23,8 @@ pub const REVISIONS: &str = "/revisions/";
 pub const NODE_POLICIES: &str = "/node-policies/";
 /// Prefix of tokens of the REST API.
 pub const TOKENS: &str = "/tokens/";
+/// Written with each change of a token, so that no two are decided upon by the same state.
+pub const TOKENS_CHANGED: &str = "/meta/tokens";
 /// Where the chain of audit records begins and ends.
 pub const AUDIT_HEAD: &str = "/audit/head";
 /// Prefix of audit records, in blocks of [`AUDIT_BLOCK`].
@@ -40,6 +42,8 @@ pub const GENERATION: &str = "/meta/generation";
 pub const LET_PASS: &str = "/meta/let-pass";
 /// Holds the version of this layout, in decimal.
 pub const SCHEMA: &str = "/meta/schema";
+/// What a restore put before the terms of this store, in decimal: peers know the sum, so that terms never fall for them.
+pub const TERM_BASE: &str = "/meta/term-base";
 /// Audit records that one listing reads.
 pub const AUDIT_BLOCK: u64 = 100;
 

@@ -37,7 +37,7 @@ use bytes::Bytes;
 use futures_util::Stream;
 
 pub use embedded::EmbeddedStore;
-pub use etcd::EtcdStore;
+pub use etcd::{EtcdStore, members};
 
 /// The store's global counter of effective transactions.
 pub type Revision = u64;

@@ -59,6 +59,25 @@ pub async fn prepare(store: &dyn Store, txn: Txn) -> Result<Txn, StoreError> {
     Ok(txn.put(keys::SCHEMA, CURRENT.to_string()))
 }
 
+/// What `stored`, of version `found`, is in the present version.
+///
+/// # Errors
+/// [`StoreError::Open`] if a step cannot read what is stored.
+pub fn brought_up(found: u64, mut stored: Vec<Entry>) -> Result<Vec<Entry>, StoreError> {
+    let first = usize::try_from(found.saturating_sub(1)).unwrap_or(usize::MAX);
+    for step in STEPS.iter().skip(first) {
+        for write in step(&stored)? {
+            stored.retain(|entry| entry.key != write.key());
+            if let Write::Put { key, value, lease } = write {
+                let (create_revision, mod_revision, version) = (1, 1, 1);
+                stored.push(Entry { key, value, create_revision, mod_revision, version, lease });
+            }
+        }
+    }
+    stored.sort_by(|a, b| a.key.cmp(&b.key));
+    Ok(stored)
+}
+
 /// Applies every step from `found` on, each seeing what those before it wrote.
 fn migrate(mut txn: Txn, found: u64, stored: &[Entry]) -> Result<Txn, StoreError> {
     let mut now: std::collections::BTreeMap<String, Entry> =

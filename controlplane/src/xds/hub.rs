@@ -147,8 +147,15 @@ pub async fn publish(core: Arc<Core>) {
     // The newest, published or not.
     let mut last = Arc::<Snapshot>::default();
     let mut consistent = true;
+    let mut base = core.view().term_base;
     while views.changed().await.is_ok() {
-        let view = views.borrow_and_update().clone();
+        let mut view = views.borrow_and_update().clone();
+        if view.term_base != base {
+            // A store that was just restored lists no endpoints yet, as after a start.
+            base = view.term_base;
+            settled::wait(&core).await;
+            view = views.borrow_and_update().clone();
+        }
         if view.revision == 0 {
             continue;
         }

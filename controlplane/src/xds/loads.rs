@@ -146,7 +146,7 @@ fn aged(entry: &Entry, now: Instant) -> v1::EngineLoad {
     let Figures { generation, running, waiting, kv_used_ratio } = entry.figures;
     let age = now.saturating_duration_since(entry.measured).as_millis();
     let age_ms = u64::try_from(age).unwrap_or(u64::MAX);
-    v1::EngineLoad { running, waiting, kv_used_ratio, age_ms, generation }
+    v1::EngineLoad { running, waiting, kv_used_ratio, age_ms, generation, ..Default::default() }
 }
 
 fn on_wire(name: &str, entry: &Entry, now: Instant) -> Resource {

@@ -71,7 +71,7 @@ impl Projector {
         if let Some(envoy) = &mut self.envoy {
             envoy.put_front(&mut next, &mut names);
         }
-        next.seal(Version { term: view.term, revision: view.revision }, names);
+        next.seal(Version { term: view.published_term(), revision: view.revision }, names);
         Some(next)
     }
 

@@ -258,7 +258,7 @@ async fn serve<P: Protocol>(
                 }
                 () = &mut retry => break,
                 _ = news.tick(), if loads.is_due() => {
-                    let response = loads.next(&core.loads, core.view().term, Instant::now());
+                    let response = loads.next(&core.loads, core.view().published_term(), Instant::now());
                     if let Some(response) = response.and_then(P::news) {
                         core.metrics.xds_responses.with_label_values(&["engine_load"]).inc();
                         if outbound.send(Ok(response)).await.is_err() {

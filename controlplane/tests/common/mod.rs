@@ -245,6 +245,7 @@ impl Agent {
                 kv_used_ratio: 0.5,
                 age_ms: 0,
                 generation: 0,
+                ..Default::default()
             }),
             ..Default::default()
         };

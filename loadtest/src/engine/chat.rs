@@ -171,12 +171,6 @@ impl Chat {
             usage.push_openai(out);
         }
     }
-
-    fn push_fingerprint(&self, out: &mut Vec<u8>) {
-        out.extend_from_slice(b",\"system_fingerprint\":\"");
-        out.extend_from_slice(self.fingerprint.as_bytes());
-        out.push(b'"');
-    }
 }
 
 impl Render for Chat {
@@ -218,27 +212,18 @@ impl Render for Chat {
             out.extend_from_slice(b"}]");
             self.push_usage(out, token.usage);
             if last && self.unfinished == 0 && !self.usage.at_end {
-                self.push_fingerprint(out);
+                push_fingerprint(out, &self.fingerprint);
             }
             out.extend_from_slice(b"}\n\n");
         });
     }
 
     fn close(&mut self, frame: &mut Frame, usage: Usage) {
-        if self.usage.at_end {
-            frame.event(|out| {
-                out.extend_from_slice(format!("data: {},\"choices\":[],\"usage\":", self.head).as_bytes());
-                usage.push_openai(out);
-                self.push_fingerprint(out);
-                out.extend_from_slice(b"}\n\n");
-            });
-        }
-        frame.done();
+        close_stream(frame, self.usage.at_end.then_some(usage), &self.head, &self.fingerprint);
     }
 
     fn error(&mut self, frame: &mut Frame, error: &ApiError) {
-        frame.event(|out| out.extend_from_slice(format!("data: {}\n\n", error.in_band()).as_bytes()));
-        frame.done();
+        break_stream(frame, error);
     }
 
     fn unary(&mut self, outcomes: &[Outcome], usage: Usage) -> Vec<u8> {
@@ -260,7 +245,7 @@ impl Render for Chat {
             out.push(b'}');
         }
         out.extend_from_slice(b"],\"service_tier\":null");
-        self.push_fingerprint(&mut out);
+        push_fingerprint(&mut out, &self.fingerprint);
         out.extend_from_slice(b",\"usage\":");
         push_unary_usage(&mut out, usage);
         out.extend_from_slice(b",\"prompt_logprobs\":null,\"prompt_token_ids\":");
@@ -268,6 +253,32 @@ impl Render for Chat {
         out.extend_from_slice(b",\"kv_transfer_params\":null}");
         out
     }
+}
+
+/// Ends a stream of chunks, after one with the usage if that is wanted.
+pub(super) fn close_stream(frame: &mut Frame, usage: Option<Usage>, head: &str, fingerprint: &str) {
+    if let Some(usage) = usage {
+        frame.event(|out| {
+            out.extend_from_slice(format!("data: {head},\"choices\":[],\"usage\":").as_bytes());
+            usage.push_openai(out);
+            push_fingerprint(out, fingerprint);
+            out.extend_from_slice(b"}\n\n");
+        });
+    }
+    frame.done();
+}
+
+/// Ends a stream with an error inside it, as vLLM does.
+pub(super) fn break_stream(frame: &mut Frame, error: &ApiError) {
+    frame.event(|out| out.extend_from_slice(format!("data: {}\n\n", error.in_band()).as_bytes()));
+    frame.done();
+}
+
+/// Appends the engine's fingerprint to an object.
+pub(super) fn push_fingerprint(out: &mut Vec<u8>, fingerprint: &str) {
+    out.extend_from_slice(b",\"system_fingerprint\":\"");
+    out.extend_from_slice(fingerprint.as_bytes());
+    out.push(b'"');
 }
 
 /// Appends ids, or null.

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::{
     args::Options,
-    chat::{Origin, push_optional_ids, push_unary_usage},
+    chat::{Origin, break_stream, close_stream, push_fingerprint, push_optional_ids, push_unary_usage},
     error::ApiError,
     generation::{Outcome, block_hashes},
     render::{Frame, Job, Render, Token, Usage, push_escaped, push_finish, push_ids, quoted},
@@ -122,10 +122,6 @@ impl Completion {
             unfinished: choices,
         }
     }
-
-    fn push_fingerprint(&self, out: &mut Vec<u8>) {
-        out.extend_from_slice(format!(",\"system_fingerprint\":\"{}\"", self.fingerprint).as_bytes());
-    }
 }
 
 impl Render for Completion {
@@ -159,27 +155,18 @@ impl Render for Completion {
                 out.extend_from_slice(b"null");
             }
             if last && self.unfinished == 0 && !self.usage.at_end {
-                self.push_fingerprint(out);
+                push_fingerprint(out, &self.fingerprint);
             }
             out.extend_from_slice(b"}\n\n");
         });
     }
 
     fn close(&mut self, frame: &mut Frame, usage: Usage) {
-        if self.usage.at_end {
-            frame.event(|out| {
-                out.extend_from_slice(format!("data: {},\"choices\":[],\"usage\":", self.head).as_bytes());
-                usage.push_openai(out);
-                self.push_fingerprint(out);
-                out.extend_from_slice(b"}\n\n");
-            });
-        }
-        frame.done();
+        close_stream(frame, self.usage.at_end.then_some(usage), &self.head, &self.fingerprint);
     }
 
     fn error(&mut self, frame: &mut Frame, error: &ApiError) {
-        frame.event(|out| out.extend_from_slice(format!("data: {}\n\n", error.in_band()).as_bytes()));
-        frame.done();
+        break_stream(frame, error);
     }
 
     fn unary(&mut self, outcomes: &[Outcome], usage: Usage) -> Vec<u8> {
@@ -198,7 +185,7 @@ impl Render for Completion {
             out.push(b'}');
         }
         out.extend_from_slice(b"],\"service_tier\":null");
-        self.push_fingerprint(&mut out);
+        push_fingerprint(&mut out, &self.fingerprint);
         out.extend_from_slice(b",\"usage\":");
         push_unary_usage(&mut out, usage);
         out.extend_from_slice(b",\"kv_transfer_params\":null}");

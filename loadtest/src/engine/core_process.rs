@@ -75,6 +75,11 @@ impl Lease {
         until_us == u64::MAX || self.now_us() < until_us
     }
 
+    /// True if the core is to work and has not shown for too long that it does.
+    pub(super) fn is_lapsed(&self) -> bool {
+        self.busy.load(Ordering::Relaxed) && !self.is_valid()
+    }
+
     /// Tells the core whether sequences run.
     pub(super) fn set_busy(&self, busy: bool) {
         let Some(socket) = &self.socket else { return };

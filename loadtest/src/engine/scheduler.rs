@@ -45,6 +45,8 @@ struct State {
     batch: Batch,
     slots: HashMap<SeqId, Arc<Slot>>,
     next_id: SeqId,
+    /// What the core said last, while it stands still and others change the batch.
+    frozen: Option<Load>,
 }
 
 #[derive(Debug)]
@@ -90,7 +92,7 @@ impl Scheduler {
     pub(super) fn new(settings: BatchSettings, kv_blocks: usize, lease: Arc<Lease>) -> Self {
         let batch = Batch::new(settings, KvCache::new(kv_blocks));
         Self {
-            state: Mutex::new(State { batch, slots: HashMap::new(), next_id: 1 }),
+            state: Mutex::new(State { batch, slots: HashMap::new(), next_id: 1, frozen: None }),
             wake: Notify::new(),
             lease,
             paused: AtomicBool::new(false),
@@ -110,6 +112,7 @@ impl Scheduler {
     ) -> Result<Vec<Ticket>, QueueFull> {
         let mut guard = self.lock();
         let state = &mut *guard;
+        self.freeze(state);
         let first = state.next_id;
         let arrivals: Vec<Arrival> = prompts
             .zip(first..)
@@ -159,6 +162,7 @@ impl Scheduler {
     /// One step; the time until the next.
     fn step(&self, metrics: &Metrics, events: &mut Vec<Event>) -> Option<Duration> {
         let mut state = self.lock();
+        state.frozen = None;
         let now_us = self.now_us();
         state.batch.advance(now_us, events);
         let mut tokens = 0;
@@ -206,6 +210,7 @@ impl Scheduler {
 
     /// Looks again: the lease was renewed, or a pause ended.
     pub(super) fn resume(&self) {
+        self.lock().frozen = None;
         self.wake.notify_one();
         self.wake_all();
     }
@@ -222,9 +227,23 @@ impl Scheduler {
         self.lock().batch.reset_prefix_cache();
     }
 
-    /// What runs now.
+    /// What runs now, by the core's last word: while it stands still, requests come and go without its knowing.
     pub(super) fn load(&self) -> Load {
-        let state = self.lock();
+        let mut state = self.lock();
+        if self.lease.is_valid() {
+            state.frozen = None;
+        }
+        state.frozen.unwrap_or_else(|| Self::load_of(&state))
+    }
+
+    /// To be called before the batch is changed from outside.
+    fn freeze(&self, state: &mut State) {
+        if self.lease.is_lapsed() && state.frozen.is_none() {
+            state.frozen = Some(Self::load_of(state));
+        }
+    }
+
+    fn load_of(state: &State) -> Load {
         let kv = state.batch.kv();
         let (prefix_queries, prefix_hits) = kv.queries_and_hits();
         Load {
@@ -240,6 +259,7 @@ impl Scheduler {
 
     fn finish(&self, id: SeqId, blocks: &[u64]) {
         let mut state = self.lock();
+        self.freeze(&mut state);
         state.slots.remove(&id);
         state.batch.finish(id, blocks);
         let admissible = state.batch.has_admissible();

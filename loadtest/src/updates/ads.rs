@@ -1,4 +1,5 @@
-//! A scripted xDS server: the whole fleet once, then endpoints that begin and end to drain, and what the proxy says to it.
+//! A scripted xDS server: the whole fleet once, then endpoints that begin and end to drain, and what the proxy says to it. As
+//! the control plane it has one response outstanding at most.
 
 use std::{
     net::SocketAddr,
@@ -249,6 +250,7 @@ impl Ads {
     /// Changes endpoints at the asked rate for `length`; how many were changed.
     pub(super) async fn update_for(&self, length: Duration) -> Result<u64, String> {
         let (began, mut done) = (Instant::now(), 0u64);
+        let mut waiting: (Vec<usize>, Vec<Instant>) = Default::default();
         let mut fleet = self.fleet.lock().await;
         let mut ticks = interval(self.interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -264,7 +266,11 @@ impl Ads {
                 made.push(began + due);
                 done += 1;
             }
-            if !pools.is_empty() {
+            waiting.0.append(&mut pools);
+            waiting.1.append(&mut made);
+            // As the control plane: nothing more while an answer is outstanding; meanwhile changes gather.
+            if !waiting.0.is_empty() && self.log.unanswered() == 0 {
+                let (mut pools, made) = std::mem::take(&mut waiting);
                 pools.sort_unstable();
                 pools.dedup();
                 let revision = self.revision.fetch_add(1, Relaxed) + 1;
@@ -272,7 +278,10 @@ impl Ads {
                 self.log.with(|pushes| pushes.push(Push { revision, made, acked: None, in_use: None }));
                 self.send(push).await?;
             }
-            if past >= length {
+            if began.elapsed() > length + PATIENCE {
+                return Err("the proxy does not answer updates".into());
+            }
+            if past >= length && waiting.0.is_empty() {
                 return Ok(done);
             }
         }

@@ -7,15 +7,33 @@
 //!   its KV cache is nearly full as well. Compared with the load estimate, which grows with each request sent since, so one
 //!   old report does not let a whole queue in. An engine that reports nobody waiting is never full by its report, whatever
 //!   its other gauges say: vLLM's KV gauge has been seen to stay high after mass aborts.
-//! - *Busy answers.* A 503 teaches the number of our own requests that the engine was willing to hold. That number is the
-//!   limit from then on and grows by one each [`Limits::busy_step_ms`], until it is forgotten after [`BUSY_MEMORY_STEPS`] of
-//!   them: additive increase after a cut, the way TCP finds its share. So a full engine is asked once a step, not once a
-//!   request, and a place that falls free there is used at once.
+//! - *Busy answers* ([`Learnt`]). A 503 says how many of our own requests the engine held when it wanted no more. A full
+//!   engine refuses whatever comes, so one refusal among requests that were taken is a stray and teaches nothing: two
+//!   that were sent one after the other are believed ([`ROW`]), three where the engine has carried more of late
+//!   ([`ROW_BELOW`]), and these cut the limit to half of what it carried at most: others may have filled it.
+//!   From a cut on the limit doubles its growth: one more after the first step, two after the second, and so on. A step is
+//!   [`Limits::busy_step_ms`], or as many good answers as the limit ([`ANSWERS_A_STEP`] at least); a full engine refuses at
+//!   the first, so it is asked twice a step and not once a request, and a place that falls free there is used at once. After
+//!   [`BUSY_MEMORY_STEPS`] the limit is forgotten.
 //!
 //! A fixed ceiling on requests per engine ([`Limits::inflight`]) serves engines that neither report nor refuse.
 
-/// Steps after which a busy answer is forgotten.
-pub const BUSY_MEMORY_STEPS: u64 = 40;
+/// Steps after which a busy answer is forgotten. By then the limit would have grown by a thousand.
+pub const BUSY_MEMORY_STEPS: u64 = 10;
+
+/// Refusals of requests sent one after the other that are believed. One in thirty at random makes two in a row once in a
+/// thousand requests, and at a load that the engine has not carried yet a limit does little harm.
+pub const ROW: u32 = 2;
+
+/// The same at a load that it has carried: three in a row come by chance once in thirty thousand requests.
+pub const ROW_BELOW: u32 = 3;
+
+/// Fewest good answers since the last cut that count as a step: of a full engine's answers, at most one in so many is followed
+/// by a refusal.
+pub const ANSWERS_A_STEP: u32 = 16;
+
+/// Steps for which it is remembered how many an engine has carried.
+const CARRIED_STEPS: u64 = 8;
 
 /// The limits, see `[queue]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,21 +59,86 @@ pub struct Reported {
     pub kv_permille: u32,
 }
 
-/// A busy answer.
+/// A limit that busy answers have taught.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Busy {
-    /// This proxy's requests there at that moment, the refused one not counted.
-    pub held: u32,
-    /// When, on the clock of the picks.
+    /// This proxy's requests there that it is thought to hold, as of the last cut.
+    pub most: u32,
+    /// Steps gained by good answers since.
+    pub gained: u32,
+    /// When the last cut was, on the clock of the picks.
     pub at_ms: u64,
 }
 
 impl Busy {
     /// How many of our own the engine is thought to hold at `now_ms`; `None` once that is forgotten.
     pub fn limit(&self, now_ms: u64, step_ms: u64) -> Option<u32> {
-        let steps = now_ms.saturating_sub(self.at_ms) / step_ms.max(1);
-        let grown = u32::try_from(steps).unwrap_or(u32::MAX);
-        (steps < BUSY_MEMORY_STEPS).then(|| self.held.saturating_add(grown))
+        let steps = now_ms.saturating_sub(self.at_ms) / step_ms.max(1) + u64::from(self.gained);
+        (steps < BUSY_MEMORY_STEPS).then(|| self.most.saturating_add((1 << steps) - 1))
+    }
+}
+
+/// What an engine's answers have taught about how much it holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Learnt {
+    busy: Option<Busy>,
+    /// Most of our requests that it had when it took one more, that one counted, and when that was.
+    carried: u32,
+    carried_ms: u64,
+    /// The last row of refusals: the first and the last of these requests, by number, and how many there were.
+    row: (u64, u64, u32),
+    /// Good answers since the last step.
+    answers: u32,
+}
+
+impl Learnt {
+    /// The limit; it may be forgotten by now.
+    pub const fn busy(&self) -> Option<Busy> {
+        self.busy
+    }
+
+    /// It gave a good answer to a request with which it had `load` of ours.
+    pub fn accepted(&mut self, load: u32, now_ms: u64, step_ms: u64) {
+        if load >= self.carried(now_ms, step_ms) {
+            (self.carried, self.carried_ms) = (load, now_ms);
+        }
+        let Some(busy) = &mut self.busy else { return };
+        let Some(limit) = busy.limit(now_ms, step_ms) else {
+            self.busy = None;
+            return;
+        };
+        self.answers += 1;
+        if self.answers >= limit.max(ANSWERS_A_STEP) {
+            self.answers = 0;
+            busy.gained += 1;
+        }
+    }
+
+    /// It answered busy to the request of that number, in the order in which they were sent to it, while it held `held` of
+    /// ours, the refused one not counted.
+    pub fn refused(&mut self, number: u64, held: u32, now_ms: u64, step_ms: u64) {
+        let (first, last, count) = self.row;
+        let joins = count > 0 && number.saturating_add(1) >= first && number <= last.saturating_add(1);
+        self.row = if joins {
+            (first.min(number), last.max(number), count.saturating_add(1))
+        } else {
+            (number, number, 1)
+        };
+        let carried = self.carried(now_ms, step_ms);
+        let (row, most) = if held >= carried { (ROW, held) } else { (ROW_BELOW, held.max(carried / 2)) };
+        if self.row.2 < row {
+            return;
+        }
+        // What it carried before says no more than this.
+        self.carried = carried.min(most);
+        self.answers = 0;
+        self.busy = Some(Busy { most, gained: 0, at_ms: now_ms });
+    }
+
+    /// Most that it carried of late.
+    fn carried(&self, now_ms: u64, step_ms: u64) -> u32 {
+        let fresh = now_ms.saturating_sub(self.carried_ms) < step_ms.saturating_mul(CARRIED_STEPS);
+        if fresh { self.carried } else { 0 }
     }
 }
 
@@ -80,66 +163,5 @@ pub fn is_full(
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const LIMITS: Limits = Limits { waiting: 4, kv_permille: 950, busy_step_ms: 250, inflight: 0 };
-
-    fn reported(running: u32, waiting: u32, kv_permille: u32) -> Option<Reported> {
-        Some(Reported { running, waiting, kv_permille })
-    }
-
-    #[test]
-    fn an_engine_with_a_queue_of_its_own_takes_what_keeps_it_busy_and_no_more() {
-        let full = |load| is_full((0, load), reported(16, 1, 500), None, 0, &LIMITS);
-        assert!(!full(19));
-        assert!(full(20));
-        let pressed = |load| is_full((0, load), reported(16, 1, 960), None, 0, &LIMITS);
-        assert!(!pressed(16));
-        assert!(pressed(17), "with its cache full only one may wait");
-    }
-
-    #[test]
-    fn a_full_cache_with_nobody_waiting_is_no_reason() {
-        assert!(!is_full((0, 500), reported(0, 0, 1_000), None, 0, &LIMITS));
-    }
-
-    #[test]
-    fn a_refusal_teaches_a_limit_that_grows_and_is_forgotten() {
-        let busy = Some(Busy { held: 3, at_ms: 1_000 });
-        let full = |local, now| is_full((local, local), None, busy, now, &LIMITS);
-        assert!(full(3, 1_000));
-        assert!(!full(2, 1_000), "a place that falls free is used at once");
-        assert!(!full(3, 1_250), "one more is tried a step later");
-        assert!(full(4, 1_250));
-        assert!(!full(1_000_000, 1_000 + 250 * BUSY_MEMORY_STEPS));
-    }
-
-    #[test]
-    fn a_ceiling_holds_without_reports() {
-        let limits = Limits { inflight: 2, ..LIMITS };
-        assert!(!is_full((1, 1), None, None, 0, &limits));
-        assert!(is_full((2, 2), None, None, 0, &limits));
-    }
-
-    proptest! {
-        #[test]
-        fn no_refusal_shuts_an_engine_for_ever(held in any::<u32>(), local in any::<u32>(), step in 1u64..10_000) {
-            let busy = Some(Busy { held, at_ms: 7 });
-            let limits = Limits { busy_step_ms: step, ..LIMITS };
-            prop_assert!(!is_full((local, local), None, busy, 7 + step * BUSY_MEMORY_STEPS, &limits));
-        }
-
-        #[test]
-        fn less_load_never_makes_an_engine_full(
-            local in 0u32..100, less in 0u32..100, running in 0u32..64, waiting in 0u32..64, kv in 0u32..1_001,
-            held in 0u32..64, now in 0u64..20_000,
-        ) {
-            let busy = Some(Busy { held, at_ms: 0 });
-            let full = |load: u32| is_full((load, load), reported(running, waiting, kv), busy, now, &LIMITS);
-            prop_assert!(full(local) || !full(local.saturating_sub(less)));
-        }
-    }
-}
+#[path = "saturation_tests.rs"]
+mod tests;

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeSet,
     net::SocketAddr,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use super::reported::{Measured, Reported, ReportedLoad};
 use crate::{
-    admission::saturation::Busy,
+    admission::saturation::{Busy, Learnt, Limits},
     error::UpstreamFailure,
     health::{
         Pulse, Rules, Transition, Vitals,
@@ -28,6 +28,7 @@ use crate::{
         state::{Event, Failure},
     },
     routing::{affinity::HashKey, load},
+    xds::state::Told,
 };
 
 /// One registered engine.
@@ -48,6 +49,8 @@ pub struct Endpoint {
     /// Prebuilt: a pool key that never varies, so that connections are reused.
     pub peer: HttpPeer,
     pub(super) live: Arc<Live>,
+    /// What it was made from: the same again needs no work.
+    pub(super) told: Arc<Told>,
 }
 
 /// What changes while an endpoint lives.
@@ -56,8 +59,12 @@ pub(super) struct Live {
     inflight: AtomicU32,
     /// What the engine says of its load.
     reported: Reported,
-    /// The last busy answer: how many of ours were there, and the millisecond after it; 0 is never.
-    busy: (AtomicU32, AtomicU64),
+    /// What its answers have taught about how much it holds.
+    learnt: Mutex<Learnt>,
+    /// Requests sent to it so far: their numbers.
+    sent: AtomicU64,
+    /// Whether that is a limit: picks need not lock to see that there is none.
+    limited: AtomicBool,
     /// When it last got a request while it had none.
     busy_since_ms: AtomicU64,
     vitals: Vitals,
@@ -90,6 +97,7 @@ impl Endpoint {
             adapters: BTreeSet::new(),
             peer,
             live,
+            told: Arc::default(),
         }
     }
 
@@ -138,16 +146,9 @@ impl Endpoint {
         self.live.vitals.is_ejected(now_ms)
     }
 
-    /// It answered a request of ours, still counted, with "busy".
-    pub fn refused(&self, now_ms: u64) {
-        self.live.busy.0.store(self.inflight().saturating_sub(1), Relaxed);
-        self.live.busy.1.store(now_ms + 1, Relaxed);
-    }
-
-    /// Its last busy answer. The two numbers may be of two answers that came at one time, which does no harm.
+    /// The limit that its busy answers have taught, if any; it may be forgotten by now.
     pub fn busy(&self) -> Option<Busy> {
-        let at_ms = self.live.busy.1.load(Relaxed).checked_sub(1)?;
-        Some(Busy { held: self.live.busy.0.load(Relaxed), at_ms })
+        if self.live.limited.load(Relaxed) { self.live.learnt().busy() } else { None }
     }
 
     /// What is seen of its work.
@@ -168,10 +169,31 @@ impl Endpoint {
     }
 
     fn ticket(self: &Arc<Self>, trial: bool, now_ms: u64) -> Ticket {
-        if self.live.inflight.fetch_add(1, Relaxed) == 0 {
+        let before = self.live.inflight.fetch_add(1, Relaxed);
+        if before == 0 {
             self.live.busy_since_ms.store(now_ms, Relaxed);
         }
-        Ticket { endpoint: Arc::clone(self), trial: AtomicBool::new(trial), sent_ms: now_ms }
+        let load = before.saturating_add(1);
+        let number = self.live.sent.fetch_add(1, Relaxed);
+        Ticket { endpoint: Arc::clone(self), trial: AtomicBool::new(trial), sent_ms: now_ms, load, number }
+    }
+}
+
+impl Live {
+    /// Whether a new start would lose something that matters: doubts, or requests under way.
+    pub(super) fn is_worth_keeping(&self) -> bool {
+        self.inflight.load(Relaxed) > 0 || self.vitals.is_in_doubt()
+    }
+
+    fn learnt(&self) -> MutexGuard<'_, Learnt> {
+        // A poisoned lock holds plain numbers: they are as good as before.
+        self.learnt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn learn(&self, lesson: impl FnOnce(&mut Learnt)) {
+        let mut learnt = self.learnt();
+        lesson(&mut learnt);
+        self.limited.store(learnt.busy().is_some(), Relaxed);
     }
 }
 
@@ -183,6 +205,10 @@ pub struct Ticket {
     /// Whether it holds one of a half-open endpoint's trials.
     trial: AtomicBool,
     sent_ms: u64,
+    /// Our requests there when it was sent, this one counted.
+    load: u32,
+    /// Its number among all that were sent there.
+    number: u64,
 }
 
 impl Ticket {
@@ -208,6 +234,18 @@ impl Ticket {
         let trial = self.end_trial();
         let failure = Failure::of(failure)?;
         self.endpoint.live.vitals.failed(failure, trial, now_ms, rules)
+    }
+
+    /// The engine took it: it carries what it had when this one was sent, as far as that is still there.
+    pub fn accepted(&self, now_ms: u64, limits: &Limits) {
+        let load = self.load.min(self.endpoint.inflight());
+        self.endpoint.live.learn(|learnt| learnt.accepted(load, now_ms, limits.busy_step_ms));
+    }
+
+    /// The engine answered "busy".
+    pub fn refused(&self, now_ms: u64, limits: &Limits) {
+        let held = self.endpoint.inflight().saturating_sub(1);
+        self.endpoint.live.learn(|learnt| learnt.refused(self.number, held, now_ms, limits.busy_step_ms));
     }
 
     /// To be held while the answer flows. `epoch` is when the clock of all `now_ms` began.

@@ -3,11 +3,13 @@
 //!
 //! - [`table`]: the one swap: a request loads one [`Snapshot`] and reads nothing else.
 //! - [`endpoint`]: identity (immutable) and live figures (shared across swaps), the in-flight [`Ticket`].
+//! - [`gone`]: what is remembered of endpoints that left the tables, for a while.
 //! - [`reported`]: what engines say of their load, and how old that is.
 //!
 //! Whether an endpoint is to be picked is [`crate::health`]'s business.
 
 pub mod endpoint;
+pub mod gone;
 pub mod reported;
 pub mod table;
 

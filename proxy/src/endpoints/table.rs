@@ -2,11 +2,12 @@
 //!
 //! A request loads one [`Snapshot`] per attempt and reads nothing else; an update builds the next snapshot beside it and
 //! swaps. What an update carries over from the old snapshot is each surviving endpoint's live figures, each pool's
-//! retry budget and what its routing policy remembers.
-//! Cost: a load is one atomic operation, no lock; an update is linear in the number of endpoints.
+//! retry budget and what its routing policy remembers; [`super::gone`] carries over what an endpoint leaves behind.
+//! Cost: a load is one atomic operation, no lock. An update of a pool goes through old and new endpoints side by side, a
+//! comparison of ids and a shared pointer each; work is done for those that changed.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     net::{SocketAddr, ToSocketAddrs},
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
@@ -16,9 +17,12 @@ use arc_swap::ArcSwap;
 use penstock_config::proxy::UpstreamConfig;
 use penstock_proto::{Version, v1, xds::split_load_name};
 
-use super::{endpoint::Endpoint, reported::Measured};
+use super::{endpoint::Endpoint, gone, reported::Measured};
 use crate::{
-    admission::queue::WaitQueue, routing::policy::Memory, upstream::retry::RetryBudget, xds::state::XdsState,
+    admission::queue::WaitQueue,
+    routing::policy::Memory,
+    upstream::retry::RetryBudget,
+    xds::state::{Table, Told, XdsState},
 };
 
 /// The endpoints that serve one model.
@@ -33,7 +37,7 @@ pub struct Pool {
     /// What its routing policy remembers, across snapshots.
     pub memory: Arc<Memory>,
     /// What it was made from: the same again needs no work.
-    pub source: Arc<v1::EndpointTable>,
+    pub source: Arc<Table>,
 }
 
 impl Pool {
@@ -97,8 +101,8 @@ pub struct Snapshot {
 #[derive(Debug)]
 pub struct EndpointTable {
     current: ArcSwap<Snapshot>,
-    /// Serialises updates; requests never take it.
-    updating: Mutex<()>,
+    /// Serialises updates, and remembers those that left; requests never take it.
+    updating: Mutex<gone::Memory>,
     upstream: UpstreamConfig,
 }
 
@@ -116,8 +120,8 @@ impl EndpointTable {
     /// Swaps in what the control plane said. Endpoints whose host name cannot be resolved now are left out and logged;
     /// they return with the next update.
     pub fn apply(&self, state: &XdsState) {
-        let _one_at_a_time = self.updating.lock().unwrap_or_else(PoisonError::into_inner);
-        let next = self.next_snapshot(&self.current.load(), state);
+        let mut gone = self.updating.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = self.next_snapshot(&self.current.load(), state, &mut gone, Instant::now());
         self.current.store(Arc::new(next));
     }
 
@@ -158,33 +162,57 @@ impl EndpointTable {
         }
     }
 
-    fn next_snapshot(&self, old: &Snapshot, state: &XdsState) -> Snapshot {
+    fn next_snapshot(
+        &self,
+        old: &Snapshot,
+        state: &XdsState,
+        gone: &mut gone::Memory,
+        now: Instant,
+    ) -> Snapshot {
+        for (name, pool) in old.pools.iter().filter(|(name, _)| !state.tables().contains_key(*name)) {
+            pool.endpoints.iter().for_each(|endpoint| gone.left(name, endpoint, now));
+        }
+        gone.forget(now);
         let pools: HashMap<String, Arc<Pool>> = state
             .tables()
             .iter()
-            .map(|(name, table)| (name.clone(), self.next_pool(old.pools.get(name), &table.value)))
+            .map(|(name, table)| (name.clone(), self.next_pool(old.pools.get(name), &table.value, gone, now)))
             .collect();
         let routes = state
             .routes()
             .iter()
             .map(|(name, route)| (name.clone(), next_route(old.routes.get(name), name, &route.value)))
             .collect();
-        Snapshot { version: state.version(), loaded: true, applied: Some(Instant::now()), routes, pools }
+        Snapshot { version: state.version(), loaded: true, applied: Some(now), routes, pools }
     }
 
-    fn next_pool(&self, old: Option<&Arc<Pool>>, table: &Arc<v1::EndpointTable>) -> Arc<Pool> {
+    fn next_pool(
+        &self,
+        old: Option<&Arc<Pool>>,
+        table: &Arc<Table>,
+        gone: &mut gone::Memory,
+        now: Instant,
+    ) -> Arc<Pool> {
         let whole = |pool: &Pool| pool.endpoints.len() == pool.source.endpoints.len();
         if let Some(same) = old.filter(|pool| Arc::ptr_eq(&pool.source, table) && whole(pool)) {
             return Arc::clone(same);
         }
-        let known: HashMap<&str, &Arc<Endpoint>> =
-            old.iter().flat_map(|pool| &pool.endpoints).map(|endpoint| (&*endpoint.id, endpoint)).collect();
-        let mut endpoints: Vec<Arc<Endpoint>> = table
-            .endpoints
-            .iter()
-            .filter_map(|wire| self.next_endpoint(known.get(wire.id.as_str()).copied(), wire))
-            .collect();
-        endpoints.sort_by(|a, b| a.id.cmp(&b.id));
+        let mut told: Vec<&Arc<Told>> = table.endpoints.iter().collect();
+        // Nothing to do where they come in order, as they do.
+        told.sort_by(|a, b| a.id.cmp(&b.id));
+        let mut before = old.iter().flat_map(|pool| &pool.endpoints).peekable();
+        let mut endpoints = Vec::with_capacity(told.len());
+        for wire in told {
+            while let Some(left) = before.next_if(|endpoint| *endpoint.id < *wire.id) {
+                gone.left(&table.pool, left, now);
+            }
+            let known = before.next_if(|endpoint| *endpoint.id == *wire.id);
+            match self.next_endpoint(known, wire, &table.pool, gone) {
+                Some(endpoint) => endpoints.push(endpoint),
+                None => known.into_iter().for_each(|left| gone.left(&table.pool, left, now)),
+            }
+        }
+        before.for_each(|left| gone.left(&table.pool, left, now));
         let budget = old.map_or_else(
             || Arc::new(RetryBudget::new(self.upstream.retry_percent, self.upstream.retry_floor_per_s)),
             |pool| Arc::clone(&pool.budget),
@@ -194,16 +222,18 @@ impl EndpointTable {
         Arc::new(Pool { endpoints, budget, queue, memory, source: Arc::clone(table) })
     }
 
-    fn next_endpoint(&self, old: Option<&Arc<Endpoint>>, wire: &v1::Endpoint) -> Option<Arc<Endpoint>> {
+    fn next_endpoint(
+        &self,
+        old: Option<&Arc<Endpoint>>,
+        wire: &Arc<Told>,
+        pool: &str,
+        gone: &mut gone::Memory,
+    ) -> Option<Arc<Endpoint>> {
+        if let Some(same) = old.filter(|old| Arc::ptr_eq(&old.told, wire)) {
+            return Some(Arc::clone(same));
+        }
         let draining = wire.state() == v1::EndpointState::Draining;
         let same_process = old.filter(|old| old.address == wire.address && old.generation == wire.generation);
-        let adapters: BTreeSet<String> = wire.adapters.iter().cloned().collect();
-        let unchanged = |old: &&Arc<Endpoint>| {
-            old.draining == draining && old.zone == wire.zone && old.adapters == adapters
-        };
-        if let Some(old) = same_process.filter(unchanged) {
-            return Some(Arc::clone(old));
-        }
         let resolved = match resolve(&wire.address) {
             Ok(resolved) => resolved,
             Err(reason) => {
@@ -216,12 +246,16 @@ impl EndpointTable {
                 return None;
             }
         };
-        let live = same_process.map(|old| Arc::clone(&old.live)).unwrap_or_default();
+        let live = same_process
+            .map(|old| Arc::clone(&old.live))
+            .or_else(|| gone.back(pool, &wire.id, &wire.address, wire.generation))
+            .unwrap_or_default();
         let mut endpoint =
             Endpoint::new(&wire.id, &wire.address, resolved, wire.generation, &self.upstream, live);
         endpoint.draining = draining;
-        endpoint.adapters = adapters;
+        endpoint.adapters = wire.adapters.iter().cloned().collect();
         endpoint.zone.clone_from(&wire.zone);
+        endpoint.told = Arc::clone(wire);
         Some(Arc::new(endpoint))
     }
 }
@@ -350,6 +384,27 @@ mod tests {
         let before = Arc::clone(&table.load().pools["p"]);
         table.apply(&state);
         assert!(Arc::ptr_eq(&before, &table.load().pools["p"]));
+    }
+
+    /// Through table flapping an ejected engine must not return as a good one.
+    #[test]
+    fn an_ejected_endpoint_that_leaves_and_returns_is_ejected_still() {
+        let rules =
+            crate::health::Rules { consecutive_failures: 1, ..crate::health::rules(&Default::default()) };
+        let table = EndpointTable::new(UpstreamConfig::default());
+        let (a, b) = (wire("a", "127.0.0.1:1", 7), wire("b", "127.0.0.1:2", 7));
+        let with_both = state(vec![a.clone(), b.clone()]);
+        table.apply(&with_both);
+        first(&table).reserve(0).failed(crate::error::UpstreamFailure::Connect, 0, &rules);
+        let without = with_table(&with_both, 2, vec![b.clone()]);
+        table.apply(&without);
+        assert_eq!(table.load().pools["p"].endpoints.len(), 1);
+        let again = with_table(&without, 3, vec![a, b.clone()]);
+        table.apply(&again);
+        assert!(first(&table).is_ejected(1), "the same process");
+        table.apply(&without);
+        table.apply(&with_table(&again, 4, vec![wire("a", "127.0.0.1:1", 8), b]));
+        assert!(!first(&table).is_ejected(1), "another one");
     }
 
     #[test]

@@ -49,8 +49,10 @@ struct Search<'a> {
     target: &'a Target,
     asked: &'a Asked<'a>,
     rules: Rules,
-    /// Endpoints that failed it.
+    /// Endpoints that failed it, and those that answered busy since it last waited.
     tried: Vec<Arc<str>>,
+    /// How many of them, the last ones, answered busy.
+    busy: usize,
     /// Attempts that came to nothing, the free resend not counted.
     tries: usize,
     resent: bool,
@@ -72,6 +74,7 @@ impl<'a> Search<'a> {
             asked,
             rules,
             tried: Vec::new(),
+            busy: 0,
             tries: 0,
             resent: false,
             last: None,
@@ -80,6 +83,24 @@ impl<'a> Search<'a> {
             queued: Duration::ZERO,
             considers,
         }
+    }
+
+    /// A sick engine is not asked again.
+    fn failed_by(&mut self, endpoint: &Endpoint) {
+        let before_busy = self.tried.len().saturating_sub(self.busy);
+        self.tried.insert(before_busy, Arc::clone(&endpoint.id));
+    }
+
+    /// A full one may have room later, but not at once.
+    fn refused_by(&mut self, endpoint: &Endpoint) {
+        self.tried.push(Arc::clone(&endpoint.id));
+        self.busy += 1;
+    }
+
+    /// Those that answered busy may be asked again.
+    fn forgive_busy(&mut self) {
+        let busy = std::mem::take(&mut self.busy);
+        self.tried.truncate(self.tried.len().saturating_sub(busy));
     }
 }
 
@@ -132,7 +153,8 @@ impl Gateway {
                 && (placed.is_ok() || record.considers())
                 && let Some(pool) = self.pool(target)?
             {
-                record.unplaced(&pool, &search.tried, search.rules.policy, self.now_ms());
+                let (tried, policy) = (&search.tried, search.rules.policy);
+                record.unplaced(&pool, tried, search.asked.adapter, policy, self.now_ms());
             }
             let mut place = match placed? {
                 Ok(place) => place,
@@ -166,9 +188,8 @@ impl Gateway {
             let next = retry::after_failure(failed.failure, search.tries, attempts, search.resent, budget);
             record.attempt_failed(&failed, next);
             match next {
-                // A full engine may have room later; the others it was sick for are not asked again.
-                Next::Retry if failed.failure == UpstreamFailure::Busy => {}
-                Next::Retry => search.tried.push(Arc::clone(&place.endpoint().id)),
+                Next::Retry if failed.failure == UpstreamFailure::Busy => search.refused_by(place.endpoint()),
+                Next::Retry => search.failed_by(place.endpoint()),
                 Next::Resend => {
                     search.resent = true;
                     search.tries -= 1;
@@ -193,9 +214,11 @@ impl Gateway {
         if queue.is_empty() {
             match self.pick(search)? {
                 Err(why @ (Unpicked::Saturated | Unpicked::Asleep)) => asleep = why == Unpicked::Asleep,
+                Err(Unpicked::Nobody) if search.busy > 0 => asleep = false,
                 picked => return Ok(picked),
             }
         }
+        search.forgive_busy();
         let now_ms = self.now_ms();
         if asleep {
             queue.found_asleep(now_ms);
@@ -376,7 +399,7 @@ impl Gateway {
             "attempt failed"
         );
         if failed.failure == UpstreamFailure::Busy {
-            endpoint.refused(self.now_ms());
+            ticket.refused(self.now_ms(), &self.pick_rules.limits);
         }
         let change = ticket.failed(failed.failure, self.now_ms(), &self.health_rules);
         health::report(&self.metrics, endpoint, change, &failed.detail);
@@ -385,6 +408,7 @@ impl Gateway {
     /// Whether it is a good answer. A refusal says nothing of the engine: it is the client's.
     fn note_beginning(&self, ticket: &Ticket, status: StatusCode, stream: bool) -> bool {
         if status.is_success() {
+            ticket.accepted(self.now_ms(), &self.pick_rules.limits);
             let change = ticket.began(stream, self.now_ms(), &self.health_rules);
             health::report(&self.metrics, ticket.endpoint(), change, "");
         }

@@ -92,13 +92,19 @@ impl Gateway {
                 read = reading.as_mut() => Some(read),
                 () = host.clock.expired(Duration::from_millis(limits.head_ms)), if on_http1 => None,
                 () = self.lifecycle.close_idle().cancelled() => {
-                    Some(tokio::time::timeout(drain::LAST_REQUEST, reading).await.ok()?)
+                    Some(tokio::time::timeout(drain::LAST_REQUEST, reading).await.unwrap_or(Ok(false)))
                 }
             }
         };
         let refused = match read {
             Some(Ok(true)) => None,
-            Some(Ok(false)) => return None, // an idle connection that the client has closed
+            // Idle, and closed by the client, by its time or by ours. Under TLS an end has to be said, or it looks cut off.
+            Some(Ok(false)) => {
+                if on_http1 {
+                    session.shutdown().await;
+                }
+                return None;
+            }
             Some(Err(e)) => Some(head_error(&e, limits.header_bytes)),
             None => Some(GatewayError::HeadTimeout),
         };
@@ -138,6 +144,9 @@ impl Gateway {
             }
         }
         drop(record);
+        if on_http1 && self.lifecycle.close_idle().is_cancelled() {
+            session.set_keepalive(None); // so that it is closed now, and with a word under TLS
+        }
         let settings = HttpPersistentSettings::for_session(&session);
         let reusable = session.finish().await.ok()??;
         Some(ReusedHttpStream::from_reusable_stream(reusable, settings))

@@ -1,10 +1,13 @@
 //! `/v1/realtime`: a WebSocket between a client and an engine of the model that the URL names.
 //!
 //! Up to the engine's 101 it is a request like any other: the same picks, affinity, retries and errors. The 101 goes to the
-//! client, and from then on the connection is a tunnel's, which holds the ticket to its end. What is said inside is not read;
-//! a model named there is the engine's affair.
+//! client, and from then on the connection is a tunnel's, which holds the ticket to its end. What is said inside is not read,
+//! but for the model that `session.update` names where the engine knows it by another name ([`crate::streaming::rename`]).
 
-use std::time::Duration;
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -22,7 +25,10 @@ use crate::{
     openai::{Api, query, route::REALTIME_PATH},
     record::Record,
     routing::policy::Asked,
-    streaming::tunnel::{self, End, TunnelContext},
+    streaming::{
+        rename::Names,
+        tunnel::{self, End, TunnelContext},
+    },
     upstream::{
         client::{Failed, Upgraded},
         request::EngineRequest,
@@ -33,6 +39,8 @@ use crate::{
 pub(super) struct Tunnel {
     engine: End,
     place: Place,
+    /// What client and engine call the model, where that differs.
+    names: Option<Names>,
 }
 
 impl Gateway {
@@ -58,14 +66,22 @@ impl Gateway {
         };
         let session_key = self.session_key(&session.req_header().headers, None);
         let asked = Asked { session: session_key, ..Asked::default() };
+        // By which name the engine that was asked last knows the model.
+        let served = Mutex::new(String::new());
         let aim = |request: &mut EngineRequest, served_model: &str| {
+            served_model.clone_into(&mut served.lock().unwrap_or_else(PoisonError::into_inner));
             let mut query = query.to_owned();
             if served_model != facts.model {
                 query.replace_range(facts.model_range.clone(), &query::encode(served_model));
             }
             request.target = [REALTIME_PATH, "?", &query].concat();
         };
-        self.ask_targets(session, record, &facts.model, &asked, request, aim).await
+        let mut done = self.ask_targets(session, record, &facts.model, &asked, request, aim).await;
+        if let Ok(Done::Upgraded(tunnel)) = &mut done {
+            let to = served.into_inner().unwrap_or_else(PoisonError::into_inner);
+            tunnel.names = (facts.model != to).then_some(Names { from: facts.model, to });
+        }
+        done
     }
 
     /// Hands the engine's consent on to the client.
@@ -83,12 +99,12 @@ impl Gateway {
             Err(e) => Err(e),
         };
         written.map_err(|_| GatewayError::ClientGone)?;
-        Ok(Done::Upgraded(Box::new(Tunnel { engine, place })))
+        Ok(Done::Upgraded(Box::new(Tunnel { engine, place, names: None })))
     }
 
     /// Runs a tunnel to its end. The client's connection ends with it.
     pub(super) async fn tunnel(&self, session: ServerSession, record: &mut Record<'_>, tunnel: Tunnel) {
-        let Tunnel { engine, place } = tunnel;
+        let Tunnel { engine, place, names } = tunnel;
         // Only HTTP/1.1 comes here: its handshake was checked.
         let ServerSession::H1(mut session) = session else { return };
         // A client that could not wait for the 101 has sent frames already.
@@ -101,6 +117,7 @@ impl Gateway {
             idle: Duration::from_millis(self.config.limits.websocket_idle_ms),
             write_stall: Duration::from_millis(self.config.limits.write_stall_ms),
             cut: self.lifecycle.cut(),
+            names,
             metrics: &self.metrics,
         };
         match tunnel::run(client, engine, &context).await {

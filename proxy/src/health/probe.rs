@@ -93,8 +93,9 @@ impl Prober {
 
     /// Whether the engine answers. An answer of 4xx passes: somebody is there, and knows HTTP; whether the path is right is
     /// not a matter of its health.
-    pub async fn health(&self, endpoint: &Endpoint) -> Probed {
-        match timeout(self.timeout, self.ask(endpoint, Question::get(&self.path, 0))).await {
+    /// `connected` is called when it has accepted the connection.
+    pub async fn health(&self, endpoint: &Endpoint, connected: impl FnOnce()) -> Probed {
+        match timeout(self.timeout, self.ask(endpoint, Question::get(&self.path, 0), connected)).await {
             Ok(Ok((status, _))) if !status.is_server_error() => Probed::Passed,
             Ok(_) => Probed::Failed,
             Err(_) => Probed::TimedOut,
@@ -110,7 +111,7 @@ impl Prober {
             body: body.to_string().into(),
             most: 0,
         };
-        match timeout(self.canary, self.ask(endpoint, question)).await {
+        match timeout(self.canary, self.ask(endpoint, question, || ())).await {
             Ok(Ok((status, _))) if status.is_success() => Canary::Answered,
             Ok(Ok(_)) => Canary::Refused,
             Ok(Err(_)) => Canary::Unreached,
@@ -120,14 +121,20 @@ impl Prober {
 
     /// The engine's counters of work, if it shows any.
     pub async fn counters(&self, endpoint: &Endpoint) -> Option<Counters> {
-        let asked = self.ask(endpoint, Question::get("/metrics", MOST_METRICS));
+        let asked = self.ask(endpoint, Question::get("/metrics", MOST_METRICS), || ());
         let (status, text) = timeout(self.timeout, asked).await.ok()?.ok()?;
         status.is_success().then(|| Counters::parse(&String::from_utf8_lossy(&text)))?
     }
 
-    async fn ask(&self, endpoint: &Endpoint, question: Question) -> Result<(StatusCode, Bytes), BError> {
-        let (HttpSession::H1(mut connection), _) = self.connector.get_http_session(&endpoint.peer).await?
-        else {
+    async fn ask(
+        &self,
+        endpoint: &Endpoint,
+        question: Question,
+        connected: impl FnOnce(),
+    ) -> Result<(StatusCode, Bytes), BError> {
+        let (session, _) = self.connector.get_http_session(&endpoint.peer).await?;
+        connected();
+        let HttpSession::H1(mut connection) = session else {
             return Error::e_explain(ErrorType::InvalidHTTPHeader, "not HTTP/1.1");
         };
         let mut head = RequestHeader::build(question.method, question.path.as_bytes(), Some(5))?;

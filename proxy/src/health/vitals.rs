@@ -56,8 +56,12 @@ pub struct Checks {
     pub probed_ms: AtomicU64,
     /// When the last examination ended.
     pub examined_ms: AtomicU64,
-    /// A probe is under way.
-    pub probing: AtomicBool,
+    /// Probes under way.
+    pub probing: AtomicU32,
+    /// Those of them that have no connection yet.
+    pub connecting: AtomicU32,
+    /// When the last of them began.
+    pub began_ms: AtomicU64,
     /// An examination is under way.
     pub examining: AtomicBool,
 }
@@ -107,6 +111,11 @@ impl Vitals {
 
     pub(crate) fn end_trial(&self) {
         self.trials.fetch_sub(1, Relaxed);
+    }
+
+    /// Whether anything speaks against it, an ejection or less.
+    pub fn is_in_doubt(&self) -> bool {
+        self.suspect.load(Relaxed) || self.timed_out.load(Relaxed)
     }
 
     /// The present phase. Free of locks for a clean endpoint.

@@ -10,22 +10,22 @@
 //!
 //! - Not while traffic proves the endpoint alive, and its last probe did not fail.
 //! - For an idle one every `probe_interval`, a tenth less or more, so that proxies and endpoints do not fall into step.
-//! - Five times as often while requests wait at an endpoint that has been silent for a second, and while one is out because it
-//!   could not be reached.
-//! - A tenth of a second after a failure, until it is ejected or a success clears it: with the default settings an endpoint
-//!   that drops all packets is out within three seconds of the first failed connection.
+//! - Five times as often while requests wait at an endpoint that has been silent for half a second, and while one is out because
+//!   it could not be reached.
+//! - A tenth of a second after a failure, until it is ejected or a success clears it.
+//! - A quarter of a second after one that has no connection yet, beside it, up to `MOST_PROBES`. A kernel accepts connections
+//!   however busy its process is, so this is the way to tell packets that vanish from an engine that is slow: with the default
+//!   settings an endpoint that drops all packets is out a second and a half after the first question. One that has accepted
+//!   the connection is given the time for its answer, one probe after the other. Not while this process itself is late.
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Arc, atomic::Ordering::Relaxed},
 };
 
 use tokio::{
     task::JoinSet,
-    time::{Duration, MissedTickBehavior, interval},
+    time::{Duration, Instant, MissedTickBehavior, interval},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -44,6 +44,10 @@ use crate::{
 /// Time between two looks.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// Time between two looks from which on it is this process that is slow: its own connections take long then, and more of them
+/// would make it worse.
+const LATE: Duration = Duration::from_millis(300);
+
 /// Looks for each that compares.
 const COMPARE_EVERY: u64 = 5;
 
@@ -51,7 +55,13 @@ const COMPARE_EVERY: u64 = 5;
 const RETRY_MS: u64 = 100;
 
 /// Silence with requests under way after which an endpoint is probed, in milliseconds.
-const SILENT_MS: u64 = 1_000;
+const SILENT_MS: u64 = 500;
+
+/// Time for a connection after which another is tried beside it, in milliseconds.
+const STAGGER_MS: u64 = 250;
+
+/// Probes of one endpoint at a time.
+const MOST_PROBES: u32 = 3;
 
 /// Probes and examinations under way at one time.
 pub const MOST_CHECKS: usize = 256;
@@ -63,6 +73,7 @@ pub async fn run(gateway: Arc<Gateway>, stop: CancellationToken) {
     let mut looks = interval(LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut looked = 0u64;
+    let mut last = Instant::now();
     loop {
         tokio::select! {
             () = stop.cancelled() => break,
@@ -73,7 +84,9 @@ pub async fn run(gateway: Arc<Gateway>, stop: CancellationToken) {
                     let now_ms = watch.gateway.now_ms();
                     snapshot.pools.values().for_each(|pool| watch.compare(pool, now_ms));
                 }
-                check(&watch, &snapshot, &mut checks);
+                let late = last.elapsed() >= LATE;
+                last = Instant::now();
+                check(&watch, &snapshot, late, &mut checks);
                 looked += 1;
             }
         }
@@ -147,7 +160,13 @@ impl Watch {
         }
     }
 
-    fn due(&self, endpoint: &Arc<Endpoint>, served_model: Option<&Arc<str>>, now_ms: u64) -> Option<Due> {
+    fn due(
+        &self,
+        endpoint: &Arc<Endpoint>,
+        served_model: Option<&Arc<str>>,
+        late: bool,
+        now_ms: u64,
+    ) -> Option<Due> {
         let (signs, machine) = (endpoint.signs(now_ms), endpoint.vitals().machine());
         let checks = &endpoint.vitals().checks;
         let due = |since_ms, kind| Some(Due { since_ms, endpoint: Arc::clone(endpoint), kind });
@@ -157,8 +176,17 @@ impl Watch {
         {
             return due(0, Kind::Examine(Arc::clone(served_model)));
         }
-        if self.interval_ms == 0 || checks.probing.load(Relaxed) {
+        if self.interval_ms == 0 {
             return None;
+        }
+        let under_way = UnderWay {
+            probes: checks.probing.load(Relaxed),
+            connecting: checks.connecting.load(Relaxed),
+            began_ms: checks.began_ms.load(Relaxed),
+        };
+        if under_way.probes > 0 {
+            let again = !late && under_way.asks_for_another(&machine, now_ms);
+            return again.then(|| due(now_ms, Kind::Probe))?;
         }
         if checks.probe_ms.load(Relaxed) == 0 {
             // Seen for the first time: somewhere in the interval, not all at once.
@@ -174,8 +202,10 @@ impl Watch {
         (since_ms <= now_ms).then(|| due(since_ms, Kind::Probe))?
     }
 
-    async fn probe(&self, endpoint: &Endpoint) {
-        let probed = self.prober.health(endpoint).await;
+    async fn probe(&self, busy: &mut Busy) {
+        let endpoint = Arc::clone(&busy.endpoint);
+        let endpoint = &*endpoint;
+        let probed = self.prober.health(endpoint, || busy.connected()).await;
         self.gateway.metrics.probes.with_label_values(&[probed.label()]).inc();
         let (event, detail) = match probed {
             Probed::Passed => (Event::ProbePassed, ""),
@@ -219,22 +249,24 @@ impl Watch {
 }
 
 /// Starts what is due.
-fn check(watch: &Arc<Watch>, snapshot: &Snapshot, checks: &mut JoinSet<()>) {
+fn check(watch: &Arc<Watch>, snapshot: &Snapshot, late: bool, checks: &mut JoinSet<()>) {
     let now_ms = watch.gateway.now_ms();
     let names = served_models(snapshot);
     let mut due: Vec<Due> = Vec::new();
     for pool in snapshot.pools.values() {
         let served_model = names.get(&Arc::as_ptr(pool));
-        due.extend(pool.endpoints.iter().filter_map(|endpoint| watch.due(endpoint, served_model, now_ms)));
+        due.extend(
+            pool.endpoints.iter().filter_map(|endpoint| watch.due(endpoint, served_model, late, now_ms)),
+        );
     }
     due.sort_unstable_by_key(|check| check.since_ms);
     due.truncate(MOST_CHECKS.saturating_sub(checks.len()));
     for Due { endpoint, kind, .. } in due {
         let watch = Arc::clone(watch);
-        let busy = Busy::new(endpoint, matches!(kind, Kind::Probe));
+        let mut busy = Busy::new(endpoint, matches!(kind, Kind::Probe), now_ms);
         checks.spawn(async move {
             match kind {
-                Kind::Probe => watch.probe(&busy.endpoint).await,
+                Kind::Probe => watch.probe(&mut busy).await,
                 Kind::Examine(served_model) => watch.examine(&busy.endpoint, &served_model).await,
             }
         });
@@ -257,24 +289,58 @@ fn served_models(snapshot: &Snapshot) -> HashMap<*const Pool, Arc<str>> {
 struct Busy {
     endpoint: Arc<Endpoint>,
     probe: bool,
+    /// Counted among the probes that have no connection yet.
+    connecting: bool,
 }
 
 impl Busy {
-    fn new(endpoint: Arc<Endpoint>, probe: bool) -> Self {
-        let busy = Self { endpoint, probe };
-        busy.flag().store(true, Relaxed);
-        busy
+    fn new(endpoint: Arc<Endpoint>, probe: bool, now_ms: u64) -> Self {
+        let checks = &endpoint.vitals().checks;
+        if probe {
+            checks.probing.fetch_add(1, Relaxed);
+            checks.connecting.fetch_add(1, Relaxed);
+            checks.began_ms.store(now_ms, Relaxed);
+        } else {
+            checks.examining.store(true, Relaxed);
+        }
+        Self { endpoint, probe, connecting: probe }
     }
 
-    fn flag(&self) -> &AtomicBool {
-        let checks = &self.endpoint.vitals().checks;
-        if self.probe { &checks.probing } else { &checks.examining }
+    fn connected(&mut self) {
+        if std::mem::take(&mut self.connecting) {
+            self.endpoint.vitals().checks.connecting.fetch_sub(1, Relaxed);
+        }
     }
 }
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.flag().store(false, Relaxed);
+        self.connected();
+        let checks = &self.endpoint.vitals().checks;
+        if self.probe {
+            checks.probing.fetch_sub(1, Relaxed);
+        } else {
+            checks.examining.store(false, Relaxed);
+        }
+    }
+}
+
+/// The probes of an endpoint that have no result yet.
+#[derive(Debug, Clone, Copy)]
+struct UnderWay {
+    probes: u32,
+    connecting: u32,
+    /// The last of them.
+    began_ms: u64,
+}
+
+impl UnderWay {
+    /// Whether none has a connection, and the last has had its time for one. What is out already is in no hurry.
+    fn asks_for_another(&self, machine: &Machine, now_ms: u64) -> bool {
+        self.connecting == self.probes
+            && self.probes < MOST_PROBES
+            && now_ms >= self.began_ms.saturating_add(STAGGER_MS)
+            && matches!(machine.phase(now_ms), Phase::Admitted | Phase::Suspect)
     }
 }
 

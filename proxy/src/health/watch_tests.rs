@@ -43,10 +43,24 @@ fn a_failure_brings_the_next_probe_at_once() {
 
 #[test]
 fn requests_that_wait_in_silence_have_their_endpoint_probed() {
-    let silent = Signs { inflight: 1, silent_ms: 1_000, ..Signs::default() };
+    let silent = Signs { inflight: 1, silent_ms: 500, ..Signs::default() };
     assert_eq!(probe_due(&TIMES, &silent, &Machine::default(), 20_500), 21_000);
-    let quiet = Signs { silent_ms: 999, ..silent };
+    let quiet = Signs { silent_ms: 499, ..silent };
     assert_eq!(probe_due(&TIMES, &quiet, &Machine::default(), 20_500), 25_000);
+}
+
+#[test]
+fn a_second_probe_goes_beside_the_first_only_where_no_connection_comes_about() {
+    let under_way = UnderWay { probes: 1, connecting: 1, began_ms: 1_000 };
+    let (clean, out) = (Machine::default(), machine(&[UNREACHED; 3], 1_000));
+    assert!(!under_way.asks_for_another(&clean, 1_249) && under_way.asks_for_another(&clean, 1_250));
+    assert!(!under_way.asks_for_another(&out, 1_250), "it is known to be gone");
+    let slow = UnderWay { connecting: 0, ..under_way };
+    assert!(!slow.asks_for_another(&clean, 9_000), "it has accepted: its answer may take its time");
+    let one_of_two = UnderWay { probes: 2, connecting: 1, began_ms: 1_000 };
+    assert!(!one_of_two.asks_for_another(&clean, 9_000), "one connection is enough of a sign");
+    let enough = UnderWay { probes: MOST_PROBES, connecting: MOST_PROBES, began_ms: 1_000 };
+    assert!(!enough.asks_for_another(&clean, 9_000));
 }
 
 #[test]

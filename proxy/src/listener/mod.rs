@@ -40,6 +40,21 @@ pub fn bind(setting: &str, listen: &str) -> Result<TcpListener, String> {
     TcpListener::bind(listen).map_err(|e| format!("cannot listen on {listen} ({setting}): {e}"))
 }
 
+/// Has the kernel hold that many connections on `socket` until they are accepted; the standard library's 128 are a burst of
+/// a tenth of a second. A socket that listens already is changed.
+///
+/// # Errors
+/// A sentence for the operator.
+pub fn widen(socket: &TcpListener, backlog: u16) -> Result<(), String> {
+    rustix::net::listen(socket, i32::from(backlog))
+        .map_err(|e| format!("cannot have {backlog} connections wait on a socket (public.backlog): {e}"))
+}
+
+/// What the kernel's own limit makes of `public.backlog`, if that is less; `somaxconn` is the file's text.
+pub fn narrowed(backlog: u16, somaxconn: &str) -> Option<u16> {
+    somaxconn.trim().parse().ok().filter(|limit| *limit < backlog)
+}
+
 /// The runtime that serves requests. Without stealing a connection stays on its thread, which saves a wake-up in three.
 pub fn runtime(config: &PublicConfig) -> Runtime {
     let cores = || available_parallelism().map_or(1, usize::from);
@@ -96,5 +111,30 @@ impl Listener {
     /// Whether it speaks TLS.
     pub fn is_tls(&self) -> bool {
         self.tls.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::TcpStream, time::Duration};
+
+    use super::*;
+
+    #[test]
+    fn a_burst_waits_to_be_accepted() {
+        let socket = bind("public.listen", "127.0.0.1:0").expect("a free port");
+        widen(&socket, 512).expect("wider");
+        let address = socket.local_addr().expect("an address");
+        let connect =
+            |_| TcpStream::connect_timeout(&address, Duration::from_secs(5)).expect("held by the kernel");
+        let burst: Vec<TcpStream> = (0..400).map(connect).collect();
+        assert_eq!(burst.len(), 400);
+    }
+
+    #[test]
+    fn a_kernel_that_holds_less_is_noticed() {
+        assert_eq!(narrowed(4_096, "128\n"), Some(128));
+        assert_eq!(narrowed(4_096, "4096\n"), None);
+        assert_eq!(narrowed(4_096, "what"), None);
     }
 }

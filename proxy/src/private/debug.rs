@@ -108,8 +108,11 @@ impl Ask {
     }
 }
 
-/// The query, or a 400 that says what is accepted.
-fn asked(query: Result<Query<Ask>, QueryRejection>) -> Result<Ask, Box<Response>> {
+/// What the query asks for, and of what, or a 400 that says what is accepted.
+fn asked(
+    query: Result<Query<Ask>, QueryRejection>,
+    state: &PrivateState,
+) -> Result<(Ask, Arc<Snapshot>), Box<Response>> {
     let refused = |e: QueryRejection| {
         let message =
             format!("{}; accepted: model=NAME, limit=1 to {LARGEST_PAGE}, after=CURSOR", e.body_text());
@@ -122,7 +125,7 @@ fn asked(query: Result<Query<Ask>, QueryRejection>) -> Result<Ask, Box<Response>
             "invalid_query",
             "after is not a cursor; take the whole of `next` from the page before",
         ))),
-        _ => Ok(ask),
+        _ => Ok((ask, Arc::clone(&state.gateway.table.load()))),
     }
 }
 
@@ -144,11 +147,10 @@ pub(super) async fn snapshot(
     State(state): State<PrivateState>,
     query: Result<Query<Ask>, QueryRejection>,
 ) -> Response {
-    let ask = match asked(query) {
-        Ok(ask) => ask,
+    let (ask, snapshot) = match asked(query, &state) {
+        Ok(asked) => asked,
         Err(refused) => return *refused,
     };
-    let snapshot = Arc::clone(&state.gateway.table.load());
     if let Some(model) = ask.model.as_deref().filter(|model| !snapshot.routes.contains_key(*model)) {
         let message = format!("there is no route for the model {model:?}");
         return failed(StatusCode::NOT_FOUND, "not_found", &message);
@@ -230,11 +232,10 @@ pub(super) async fn endpoints(
     State(state): State<PrivateState>,
     query: Result<Query<Ask>, QueryRejection>,
 ) -> Response {
-    let ask = match asked(query) {
-        Ok(ask) => ask,
+    let (ask, snapshot) = match asked(query, &state) {
+        Ok(asked) => asked,
         Err(refused) => return *refused,
     };
-    let snapshot = Arc::clone(&state.gateway.table.load());
     let now_ms = state.gateway.now_ms();
     made(move || {
         let models: serde_json::Map<String, Value> = snapshot
@@ -257,8 +258,8 @@ pub(super) async fn decisions(
     State(state): State<PrivateState>,
     query: Result<Query<Ask>, QueryRejection>,
 ) -> Response {
-    let ask = match asked(query) {
-        Ok(ask) => ask,
+    let (ask, _) = match asked(query, &state) {
+        Ok(asked) => asked,
         Err(refused) => return *refused,
     };
     made(move || {

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use super::{load::score, policy::View};
-use crate::endpoints::Endpoint;
+use crate::endpoints::{Endpoint, reported::ReportedLoad};
 
 /// Most candidates that are kept by name.
 pub const SHOWN: usize = 16;
@@ -38,20 +38,22 @@ pub struct Candidate {
     pub weight: u32,
     /// Whether it is in this proxy's zone.
     pub near: bool,
+    /// What the engine last said of its load, and how old that was; `None`: nothing yet.
+    pub reported: Option<ReportedLoad>,
     /// The state of its health; an ejected one is a candidate by panic only.
     pub health: &'static str,
 }
 
 impl Considered {
     /// Of a pool of which nobody could be picked: why each was left out.
-    pub fn nobody(pool: &[Arc<Endpoint>], tried: &[Arc<str>], now_ms: u64) -> Self {
-        Self::of(pool, tried, &[], &[], None, now_ms)
+    pub fn nobody(pool: &[Arc<Endpoint>], tried: &[Arc<str>], adapter: Option<&str>, now_ms: u64) -> Self {
+        Self::of(pool, (tried, adapter), &[], &[], None, now_ms)
     }
 
     /// Of `pool`, the filters left `left`, which the policy saw as `views` and of which it chose one.
     pub(super) fn of(
         pool: &[Arc<Endpoint>],
-        tried: &[Arc<str>],
+        (tried, adapter): (&[Arc<str>], Option<&str>),
         left: &[&Arc<Endpoint>],
         views: &[View],
         chosen: Option<usize>,
@@ -66,6 +68,7 @@ impl Considered {
             }
             let filter = match () {
                 () if endpoint.draining => "draining",
+                () if adapter.is_some_and(|name| !endpoint.adapters.contains(name)) => "no_adapter",
                 () if tried.contains(&endpoint.id) => "tried",
                 () if !endpoint.vitals().is_open(now_ms) => endpoint.vitals().phase(now_ms).label(),
                 () => "full",
@@ -91,6 +94,7 @@ impl Considered {
                 load: view.load,
                 weight: view.weight,
                 near: view.near,
+                reported: endpoint.reported(now_ms),
                 health: endpoint.vitals().phase(now_ms).label(),
             })
         };

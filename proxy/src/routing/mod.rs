@@ -168,7 +168,8 @@ pub fn pick_seen(
             let chosen = policy::choose(rules, &views, asked, &pool.memory, &mut chance);
             if let Some(seen) = seen.as_deref_mut() {
                 let chosen = chosen.map(|(index, _)| index);
-                *seen = Considered::of(&pool.endpoints, tried, &left, &views, chosen, now_ms);
+                *seen =
+                    Considered::of(&pool.endpoints, (tried, asked.adapter), &left, &views, chosen, now_ms);
             }
             let (index, how) = chosen.ok_or(none)?;
             match reserve(left.get(index).ok_or(none)?) {

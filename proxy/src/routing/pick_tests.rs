@@ -156,9 +156,9 @@ fn a_pool_is_saturated_once_each_endpoint_has_refused_and_until_one_has_room() {
     let pick = |now| pick(&pool, &[], &Asked::default(), now, (&with, &with.rules), |_| 0);
     let held: Vec<_> = pool.endpoints.iter().map(|endpoint| endpoint.reserve(1_000)).collect();
     pool.endpoints.iter().for_each(|endpoint| {
-        let refused = endpoint.reserve(1_000);
-        endpoint.refused(1_000);
-        drop(refused);
+        for _ in 0..saturation::ROW {
+            endpoint.reserve(1_000).refused(1_000, &with.limits);
+        }
     });
     assert_eq!(pick(1_000).err(), Some(Unpicked::Saturated));
     drop(held);
@@ -214,6 +214,23 @@ fn what_a_pick_looked_at_is_told_in_bounds_and_as_it_was() {
     let picked = pick_seen(&pool, &[], &Asked::default(), 10, rules, |_| 1, Some(&mut seen));
     assert!(picked.is_ok() && seen.panic && seen.shown[0].health == "ejected");
     assert_eq!(seen.out, [("draining", 1)]);
+}
+
+#[test]
+fn a_record_tells_what_was_reported_and_who_lacks_the_adapter() {
+    let mut pool = pool(3);
+    Arc::get_mut(&mut pool.endpoints[1]).expect("not shared").adapters.insert("law".into());
+    let measured = Measured { running: 7, waiting: 2, kv_used_permille: 500, at_ms: 900 };
+    pool.endpoints[1].take_report(measured, 1_000);
+    let (with, mut seen) = (with(Policy::LeastLoaded), considered::Considered::default());
+    let asked = Asked { adapter: Some("law"), ..Asked::default() };
+    let picked = pick_seen(&pool, &[], &asked, 1_300, (&with, &with.rules), |_| 0, Some(&mut seen));
+    assert!(picked.is_ok());
+    assert_eq!((seen.candidates, &seen.out[..]), (1, &[("no_adapter", 2)][..]));
+    let reported = seen.shown[0].reported.expect("a report");
+    assert_eq!((reported.running, reported.waiting, reported.age_ms), (7, 2, 400));
+    let nobody = considered::Considered::nobody(&pool.endpoints, &[], Some("medicine"), 1_300);
+    assert_eq!(nobody.out, [("no_adapter", 3)]);
 }
 
 proptest! {

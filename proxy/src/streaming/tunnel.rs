@@ -22,7 +22,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::websocket::{FrameTracker, Goodbye};
+use super::{
+    rename::{Names, Renamer},
+    websocket::{FrameTracker, Goodbye},
+};
 use crate::{
     error::{GatewayError, UpstreamFailure},
     telemetry::metrics::Metrics,
@@ -57,6 +60,8 @@ pub struct TunnelContext<'a> {
     pub write_stall: Duration,
     /// Cancelled when the gateway will wait no longer.
     pub cut: &'a CancellationToken,
+    /// What client and engine call the model, where that differs.
+    pub names: Option<Names>,
     /// Where bytes are counted.
     pub metrics: &'a Metrics,
 }
@@ -99,11 +104,12 @@ pub async fn run(client: End, engine: End, context: &TunnelContext<'_>) -> Resul
     let heard = Heard { start: Instant::now(), last_ms: AtomicU64::new(0) };
     let mut tracker = FrameTracker::default();
     let outcome = {
-        let up = pump(&mut from_client, &mut to_engine, client.first, context, |bytes| {
+        let renamer = context.names.clone().map(Renamer::new);
+        let up = pump(&mut from_client, &mut to_engine, client.first, renamer, context, |bytes| {
             heard.now();
             context.metrics.bytes_in.inc_by(bytes.len() as u64);
         });
-        let down = pump(&mut from_engine, &mut to_client, engine.first, context, |bytes| {
+        let down = pump(&mut from_engine, &mut to_client, engine.first, None, context, |bytes| {
             heard.now();
             tracker.push(bytes);
             context.metrics.bytes_out.inc_by(bytes.len() as u64);
@@ -168,20 +174,30 @@ async fn either_ends(
     }
 }
 
-/// Moves bytes one way until that is over. `passed` sees what has been handed on.
+/// Moves bytes one way until that is over. `passed` sees what has come, once it has been handed on.
 async fn pump(
     source: &mut ReadHalf<Stream>,
     sink: &mut WriteHalf<Stream>,
     first: Bytes,
+    mut renamer: Option<Renamer>,
     context: &TunnelContext<'_>,
     mut passed: impl FnMut(&[u8]),
 ) -> Stop {
     let mut buffer = vec![0; BUFFER_BYTES];
+    let mut renamed = Vec::new();
     let mut ready: &[u8] = &first;
     loop {
         if !ready.is_empty() {
+            let goes_on = match &mut renamer {
+                None => ready,
+                Some(renamer) => {
+                    renamed.clear();
+                    renamer.push(ready, &mut renamed);
+                    &renamed
+                }
+            };
             let write = async {
-                sink.write_all(ready).await?;
+                sink.write_all(goes_on).await?;
                 sink.flush().await
             };
             match timeout(context.write_stall, write).await {

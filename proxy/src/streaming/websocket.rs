@@ -1,8 +1,8 @@
 //! Just enough of WebSocket frames (RFC 6455) to end a tunnel in words: where a frame ends, whether the other side has said
 //! goodbye, and a goodbye of our own.
 //!
-//! The tunnel hands bytes on as they are. Only lengths are read here, and only of what engines send: a close frame of ours may
-//! go to the client between two frames, never inside one.
+//! The tunnel hands bytes on as they are (but for a name, see [`super::rename`]). Only lengths are read here, and only of what
+//! engines send: a close frame of ours may go to the client between two frames, never inside one.
 
 /// The longest head of a frame: two bytes, eight of length, four of mask.
 const MAX_HEAD: usize = 14;
@@ -38,27 +38,12 @@ impl FrameTracker {
                 *slot = byte;
             }
             self.have += 1;
-            if let Some(payload) = self.payload() {
+            if let Some((_, payload)) = self.head.get(..self.have).and_then(frame_head) {
                 self.closed |= self.head[0] & 0x0f == CLOSE;
                 self.left = payload;
                 self.have = 0;
             }
         }
-    }
-
-    /// The payload's length, once the head is whole.
-    fn payload(&self) -> Option<u64> {
-        if self.have < 2 {
-            return None;
-        }
-        let [_, second, rest @ ..] = self.head;
-        let (length, extended) = match second & 0x7f {
-            126 => (u64::from(u16::from_be_bytes([rest[0], rest[1]])), 2),
-            127 => (u64::from_be_bytes(*rest.first_chunk::<8>()?), 8),
-            short => (u64::from(short), 0),
-        };
-        let mask = if second & 0x80 == 0 { 0 } else { 4 };
-        (self.have == 2 + extended + mask).then_some(length)
     }
 
     /// Whether the last frame is whole, so that another may follow.
@@ -70,6 +55,18 @@ impl FrameTracker {
     pub const fn has_closed(&self) -> bool {
         self.closed
     }
+}
+
+/// The lengths of a frame's head and payload, once `bytes` holds the whole head.
+pub fn frame_head(bytes: &[u8]) -> Option<(usize, u64)> {
+    let [_, second, rest @ ..] = bytes else { return None };
+    let (length, extended) = match second & 0x7f {
+        126 => (u64::from(u16::from_be_bytes(*rest.first_chunk()?)), 2),
+        127 => (u64::from_be_bytes(*rest.first_chunk()?), 8),
+        short => (u64::from(short), 0),
+    };
+    let head = 2 + extended + if second & 0x80 == 0 { 0 } else { 4 };
+    (bytes.len() >= head).then_some((head, length))
 }
 
 /// Why we close a tunnel.

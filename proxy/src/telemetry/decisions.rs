@@ -124,6 +124,12 @@ fn considered<S: Serializer>(seen: &Option<Box<Considered>>, to: S) -> Result<S:
             "load": c.load,
             "weight": c.weight,
             "near": c.near,
+            "reported": c.reported.map(|reported| serde_json::json!({
+                "running": reported.running,
+                "waiting": reported.waiting,
+                "kv_used_ratio": f64::from(reported.kv_used_permille) / 1e3,
+                "age_ms": reported.age_ms,
+            })),
             "health": c.health,
         })
     };
@@ -269,6 +275,7 @@ mod tests {
                 local: 2,
                 load: 3,
                 weight: 1_000,
+                reported: None,
                 near: true,
                 health: "admitted",
             }],

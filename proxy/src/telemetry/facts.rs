@@ -85,6 +85,9 @@ pub struct Facts {
     pub snapshot: Version,
     /// Trace id of the client's `traceparent`; empty without a valid one.
     pub trace_id: String,
+    /// The client's own name for the request, as it gets it back in `x-client-request-id`; empty without one, or where it
+    /// is longer than 128 bytes or not of printable ASCII.
+    pub client_request_id: String,
 }
 
 /// How a request ended.
@@ -144,6 +147,7 @@ impl Facts {
             stream: false,
             snapshot: Version::default(),
             trace_id: String::new(),
+            client_request_id: String::new(),
         }
     }
 }

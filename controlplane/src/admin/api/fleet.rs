@@ -2,7 +2,7 @@
 
 use axum::{
     http::Method,
-    routing::{get, patch, post},
+    routing::{get, patch, post, put},
 };
 
 use super::super::{
@@ -83,6 +83,17 @@ pub(super) fn rows() -> Vec<Row> {
             .named()
             .conditional()
             .gives("Node"),
+        row(
+            OPERATOR,
+            Method::PUT,
+            "/api/v2/nodes/{id}",
+            "put_node",
+            "Replaces everything that is said of a node.",
+            put(node_policies::put),
+        )
+        .body("NodePolicyBody")
+        .edits()
+        .gives("NodeOrName"),
         row(
             OPERATOR,
             Method::PATCH,

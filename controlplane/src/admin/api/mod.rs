@@ -1,15 +1,19 @@
 //! Every route: the table of who may do what.
+//!
+//! A new route is a row here, with its schemas in `openapi/*.json`; nothing else has to know of it. A handler that
+//! changes something takes an `Ask` (or the `Caller`) and writes through `edit` (or `Core::commit_audited`).
 
 mod desired;
 mod fleet;
 
 use axum::{
+    extract::DefaultBodyLimit,
     http::Method,
     routing::{delete, get, post},
 };
 
 use super::{
-    audit, cluster, console, observe, openapi,
+    audit, backup, cluster, console, observe, openapi,
     table::{ADMIN, Content, OPEN, OPERATOR, Row, VIEWER},
     tokens,
 };
@@ -62,6 +66,27 @@ pub(super) fn rows() -> Vec<Row> {
         .named()
         .edits()
         .gives("Token"),
+        row(
+            ADMIN,
+            Method::GET,
+            "/api/v2/backup",
+            "get_backup",
+            "What is wanted of the site, in one document.",
+            get(backup::get),
+        )
+        .gives("Backup"),
+        row(
+            ADMIN,
+            Method::POST,
+            "/api/v2/restore",
+            "restore",
+            "Makes the site what a backup says, as far as nothing that serves is torn down.",
+            post(backup::restore).layer(DefaultBodyLimit::disable()),
+        )
+        .query(&["dry_run", "force", "only_missing", "without_placements"])
+        .body("AnyBackup")
+        .gives("Restored")
+        .fails(&[409, 422]),
         row(
             VIEWER,
             Method::GET,

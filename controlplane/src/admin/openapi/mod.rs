@@ -1,4 +1,4 @@
-//! `/openapi.json`: the API's document, made from the table of routes ([`super::api`]) and the schemas in `schemas.json`.
+//! `/openapi.json`: the API's document, made from the table of routes ([`super::api`]) and the schemas in `answers.json` and `bodies.json`.
 //!
 //! Paths, methods, parameters, bodies, answers, refusals and roles come from the rows that make the router, so no route can
 //! be missing here or be too many. The schemas are written by hand, and closed: a field that an answer has and its schema
@@ -13,12 +13,14 @@ use axum::{
 use serde_json::{Map, Value, json};
 
 use super::{
-    ask::MAX_PAGE,
+    ask::{MAX_CURSOR_BYTES, MAX_FILTER_CHARS, MAX_PAGE},
     error::ApiError,
     table::{Access, Content, Row},
 };
 
-const SCHEMAS: &str = include_str!("schemas.json");
+/// Files of schemas by name.
+const SCHEMAS: [(&str, &str); 2] =
+    [("answers.json", include_str!("answers.json")), ("bodies.json", include_str!("bodies.json"))];
 
 /// Refusals by status: what each means.
 const REFUSALS: [(u16, &str); 14] = [
@@ -55,11 +57,13 @@ pub(super) fn path_of(path: &str) -> String {
     path.replace("{*", "{")
 }
 
-/// The document for `rows`; an error if the schemas are not JSON.
+/// The document for `rows`; an error if a file of schemas is not JSON.
 pub(super) fn build(rows: &[Row]) -> Result<Value, String> {
-    let mut schemas: Value = serde_json::from_str(SCHEMAS).map_err(|e| format!("schemas.json: {e}"))?;
-    if let Some(comment) = schemas.as_object_mut() {
-        comment.remove("_");
+    let mut schemas = Map::new();
+    for (file, text) in SCHEMAS {
+        let more: Map<String, Value> = serde_json::from_str(text).map_err(|e| format!("{file}: {e}"))?;
+        // "_" is a remark on the file.
+        schemas.extend(more.into_iter().filter(|(name, _)| name != "_"));
     }
     let mut paths: BTreeMap<String, Map<String, Value>> = BTreeMap::new();
     for row in rows {
@@ -194,7 +198,7 @@ fn path_schema(path: &str, name: &str) -> Value {
 }
 
 fn query_schema(name: &str, path: &str) -> (&'static str, Value) {
-    let text = json!({ "type": "string", "maxLength": 256 });
+    let text = json!({ "type": "string", "maxLength": MAX_FILTER_CHARS });
     let number = json!({ "type": "integer", "minimum": 1, "maximum": u32::MAX });
     match name {
         "limit" => {
@@ -207,10 +211,13 @@ fn query_schema(name: &str, path: &str) -> (&'static str, Value) {
             let pattern = "^([A-Za-z0-9._:@-]|%2F|%20)*$";
             (
                 "next_cursor of the page before.",
-                json!({ "type": "string", "maxLength": 1024, "pattern": pattern }),
+                json!({ "type": "string", "maxLength": MAX_CURSOR_BYTES, "pattern": pattern }),
             )
         }
         "dry_run" => ("Says what would be, and changes nothing.", json!({ "type": "boolean" })),
+        "force" => ("Also changes and deletes what is there.", json!({ "type": "boolean" })),
+        "only_missing" => ("Leaves what is there as it is.", json!({ "type": "boolean" })),
+        "without_placements" => ("Places every replica anew.", json!({ "type": "boolean" })),
         "from" => ("The earlier revision; without it the one before `to`.", number),
         "to" => ("The later revision; without it the present one.", number),
         "lines" => {
@@ -236,7 +243,7 @@ mod tests {
     use super::*;
 
     fn built() -> Value {
-        build(&super::super::api::rows()).expect("schemas.json is JSON")
+        build(&super::super::api::rows()).expect("the schemas are JSON")
     }
 
     #[test]

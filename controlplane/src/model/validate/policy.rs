@@ -207,6 +207,21 @@ pub fn node_body(body: &Value, before: &NodePolicy) -> Result<NodePolicy, FieldE
     Ok(policy)
 }
 
+/// Checks the body of PUT /api/v2/nodes/{id}: everything that is said of the node.
+pub fn node_policy_body(node: &str, body: &Value) -> Result<NodePolicy, FieldError> {
+    let known = ["cordoned", "maintenance", "reason", "taints", "labels", "role"];
+    let mut fields = object(body, &known)?.clone();
+    let (cordoned, maintenance) = (flag(&fields, "cordoned")?, flag(&fields, "maintenance")?);
+    fields.retain(|field, _| field != "cordoned" && field != "maintenance");
+    let bare = NodePolicy {
+        node_id: node.to_owned(),
+        cordoned: cordoned.unwrap_or(false),
+        maintenance: maintenance.unwrap_or(false),
+        ..NodePolicy::default()
+    };
+    node_body(&Value::Object(fields), &bare)
+}
+
 /// Checks the body of a cordon or a maintenance, which may be empty: why.
 pub fn reason_body(body: &Value) -> Result<String, FieldError> {
     Ok(text(object(body, &["reason"])?, "reason")?.unwrap_or_default().to_owned())
@@ -387,6 +402,21 @@ mod tests {
             let error = deployment_body("m", &body, 10).expect_err(&body.to_string());
             assert_eq!(error.field, field, "{body}");
             assert!(error.message.contains(part), "{body}: {}", error.message);
+        }
+    }
+
+    #[test]
+    fn a_nodes_policy_is_what_its_body_says_and_nothing_else() {
+        let body = json!({"cordoned": true, "reason": "disk", "labels": {"rack": "7"}});
+        let policy = node_policy_body("n", &body).expect("valid");
+        assert!(policy.cordoned && !policy.maintenance && policy.reason == "disk");
+        assert!(node_policy_body("n", &json!({})).expect("valid").is_empty());
+        for (body, field) in [
+            (json!({"cordoned": 1}), "cordoned"),
+            (json!({"maintenence": true}), "maintenence"),
+            (json!({"role": "boss"}), "role"),
+        ] {
+            assert_eq!(node_policy_body("n", &body).expect_err(&body.to_string()).field, field);
         }
     }
 

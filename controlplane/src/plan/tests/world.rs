@@ -250,6 +250,7 @@ impl World {
             running: 0,
             waiting: 0,
             kv_used_ratio: 0.0,
+            ttft: (0, 0),
         };
         self.engines.insert(id.to_owned(), engine);
     }

@@ -216,7 +216,7 @@ pub(super) fn jittered(pause: Duration) -> Duration {
 }
 
 /// Connects to one member; certificates and the password file are read each time.
-async fn connect(settings: &StoreConfig, endpoint: &str) -> Result<Client, Failure> {
+pub(super) async fn connect(settings: &StoreConfig, endpoint: &str) -> Result<Client, Failure> {
     let timeout = Duration::from_millis(settings.member_timeout_ms);
     let address = if endpoint.contains("://") { endpoint.to_owned() } else { format!("http://{endpoint}") };
     let unusable = |e: &dyn std::fmt::Display| {

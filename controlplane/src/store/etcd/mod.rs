@@ -17,6 +17,7 @@
 mod convert;
 mod failure;
 mod link;
+pub mod members;
 mod watch;
 
 use std::{

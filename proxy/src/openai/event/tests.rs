@@ -2,54 +2,18 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// Every offset at which an event may end, by a forward reading of the standard, one byte at a time.
-fn boundaries(input: &[u8]) -> Vec<usize> {
-    let mut found = vec![0];
-    let mut line_is_empty = true;
-    for (at, &byte) in input.iter().enumerate() {
-        let crlf_completes = byte == b'\n' && at > 0 && input[at - 1] == b'\r';
-        match byte {
-            b'\n' if crlf_completes => {
-                if found.last() == Some(&at) {
-                    found.push(at + 1);
-                }
-            }
-            b'\n' | b'\r' => {
-                if line_is_empty {
-                    found.push(at + 1);
-                }
-                line_is_empty = true;
-            }
-            _ => line_is_empty = false,
-        }
-    }
-    found
-}
+/// What the fuzz target checks, too.
+#[allow(unreachable_pub, dead_code)] // public to the fuzz target, which calls what is not called here
+#[path = "../../../../fuzz/properties/events.rs"]
+mod properties;
 
 /// Feeds `chunks`, checks what must hold after each, and gives the outputs and the held-back rest.
 fn split(chunks: &[&[u8]]) -> (Vec<Bytes>, Bytes) {
-    let input = chunks.concat();
-    let boundaries = boundaries(&input);
+    properties::check_chunks(&chunks.concat(), chunks);
     let mut splitter = EventSplitter::default();
-    let (mut outputs, mut fed, mut out) = (Vec::new(), 0, 0);
-    for chunk in chunks {
-        let whole = splitter.push(Bytes::copy_from_slice(chunk)).expect("small");
-        fed += chunk.len();
-        if let Some(whole) = whole {
-            assert!(!whole.is_empty());
-            assert_eq!(whole, input[out..out + whole.len()], "the bytes as they came");
-            out += whole.len();
-            outputs.push(whole);
-        }
-        let last = boundaries.iter().rev().find(|&&at| at <= fed).copied();
-        assert_eq!(
-            Some(out),
-            last,
-            "all that is whole, and nothing else, of {:?}",
-            input[..fed].escape_ascii()
-        );
-        assert_eq!(splitter.pending_bytes(), fed - out);
-    }
+    let push = |chunk: &&[u8]| splitter.push(Bytes::copy_from_slice(chunk)).expect("small");
+    let outputs: Vec<Bytes> = chunks.iter().filter_map(push).collect();
+    assert!(outputs.iter().all(|output| !output.is_empty()));
     let partial = splitter.take_partial();
     assert_eq!(splitter.pending_bytes(), 0);
     (outputs, partial)

@@ -144,6 +144,8 @@ pub struct StreamFacts {
     pub terminal: Option<Terminal>,
     /// Message of the first in-band error, at most 256 bytes: the engine's words, for our log.
     pub error: Option<String>,
+    /// Whether anything has been seen: a byte order mark is one only where it comes first.
+    pub begun: bool,
 }
 
 impl StreamFacts {
@@ -151,7 +153,9 @@ impl StreamFacts {
     /// event at the end is ignored.
     pub fn observe(&mut self, whole_events: &[u8]) {
         let mut rest = whole_events;
-        if self.events == 0 {
+        let first = !self.begun;
+        self.begun |= !whole_events.is_empty();
+        if first {
             rest = rest.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(rest);
         }
         let mut name: &[u8] = b"";

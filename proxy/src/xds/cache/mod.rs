@@ -207,11 +207,11 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 }
 
 fn encode(state: &XdsState) -> Vec<u8> {
-    fn resource(name: &str, version: &str, type_url: &str, message: &impl Message) -> Resource {
+    fn resource(name: &str, version: &str, type_url: &str, value: Vec<u8>) -> Resource {
         Resource {
             name: name.to_owned(),
             version: version.to_owned(),
-            resource: Some(Any { type_url: type_url.to_owned(), value: message.encode_to_vec() }),
+            resource: Some(Any { type_url: type_url.to_owned(), value }),
             ..Default::default()
         }
     }
@@ -221,11 +221,11 @@ fn encode(state: &XdsState) -> Vec<u8> {
     let tables = state
         .tables()
         .iter()
-        .map(|(name, table)| resource(name, &table.version, ENDPOINT_TABLE_TYPE, table.value.as_ref()));
+        .map(|(name, table)| resource(name, &table.version, ENDPOINT_TABLE_TYPE, table.value.encode()));
     let routes = state
         .routes()
         .iter()
-        .map(|(name, route)| resource(name, &route.version, MODEL_ROUTE_TYPE, route.value.as_ref()));
+        .map(|(name, route)| resource(name, &route.version, MODEL_ROUTE_TYPE, route.value.encode_to_vec()));
     let contents = Contents {
         tables: stored(state.tables_version(), tables.collect()),
         routes: stored(state.routes_version(), routes.collect()),

@@ -5,6 +5,7 @@
 //!
 //! A response is refused with *all* that is wrong with it: whoever reads the NACK sees the whole picture at once.
 
+mod table;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +20,8 @@ use penstock_proto::{
     xds::{self, DeltaDiscoveryResponse},
 };
 use prost::Message;
+
+pub use self::table::{Table, Told};
 
 /// Reasons given in one NACK; the rest are counted.
 const MAX_REASONS: usize = 20;
@@ -61,7 +64,7 @@ impl<T> Default for Family<T> {
 /// Everything accepted from the control plane so far.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct XdsState {
-    tables: Family<v1::EndpointTable>,
+    tables: Family<Table>,
     routes: Family<v1::ModelRoute>,
     /// Tables that were withdrawn while a route still names them.
     withdrawn: BTreeSet<String>,
@@ -120,7 +123,7 @@ impl XdsState {
 
     /// The endpoint tables by pool.
     #[must_use]
-    pub const fn tables(&self) -> &BTreeMap<String, Resource<v1::EndpointTable>> {
+    pub const fn tables(&self) -> &BTreeMap<String, Resource<Table>> {
         &self.tables.resources
     }
 
@@ -133,7 +136,7 @@ impl XdsState {
 
     /// The table of `pool`.
     #[must_use]
-    pub fn table(&self, pool: &str) -> Option<&Arc<v1::EndpointTable>> {
+    pub fn table(&self, pool: &str) -> Option<&Arc<Table>> {
         self.tables.resources.get(pool).map(|resource| &resource.value)
     }
 
@@ -168,8 +171,8 @@ impl XdsState {
         let mut next = self.clone();
         let mut reasons = Vec::new();
         match response.type_url.as_str() {
-            xds::ENDPOINT_TABLE_TYPE => next.tables.take(response, self.version(), check_table, &mut reasons),
-            xds::MODEL_ROUTE_TYPE => next.routes.take(response, self.version(), check_route, &mut reasons),
+            xds::ENDPOINT_TABLE_TYPE => next.tables.take(response, self.version(), read_table, &mut reasons),
+            xds::MODEL_ROUTE_TYPE => next.routes.take(response, self.version(), read_route, &mut reasons),
             other => reasons.push(format!(
                 "type URL {other:?} is not one this proxy subscribes to; it takes {} and {}",
                 xds::ENDPOINT_TABLE_TYPE,
@@ -230,13 +233,16 @@ impl XdsState {
     }
 }
 
-impl<T: Message + Default + PartialEq> Family<T> {
+/// Reads a resource, given what is held under its name. What is wrong with it goes to the reasons; `None` if it cannot be read.
+type Read<T> = fn(&xds::Resource, Option<&T>, &mut Vec<String>) -> Option<T>;
+
+impl<T: PartialEq> Family<T> {
     /// Takes a response of this family in, or says what is wrong with it. `newest` is the newest version of any type.
     fn take(
         &mut self,
         response: &DeltaDiscoveryResponse,
         newest: Version,
-        check: fn(&str, &mut T, &mut Vec<String>),
+        read: Read<T>,
         reasons: &mut Vec<String>,
     ) {
         match response.system_version_info.parse::<Version>() {
@@ -262,12 +268,9 @@ impl<T: Message + Default + PartialEq> Family<T> {
             if response.removed_resources.contains(name) {
                 reasons.push(format!("resource {name:?} is both sent and removed"));
             }
-            match decode::<T>(resource, &response.type_url) {
-                Err(reason) => reasons.push(reason),
-                Ok(mut value) => {
-                    check(name, &mut value, reasons);
-                    self.put(resource, value);
-                }
+            let held = self.resources.get(name).map(|held| &*held.value);
+            if let Some(value) = read(resource, held, reasons) {
+                self.put(resource, value);
             }
         }
     }
@@ -284,37 +287,54 @@ impl<T: Message + Default + PartialEq> Family<T> {
     }
 }
 
-fn decode<T: Message + Default>(resource: &xds::Resource, type_url: &str) -> Result<T, String> {
+/// The content, which must be of the type.
+fn content<'a>(resource: &'a xds::Resource, type_url: &str) -> Result<&'a [u8], String> {
     let name = &resource.name;
-    let Some(any) = &resource.resource else { return Err(format!("resource {name:?} has no content")) };
-    if any.type_url != type_url {
-        return Err(format!(
-            "resource {name:?} is of type {:?} in a response about {type_url:?}",
-            any.type_url
-        ));
+    match &resource.resource {
+        None => Err(format!("resource {name:?} has no content")),
+        Some(any) if any.type_url != type_url => {
+            Err(format!("resource {name:?} is of type {:?} in a response about {type_url:?}", any.type_url))
+        }
+        Some(any) => Ok(&any.value),
     }
-    T::decode(any.value.as_slice()).map_err(|error| format!("resource {name:?} cannot be decoded: {error}"))
 }
 
-fn check_table(name: &str, table: &mut v1::EndpointTable, reasons: &mut Vec<String>) {
-    check_name(name, "table", "pool", &table.pool, reasons);
-    let mut ids = HashSet::with_capacity(table.endpoints.len());
-    for (index, endpoint) in table.endpoints.iter().enumerate() {
-        let id = &endpoint.id;
-        if id.is_empty() {
-            reasons.push(format!("table {name:?}: endpoint number {index} has no id"));
-        } else if !ids.insert(id.as_str()) {
-            reasons.push(format!("table {name:?}: endpoint id {id:?} is there twice"));
+fn undecodable(resource: &xds::Resource, error: &prost::DecodeError) -> String {
+    format!("resource {:?} cannot be decoded: {error}", resource.name)
+}
+
+fn read_table(resource: &xds::Resource, held: Option<&Table>, reasons: &mut Vec<String>) -> Option<Table> {
+    let name = &resource.name;
+    let read = content(resource, xds::ENDPOINT_TABLE_TYPE).and_then(|bytes| {
+        Table::read(name, bytes, held, reasons).map_err(|error| undecodable(resource, &error))
+    });
+    match read {
+        Ok(table) => {
+            check_name(name, "table", "pool", &table.pool, reasons);
+            Some(table)
         }
-        if let Err(reason) = check_address(&endpoint.address) {
-            reasons.push(format!("table {name:?}: endpoint {id:?}: {reason}"));
+        Err(reason) => {
+            reasons.push(reason);
+            None
         }
-        match v1::EndpointState::try_from(endpoint.state) {
-            Ok(v1::EndpointState::Ready | v1::EndpointState::Draining) => {}
-            Ok(v1::EndpointState::Unspecified) | Err(_) => reasons.push(format!(
-                "table {name:?}: endpoint {id:?}: state {} is not READY (1) or DRAINING (2)",
-                endpoint.state
-            )),
+    }
+}
+
+fn read_route(
+    resource: &xds::Resource,
+    _held: Option<&v1::ModelRoute>,
+    reasons: &mut Vec<String>,
+) -> Option<v1::ModelRoute> {
+    let read = content(resource, xds::MODEL_ROUTE_TYPE)
+        .and_then(|bytes| v1::ModelRoute::decode(bytes).map_err(|error| undecodable(resource, &error)));
+    match read {
+        Ok(mut route) => {
+            check_route(&resource.name, &mut route, reasons);
+            Some(route)
+        }
+        Err(reason) => {
+            reasons.push(reason);
+            None
         }
     }
 }

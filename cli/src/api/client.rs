@@ -1,246 +1,15 @@
-//! The control plane's REST API as a client sees it: one struct per resource, one method per call.
-//!
-//! Every field has a default and unknown ones are ignored, so that this program works with a control plane that is
-//! somewhat older or newer. A reply is kept beside its typed reading, so that `--output json` prints what the server
-//! said and not what this program understood of it.
+//! One method per call of the control plane's REST API.
 
-use std::{collections::BTreeMap, io, time::Duration};
+use std::time::Duration;
 
 use reqwest::{Client, Method, Response, StatusCode, Url};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-/// Why a call came to nothing. The text says what was tried and what to do.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ApiError {
-    /// An argument cannot be used.
-    #[error("{0}")]
-    Usage(String),
-    /// Nothing answered.
-    #[error(
-        "cannot reach the control plane at {url} (from {origin}): {reason}\n\
-         Is it running? `penstock up` starts one; --controlplane URL names another."
-    )]
-    Unreachable { url: String, origin: String, reason: String },
-    /// A proxy's private port did not answer.
-    #[error(
-        "cannot reach the proxy at {url} (from {origin}): {reason}\nIs it running? --proxy URL names its private port."
-    )]
-    ProxyUnreachable { url: String, origin: String, reason: String },
-    /// 404.
-    #[error("{0}")]
-    NotFound(String),
-    /// Any other status that is no success.
-    #[error("the control plane refused {call}: {message} ({status})")]
-    Refused { call: String, status: StatusCode, message: String },
-    /// An answer that is not the API's.
-    #[error("unexpected answer to {call}: {message}\nDoes the address belong to a Penstock control plane?")]
-    Malformed { call: String, message: String },
-    /// What was waited for did not happen.
-    #[error("{0}")]
-    NotInTime(String),
-    /// stdout could not be written.
-    #[error("cannot write the answer: {0}")]
-    Output(#[from] io::Error),
-}
+use super::*;
 
-/// A reply: as it came, and as it reads.
-#[derive(Debug, Clone)]
-pub(crate) struct Reply<T> {
-    pub(crate) json: Value,
-    pub(crate) value: T,
-}
-
-/// What a deployment should be: the body of its PUT. `None` leaves the choice to the server.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub(crate) struct DeploymentSpec {
-    pub(crate) replicas: u32,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) engine: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) model_path: Option<String>,
-    pub(crate) args: Vec<String>,
-    pub(crate) env: BTreeMap<String, String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) gpus_per_replica: Option<u32>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(crate) lora: Vec<LoraAdapter>,
-}
-
-/// A LoRA adapter of a deployment.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub(crate) struct LoraAdapter {
-    pub(crate) name: String,
-    pub(crate) path: String,
-}
-
-/// What a route should be: the body of its PUT.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub(crate) struct RouteSpec {
-    pub(crate) targets: Vec<RouteTarget>,
-    pub(crate) fallbacks: Vec<String>,
-}
-
-/// One of a route's targets. `None` leaves the weight to the server.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub(crate) struct RouteTarget {
-    pub(crate) model: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) weight: Option<u32>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-pub(crate) struct Route {
-    pub(crate) name: String,
-    pub(crate) targets: Vec<RouteTarget>,
-    pub(crate) fallbacks: Vec<String>,
-    pub(crate) missing: Vec<String>,
-    pub(crate) implicit: bool,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Routes {
-    pub(crate) routes: Vec<Route>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-pub(crate) struct Deployment {
-    pub(crate) model: String,
-    pub(crate) replicas: u32,
-    pub(crate) engine: String,
-    pub(crate) model_path: String,
-    pub(crate) args: Vec<String>,
-    pub(crate) env: BTreeMap<String, String>,
-    pub(crate) gpus_per_replica: u32,
-    pub(crate) status: DeploymentStatus,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-pub(crate) struct DeploymentStatus {
-    pub(crate) ready: u32,
-    pub(crate) starting: u32,
-    pub(crate) draining: u32,
-    pub(crate) failed: u32,
-    pub(crate) waiting: Vec<String>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Deployments {
-    pub(crate) deployments: Vec<Deployment>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Model {
-    pub(crate) model: String,
-    pub(crate) replicas: u32,
-    pub(crate) ready: u32,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Models {
-    pub(crate) models: Vec<Model>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Endpoint {
-    pub(crate) id: String,
-    pub(crate) model: String,
-    pub(crate) node: String,
-    pub(crate) address: String,
-    pub(crate) state: String,
-    pub(crate) generation: u64,
-    pub(crate) pid: u32,
-    pub(crate) restarts: u32,
-    pub(crate) running: u32,
-    pub(crate) waiting: u32,
-    pub(crate) kv_used_ratio: f64,
-    pub(crate) reason: String,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Endpoints {
-    pub(crate) endpoints: Vec<Endpoint>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Node {
-    pub(crate) node_id: String,
-    pub(crate) state: String,
-    pub(crate) zone: String,
-    pub(crate) gpus: Vec<Value>,
-    pub(crate) agent_version: String,
-    pub(crate) engines: u32,
-    pub(crate) role: String,
-    pub(crate) cordoned: bool,
-    pub(crate) maintenance: bool,
-}
-
-/// One state that a deployment had.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Revision {
-    pub(crate) number: u64,
-    pub(crate) unix_s: u64,
-    pub(crate) rolled_back_to: Option<u64>,
-    pub(crate) changes: Vec<Difference>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Revisions {
-    pub(crate) revisions: Vec<Revision>,
-}
-
-/// A field that differs between two revisions; null: it was, or is, not there.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Difference {
-    pub(crate) field: String,
-    pub(crate) before: Value,
-    pub(crate) after: Value,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Differences {
-    pub(crate) from: u64,
-    pub(crate) to: u64,
-    pub(crate) changes: Vec<Difference>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Nodes {
-    pub(crate) nodes: Vec<Node>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Proxies {
-    pub(crate) proxies: Vec<Value>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct ClusterStatus {
-    pub(crate) version: String,
-    pub(crate) term: u64,
-    pub(crate) revision: u64,
-    pub(crate) store: String,
-    pub(crate) leader: bool,
-    pub(crate) uptime_s: u64,
-}
+/// Things asked for at once.
+const PAGE: usize = 500;
 
 /// A control plane at an address.
 #[derive(Debug, Clone)]
@@ -249,11 +18,21 @@ pub(crate) struct ControlPlane {
     /// Where the address came from, for the error that nobody answers there.
     origin: String,
     client: Client,
+    /// Shown to the control plane as who asks.
+    token: Option<String>,
+}
+
+/// What a call says beside its path.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Ask<'a> {
+    pub(crate) query: &'a [(&'a str, String)],
+    pub(crate) headers: &'a [(&'a str, String)],
+    pub(crate) body: Option<&'a Value>,
 }
 
 impl ControlPlane {
     /// `address` is `http://HOST:PORT`; `origin` says where it came from ("--controlplane", "the default").
-    pub(crate) fn new(address: &str, origin: &str) -> Result<Self, ApiError> {
+    pub(crate) fn new(address: &str, origin: &str, token: Option<String>) -> Result<Self, ApiError> {
         let wrong = |why: String| {
             ApiError::Usage(format!(
                 "{origin}: {address:?} is no address of a control plane: {why}; accepted: http://HOST:PORT"
@@ -270,7 +49,12 @@ impl ControlPlane {
             .timeout(Duration::from_secs(30))
             .build()
             .map_err(|e| ApiError::Usage(format!("cannot set up HTTP: {e}")))?;
-        Ok(Self { base, origin: origin.into(), client })
+        Ok(Self { base, origin: origin.into(), client, token })
+    }
+
+    /// `http://HOST:PORT`.
+    pub(crate) fn address(&self) -> &str {
+        self.base.as_str().trim_end_matches('/')
     }
 
     pub(crate) async fn status(&self) -> Result<Reply<ClusterStatus>, ApiError> {
@@ -338,6 +122,36 @@ impl ControlPlane {
         self.call(Method::POST, &["api", "v2", "endpoints", endpoint, "undrain"], None::<&()>).await
     }
 
+    pub(crate) async fn endpoint(&self, endpoint: &str) -> Result<Reply<Endpoint>, ApiError> {
+        self.call(Method::GET, &["api", "v2", "endpoints", endpoint], None::<&()>).await
+    }
+
+    pub(crate) async fn node(&self, node: &str) -> Result<Reply<Node>, ApiError> {
+        self.call(Method::GET, &["api", "v2", "nodes", node], None::<&()>).await
+    }
+
+    /// Everything of a kind, page by page.
+    pub(crate) async fn list(&self, things: &str) -> Result<Vec<Value>, ApiError> {
+        let mut all = Vec::new();
+        let mut query = vec![("limit", PAGE.to_string())];
+        loop {
+            let ask = Ask { query: &query, ..Ask::default() };
+            let page = self.ask(Method::GET, &["api", "v2", things], &ask).await?;
+            let items = page.get(things).and_then(Value::as_array).ok_or_else(|| ApiError::Malformed {
+                call: format!("GET /api/v2/{things}"),
+                message: format!("there is no list {things:?} in it"),
+            })?;
+            all.extend(items.iter().cloned());
+            match page.get("next_cursor").and_then(Value::as_str) {
+                // A cursor that stands still would go on for ever.
+                Some(next) if !items.is_empty() => {
+                    query = vec![("limit", PAGE.to_string()), ("cursor", next.to_owned())]
+                }
+                _ => return Ok(all),
+            }
+        }
+    }
+
     /// `word`: "cordon", "maintenance" or "uncordon".
     pub(crate) async fn speak_of_node(
         &self,
@@ -385,21 +199,61 @@ impl ControlPlane {
         query: &[(&str, u64)],
         body: Option<&impl Serialize>,
     ) -> Result<Reply<T>, ApiError> {
+        let query: Vec<(&str, String)> = query.iter().map(|(key, value)| (*key, value.to_string())).collect();
+        let body = body.map(serde_json::to_value).transpose().map_err(|e| ApiError::Usage(e.to_string()))?;
+        let ask = Ask { query: &query, headers: &[], body: body.as_ref() };
+        let (call, response) = self.send(method, path, &ask).await?;
+        self.read(call, response).await
+    }
+
+    /// One call of any part of the API. What comes back is JSON.
+    pub(crate) async fn ask(&self, method: Method, path: &[&str], ask: &Ask<'_>) -> Result<Value, ApiError> {
+        let (call, response) = self.send(method, path, ask).await?;
+        self.read::<Value>(call, response).await.map(|reply| reply.json)
+    }
+
+    /// The same of a GET without more.
+    pub(crate) async fn get(&self, path: &[&str]) -> Result<Value, ApiError> {
+        self.ask(Method::GET, path, &Ask::default()).await
+    }
+
+    /// The body of an answer as it came, for documents; without the deadline of a call.
+    pub(crate) async fn document(&self, path: &[&str]) -> Result<Vec<u8>, ApiError> {
+        let (call, response) = self.send(Method::GET, path, &Ask::default()).await?;
+        let status = response.status();
+        let body = response.bytes().await.map_err(|e| self.unreachable(&e))?;
+        match status.is_success() {
+            true => Ok(body.into()),
+            false => Err(refusal(call, status, serde_json::from_slice(&body).ok())),
+        }
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &[&str],
+        ask: &Ask<'_>,
+    ) -> Result<(String, Response), ApiError> {
         let mut url = self.base.clone();
         if let Ok(mut segments) = url.path_segments_mut() {
             segments.clear().extend(path); // percent-encodes each: a model's name may hold '/'
         }
-        for (key, value) in query {
-            url.query_pairs_mut().append_pair(key, &value.to_string());
+        for (key, value) in ask.query {
+            url.query_pairs_mut().append_pair(key, value);
         }
         let call = format!("{method} {url}");
-        let request = self.client.request(method, url);
-        let request = match body {
-            Some(body) => request.json(body),
-            None => request,
-        };
+        let mut request = self.client.request(method, url);
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token);
+        }
+        for (name, value) in ask.headers {
+            request = request.header(*name, value);
+        }
+        if let Some(body) = ask.body {
+            request = request.json(body);
+        }
         let response = request.send().await.map_err(|e| self.unreachable(&e))?;
-        self.read(call, response).await
+        Ok((call, response))
     }
 
     async fn read<T: DeserializeOwned>(
@@ -421,7 +275,7 @@ impl ControlPlane {
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> ApiError {
-        let url = self.base.as_str().trim_end_matches('/').to_string();
+        let url = self.address().to_owned();
         ApiError::Unreachable { url, origin: self.origin.clone(), reason: root_cause(error) }
     }
 }
@@ -441,6 +295,11 @@ fn refusal(call: String, status: StatusCode, json: Option<Value>) -> ApiError {
         return ApiError::Malformed { call, message: format!("status {status} without a reason") };
     };
     match (status, said("field")) {
+        (StatusCode::UNAUTHORIZED, _) => ApiError::Refused {
+            call,
+            status,
+            message: format!("{message}; --token TOKEN or PENSTOCK_TOKEN names who asks"),
+        },
         (StatusCode::NOT_FOUND, _) => ApiError::NotFound(message.into()),
         (_, Some(field)) => ApiError::Refused { call, status, message: format!("{field}: {message}") },
         (_, None) => ApiError::Refused { call, status, message: message.into() },

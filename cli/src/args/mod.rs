@@ -1,8 +1,12 @@
 //! The command line: what can be asked for, and nothing of how it is done.
 
+mod ops;
+
 use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+
+pub(crate) use ops::*;
 
 use crate::{api::RouteTarget, commands::simulate::SimulateArgs};
 
@@ -11,7 +15,8 @@ const EXIT_CODES: &str = "Exit codes:
   1  failed: the server said no, a port is taken, not ready in time
   2  wrong usage or settings
   3  the control plane, or a proxy, cannot be reached
-  4  it knows no such thing";
+  4  it knows no such thing
+  5  what was compared differs (`diff --exit-code`)";
 
 /// Penstock: a gateway for fleets of vLLM engines.
 #[derive(Debug, Parser)]
@@ -25,6 +30,47 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run a whole Penstock on this machine: control plane, agent, proxy and engines
     Up(UpArgs),
+    /// Make the site what manifests say: deployments, routes, what is said of nodes
+    Apply(ApplyArgs),
+    /// Print the JSON schema of manifests, for editors and checks
+    Schema,
+    /// Things of one kind, or some of them by name
+    Get(GetArgs),
+    /// Everything about one thing, with what waits on what and why
+    Describe(DescribeArgs),
+    /// Come back when deployments have every engine that they want
+    WaitReady(WaitReadyArgs),
+    /// A real completion through the proxy: does it stream, how fast, which engine answered
+    VerifyChat(VerifyChatArgs),
+    /// Look at everything that an operator would look at, and say what to do
+    Doctor(DoctorArgs),
+    /// Look at this machine before Penstock is installed on it
+    Preflight(PreflightArgs),
+    /// Which machines should be members of etcd
+    EtcdTopology {
+        #[command(subcommand)]
+        command: EtcdTopologyCommand,
+    },
+    /// Tokens of the control plane's API
+    Token {
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
+    /// What was changed, by whom, from where; newest first
+    Audit(AuditArgs),
+    /// The control plane's last log lines
+    Logs(LogsArgs),
+    /// The control planes themselves
+    Cluster {
+        #[command(subcommand)]
+        command: ClusterCommand,
+    },
+    /// Place a model on one node, in the words of the operations guide
+    Place(PlaceArgs),
+    /// Write what is wanted of the site into a file
+    Backup(BackupArgs),
+    /// Make the site what a backup says, as far as nothing that serves is torn down
+    Restore(RestoreArgs),
     /// The control plane and what it manages, in short
     Status(Remote),
     /// Models that are served
@@ -42,13 +88,13 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: RouteCommand,
     },
-    /// Take an endpoint out of use until `undrain`: running requests finish, new ones go elsewhere
-    Drain(EndpointArgs),
-    /// Put a drained endpoint back into use
+    /// Take an endpoint, or all of a node, out of use until `undrain`: running requests finish, new ones go elsewhere
+    Drain(DrainArgs),
+    /// Put a drained endpoint, or node, back into use
     Undrain(EndpointArgs),
     /// What a deployment was: its revisions, newest first, each with what it changed
     History(ModelArgs),
-    /// What differs between two revisions of a deployment [default: the last change]
+    /// What manifests would change (-f), or what differs between two revisions of a deployment
     Diff(DiffArgs),
     /// Make a deployment what it was before its last change, or at an earlier revision
     Rollback(RollbackArgs),
@@ -75,6 +121,8 @@ pub(crate) enum Command {
         /// Shell to complete in
         shell: clap_complete::Shell,
     },
+    /// Print the manual page: penstock man > /usr/share/man/man1/penstock.1
+    Man,
     /// Run the data plane (`penstock proxy --help`)
     Proxy(ProcessArgs),
     /// Run the control plane (`penstock controlplane --help`)
@@ -96,16 +144,26 @@ pub(crate) struct ProcessArgs {
     pub(crate) args: Vec<OsString>,
 }
 
-/// How to reach the control plane, and how to print what it says.
+/// How to reach the control plane.
 #[derive(Debug, Clone, Args)]
-pub(crate) struct Remote {
+pub(crate) struct Server {
     /// Control plane's address [default: that of the `penstock up` on --data-dir, else http://127.0.0.1:18090]
-    #[arg(long, value_name = "URL", env = "PENSTOCK_CONTROLPLANE", value_hint = ValueHint::Url)]
+    #[arg(long, alias = "server", value_name = "URL", env = "PENSTOCK_CONTROLPLANE", value_hint = ValueHint::Url)]
     pub(crate) controlplane: Option<String>,
+    /// Who asks, where the control plane wants to know: a token of its [auth] settings or of `penstock token create`
+    #[arg(long, value_name = "TOKEN", env = "PENSTOCK_TOKEN", hide_env_values = true)]
+    pub(crate) token: Option<String>,
     /// Data directory of the `penstock up` to talk to [default: ~/.local/share/penstock]
     #[arg(long, value_name = "DIR", env = "PENSTOCK_DATA_DIR", value_hint = ValueHint::DirPath)]
     pub(crate) data_dir: Option<PathBuf>,
-    /// How to print: a table for people, or the server's JSON
+}
+
+/// How to reach the control plane, and how to print what it says.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Remote {
+    #[command(flatten)]
+    pub(crate) server: Server,
+    /// How to print: a table for people, or the server's answer as JSON or YAML
     #[arg(long, short, value_name = "FORMAT", default_value = "table")]
     pub(crate) output: Format,
 }
@@ -114,6 +172,7 @@ pub(crate) struct Remote {
 pub(crate) enum Format {
     Table,
     Json,
+    Yaml,
 }
 
 /// `penstock up`
@@ -271,10 +330,10 @@ pub(crate) struct RouteDeleteArgs {
     pub(crate) remote: Remote,
 }
 
-/// `penstock drain` and `undrain`
+/// `penstock undrain`
 #[derive(Debug, Clone, Args)]
 pub(crate) struct EndpointArgs {
-    /// Endpoint's id, as `penstock endpoints` shows it
+    /// Endpoint's id, as `penstock endpoints` shows it, or node/NAME
     pub(crate) endpoint_id: String,
     #[command(flatten)]
     pub(crate) remote: Remote,
@@ -285,21 +344,6 @@ pub(crate) struct EndpointArgs {
 pub(crate) struct ModelArgs {
     /// Model whose deployment it is
     pub(crate) model: String,
-    #[command(flatten)]
-    pub(crate) remote: Remote,
-}
-
-/// `penstock diff`
-#[derive(Debug, Clone, Args)]
-pub(crate) struct DiffArgs {
-    /// Model whose deployment it is
-    pub(crate) model: String,
-    /// Revision to start from [default: the one before --to]
-    #[arg(long, value_name = "N")]
-    pub(crate) from: Option<u64>,
-    /// Revision to end at [default: the present one]
-    #[arg(long, value_name = "N")]
-    pub(crate) to: Option<u64>,
     #[command(flatten)]
     pub(crate) remote: Remote,
 }
