@@ -130,7 +130,7 @@ impl ServerTls {
 pub async fn accept(
     listener: TcpListener,
     config: watch::Receiver<Arc<ServerConfig>>,
-    accepted: mpsc::Sender<io::Result<TlsStream<TcpStream>>>,
+    accepted: mpsc::Sender<Known>,
     metrics: Arc<Metrics>,
     stop: CancellationToken,
 ) {
@@ -171,9 +171,11 @@ pub async fn accept(
     }
 }
 
+/// A connection whose other side is known.
+pub type Known = io::Result<TlsStream<TcpStream>>;
+
 /// The connections that [`accept`] gives on.
-pub fn incoming()
--> (mpsc::Sender<io::Result<TlsStream<TcpStream>>>, ReceiverStream<io::Result<TlsStream<TcpStream>>>) {
+pub fn incoming() -> (mpsc::Sender<Known>, ReceiverStream<Known>) {
     let (sender, receiver) = mpsc::channel(1);
     (sender, ReceiverStream::new(receiver))
 }

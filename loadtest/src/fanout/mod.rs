@@ -67,7 +67,7 @@ async fn run(options: &Options) -> Result<String, String> {
         tasks.spawn(subscriber::run(plane.grpc.clone(), number, told));
     }
     let complete = || told.complete() >= options.subscribers as usize;
-    until("every subscriber to know the fleet", &mut tasks, || complete()).await?;
+    until("every subscriber to know the fleet", &mut tasks, complete).await?;
     say(&format!("{} subscribers know them", options.subscribers));
     let memory_before = plane.memory()?;
 
