@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::StreamExt;
 use tokio::sync::watch;
 
 use crate::{
@@ -21,6 +22,8 @@ use crate::{
     view::{ModelView, View},
 };
 
+/// Leases that are renewed at a time when a term begins.
+const RENEWALS: usize = 64;
 /// How long the last word of an engine's load is kept: past any use that a proxy has for it.
 const LOAD_KEPT: Duration = Duration::from_secs(60);
 
@@ -51,6 +54,7 @@ pub async fn run(core: Arc<Core>) {
     let mut demands = core.demands.changes();
     let mut since = Since::default();
     let mut standing = core.leadership.changes();
+    let mut greeted = None;
     let tick = Duration::from_millis(core.config.reconcile.tick_ms);
     loop {
         views.mark_unchanged();
@@ -70,6 +74,10 @@ pub async fn run(core: Arc<Core>) {
             }
             continue;
         }
+        let term = core.leadership.term();
+        if std::mem::replace(&mut greeted, term) != term {
+            renew_nodes(&core).await;
+        }
         let started = Instant::now();
         let outcome = pass(&core, &mut since, started).await;
         core.metrics.reconcile_seconds.observe(started.elapsed().as_secs_f64());
@@ -88,6 +96,15 @@ pub async fn run(core: Arc<Core>) {
             () = tokio::time::sleep(tick) => {}
         }
     }
+}
+
+/// Gives every node its full time to connect to the one that leads now: it may be a while since anybody renewed its lease.
+async fn renew_nodes(core: &Core) {
+    let view = core.view();
+    let leases = view.nodes.values().map(|node| node.lease).filter(|lease| *lease != 0);
+    let renewals = futures_util::stream::iter(leases).map(|lease| core.store.lease_keep_alive(lease));
+    // One that has ended just now is the node's to ask for again; a store that is away is told of by the pass.
+    renewals.buffer_unordered(RENEWALS).for_each(|renewed| async { drop(renewed) }).await;
 }
 
 /// Since when things are so: what a pass leaves to the next one. An empty one postpones and never hastens.

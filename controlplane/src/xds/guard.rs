@@ -6,13 +6,14 @@
 //! down, rollout, deletion) and what an agent said itself (an engine that ended) are never missing. An endpoint stays missing
 //! until it registers again or the plan gives it up, as it does for a node that is lost for longer than its grace.
 //!
-//! One node may die at any moment, so what is missing on a single node passes. Beyond that, missing endpoints stay in the
-//! tables (*held*) where they would leave a pool without any, and everywhere once more than the set share of the fleet is
-//! missing. Proxies judge endpoints by what these answer, so one that is held and dead costs a retry.
+//! Missing endpoints stay in the tables (*held*) where they would leave a pool without any: a table that is empty serves
+//! nobody, so there is nothing to win by it. They stay everywhere once more than the set share of the fleet is missing, on more
+//! than one node: one may die at any moment. Proxies judge endpoints by what these answer, so one that is held and dead
+//! costs a retry.
 //!
 //! Models that vanish without a trace, with more than that share of the fleet in them, hold the whole snapshot: deletions
 //! take the way through draining. Both end by themselves when the cause does, or when an operator lets them pass
-//! ([`View::let_pass`]). Absent: memory over restarts. The first snapshot of a process is what its store says.
+//! ([`View::let_pass`]). Absent: memory over restarts; what a process first publishes waits for `fleet::settled`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -144,8 +145,7 @@ impl Guard {
         let fleet = on_nodes > 1 && self.is_too_much(lost, self.ready + lost);
         let guards = self.max_loss_percent > 0;
         for (name, pool) in &mut self.pools {
-            let emptied = !pool.serves && nodes(pool.missing.values()) > 1;
-            let held = guards && !pool.missing.is_empty() && (fleet || emptied);
+            let held = guards && !pool.missing.is_empty() && (fleet || !pool.serves);
             if std::mem::replace(&mut pool.held, held) != held {
                 touched.push(name.clone());
             }

@@ -107,9 +107,21 @@ impl Fleet {
 
 #[test]
 fn one_node_that_dies_takes_its_endpoints_along() {
-    let mut fleet = Fleet::new(&[("a", 1), ("b", 1)]);
+    let mut fleet = Fleet::new(&[("a", 2), ("b", 2)]);
     fleet.lapse(0);
-    assert_eq!(fleet.tables(), Some(vec![0, 0]));
+    assert_eq!(fleet.tables(), Some(vec![1, 1]));
+    assert_eq!(fleet.projector.held(), Held::default());
+}
+
+#[test]
+fn the_only_node_of_a_pool_is_not_taken_for_dead_because_it_is_silent() {
+    let mut fleet = Fleet::new(&[("a", 1), ("b", 20)]);
+    fleet.lapse(0);
+    assert_eq!(fleet.tables(), Some(vec![1, 19]), "b can do without");
+    assert_eq!(fleet.projector.held().endpoints(), 1);
+    fleet.register("a", 0);
+    fleet.register("b", 0);
+    assert_eq!(fleet.tables(), Some(vec![1, 20]));
     assert_eq!(fleet.projector.held(), Held::default());
 }
 

@@ -143,11 +143,11 @@ pub async fn publish(core: Arc<Core>) {
     let mut views = core.views.clone();
     views.mark_changed();
     let pause = Duration::from_millis(core.config.xds.push_coalesce_ms);
+    let mut base = core.view().term_base;
     let mut projector = Projector::new(&core.config.xds);
     // The newest, published or not.
     let mut last = Arc::<Snapshot>::default();
     let mut consistent = true;
-    let mut base = core.view().term_base;
     while views.changed().await.is_ok() {
         let mut view = views.borrow_and_update().clone();
         if view.term_base != base {

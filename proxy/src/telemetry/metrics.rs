@@ -33,8 +33,7 @@ const TTFT_BUCKETS: &[f64] =
 const DURATION_BUCKETS: &[f64] =
     &[0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
 
-/// Seconds. Tokens of a small model on an idle engine come every few milliseconds; 50 to 100 ms is a full batch, and what
-/// is above a second is a reader who waits.
+/// Seconds. A small model on an idle engine: a few milliseconds; a full batch: 50 to 100; above a second a reader waits.
 const ITL_BUCKETS: &[f64] =
     &[0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0, 60.0];
 
