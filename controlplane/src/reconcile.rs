@@ -101,7 +101,7 @@ pub async fn run(core: Arc<Core>) {
 /// Gives every node its full time to connect to the one that leads now: it may be a while since anybody renewed its lease.
 async fn renew_nodes(core: &Core) {
     let view = core.view();
-    let leases = view.nodes.values().map(|node| node.lease).filter(|lease| *lease != 0);
+    let leases: Vec<_> = view.nodes.values().map(|node| node.lease).filter(|lease| *lease != 0).collect();
     let renewals = futures_util::stream::iter(leases).map(|lease| core.store.lease_keep_alive(lease));
     // One that has ended just now is the node's to ask for again; a store that is away is told of by the pass.
     renewals.buffer_unordered(RENEWALS).for_each(|renewed| async { drop(renewed) }).await;
