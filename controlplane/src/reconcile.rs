@@ -21,6 +21,8 @@ use crate::{
     view::{ModelView, View},
 };
 
+/// How many times as long as a pass took nothing is planned after it: so passes take a fifth of a core at most.
+const REST: u32 = 4;
 /// Leases that are renewed at a time when a term begins.
 const RENEWALS: usize = 64;
 /// How long the last word of an engine's load is kept: past any use that a proxy has for it.
@@ -85,8 +87,11 @@ pub async fn run(core: Arc<Core>) {
             ("error", false)
         });
         core.metrics.reconciles.with_label_values(&[label]).inc();
-        // A plan that hit its caps was all for this tick: else the caps would bound nothing.
-        let pause = if is_capped { tick } else { Duration::from_millis(core.config.reconcile.coalesce_ms) };
+        // A plan that hit its caps was all for this tick: else the caps would bound nothing. And in a large fleet, where a pass
+        // takes its time, the changes that come meanwhile are looked at together.
+        let coalesce = Duration::from_millis(core.config.reconcile.coalesce_ms);
+        let pause =
+            if is_capped { tick } else { coalesce.max(started.elapsed() * REST).min(tick.max(coalesce)) };
         tokio::time::sleep(pause).await;
         tokio::select! {
             changed = views.changed() => if changed.is_err() { return },
@@ -174,7 +179,7 @@ fn remember<'a>(
     observed: &mut Observed<'a>,
     memory: &mut Memory,
     view: &'a View,
-    nodes: &BTreeMap<String, NodeObserved>,
+    nodes: &BTreeMap<String, Arc<NodeObserved>>,
     demands: &BTreeMap<String, Demand>,
     core: &Core,
     now: Instant,
@@ -200,7 +205,12 @@ fn remember<'a>(
 
 /// What the ready replicas of a model do, by the last reports of their nodes. The time to the first token is the mean of all
 /// requests that had one lately, wherever: an engine that had none says nothing of it.
-fn load(model: &ModelView, nodes: &BTreeMap<String, NodeObserved>, fresh: Duration, now: Instant) -> Load {
+fn load(
+    model: &ModelView,
+    nodes: &BTreeMap<String, Arc<NodeObserved>>,
+    fresh: Duration,
+    now: Instant,
+) -> Load {
     let mut load = Load::default();
     let mut first_tokens = Vec::new();
     let active = model.placement.iter().flat_map(|stored| &stored.value.assignments);
@@ -243,7 +253,7 @@ fn desired(view: &View) -> Desired<'_> {
 
 fn observed<'a>(
     view: &'a View,
-    nodes: &'a BTreeMap<String, NodeObserved>,
+    nodes: &'a BTreeMap<String, Arc<NodeObserved>>,
     lost: &BTreeMap<&'a str, Instant>,
     zones: &'a BTreeMap<String, String>,
     settle: Duration,

@@ -134,7 +134,13 @@ async fn gather(args: &DoctorArgs) -> Result<Facts, ApiError> {
         if !config.backup.dir.is_empty() {
             folders.push(Path::new(&config.backup.dir).to_path_buf());
         }
-        let named = [("store.ca_file", &store.ca_file), ("store.cert_file", &store.cert_file)];
+        let tls = &config.listen.tls;
+        let named = [
+            ("store.ca_file", &store.ca_file),
+            ("store.cert_file", &store.cert_file),
+            ("listen.tls.ca_file", &tls.ca_file),
+            ("listen.tls.cert_file", &tls.cert_file),
+        ];
         for (setting, file) in named.into_iter().filter(|(_, file)| !file.is_empty()) {
             facts.certificates.push((format!("{setting} ({file})"), certificate::expires(Path::new(file))));
         }

@@ -62,13 +62,16 @@ pub(super) fn one(
 }
 
 /// Every node that is present, assigned to, heard of or spoken of; some more than once.
-fn known<'a>(view: &'a View, seen: &'a BTreeMap<String, NodeObserved>) -> impl Iterator<Item = &'a String> {
+fn known<'a>(
+    view: &'a View,
+    seen: &'a BTreeMap<String, Arc<NodeObserved>>,
+) -> impl Iterator<Item = &'a String> {
     view.nodes.keys().chain(view.by_node.keys()).chain(seen.keys()).chain(view.node_policies.keys())
 }
 
 fn shown(
     view: &View,
-    seen: &BTreeMap<String, NodeObserved>,
+    seen: &BTreeMap<String, Arc<NodeObserved>>,
     name: &str,
     policy: Option<&NodePolicy>,
 ) -> Value {

@@ -1,6 +1,6 @@
 //! How things look from outside: deployments with their status, endpoints with their state. Pure.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::Serialize;
 
@@ -71,7 +71,7 @@ pub(super) fn endpoints(
     view: &View,
     name: &str,
     model: &ModelView,
-    nodes: &BTreeMap<String, NodeObserved>,
+    nodes: &BTreeMap<String, Arc<NodeObserved>>,
 ) -> Vec<EndpointShown> {
     let placed = model.placement.iter().flat_map(|p| &p.value.assignments);
     let mut out: Vec<EndpointShown> = placed

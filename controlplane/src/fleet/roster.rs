@@ -5,7 +5,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
@@ -24,7 +24,7 @@ pub struct Roster {
 
 #[derive(Debug, Default)]
 struct Inner {
-    nodes: BTreeMap<String, NodeObserved>,
+    nodes: BTreeMap<String, Arc<NodeObserved>>,
     sessions: BTreeMap<String, (u64, CancellationToken)>,
     last_session: u64,
 }
@@ -53,12 +53,12 @@ impl Roster {
     }
 
     /// A node as last seen.
-    pub fn node(&self, node_id: &str) -> Option<NodeObserved> {
+    pub fn node(&self, node_id: &str) -> Option<Arc<NodeObserved>> {
         self.inner().nodes.get(node_id).cloned()
     }
 
-    /// Every node as last seen.
-    pub fn nodes(&self) -> BTreeMap<String, NodeObserved> {
+    /// Every node as last seen. Costs a pointer for each.
+    pub fn nodes(&self) -> BTreeMap<String, Arc<NodeObserved>> {
         self.inner().nodes.clone()
     }
 
@@ -71,7 +71,7 @@ impl Roster {
         if let Some((_, older)) = older {
             older.cancel();
         }
-        let node = inner.nodes.entry(node_id.to_owned()).or_default();
+        let node = Arc::make_mut(inner.nodes.entry(node_id.to_owned()).or_default());
         (node.connected, node.gpus) = (true, gpus);
         node.withdrawn.clear();
         drop(inner);
@@ -85,7 +85,7 @@ impl Roster {
         if inner.sessions.get(node_id).is_some_and(|(number, _)| *number == seat.number) {
             inner.sessions.remove(node_id);
             if let Some(node) = inner.nodes.get_mut(node_id) {
-                node.connected = false;
+                Arc::make_mut(node).connected = false;
             }
             drop(inner);
             self.bump();
@@ -97,7 +97,7 @@ impl Roster {
         let engines: BTreeMap<String, EngineObserved> =
             report.engines.into_iter().map(|status| (status.replica_id.clone(), status.into())).collect();
         let mut inner = self.inner();
-        let node = inner.nodes.entry(node_id.to_owned()).or_default();
+        let node = Arc::make_mut(inner.nodes.entry(node_id.to_owned()).or_default());
         let shape = |engines: &BTreeMap<String, EngineObserved>| -> Vec<_> {
             engines.iter().map(|(id, e)| (id.clone(), e.generation, e.state as u8)).collect()
         };
@@ -113,7 +113,7 @@ impl Roster {
     /// on, unless they were before.
     pub fn assigned(&self, node_id: &str, leaving: &[String], now: Instant) {
         let mut inner = self.inner();
-        let node = inner.nodes.entry(node_id.to_owned()).or_default();
+        let node = Arc::make_mut(inner.nodes.entry(node_id.to_owned()).or_default());
         node.withdrawn.retain(|id, _| leaving.contains(id));
         for id in leaving {
             node.withdrawn.entry(id.clone()).or_insert(now);

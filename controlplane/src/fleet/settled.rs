@@ -6,7 +6,7 @@
 //! So the first snapshot of a process waits for every replica that is placed: until it is registered, or its node says that
 //! it is not ready, or [`longest`] has passed. What was published before stays in use at the proxies meanwhile.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use crate::{
     core::Core,
@@ -20,7 +20,7 @@ pub fn longest(lease: Duration) -> Duration {
 }
 
 /// The first replica that is waited for. Pure.
-pub fn missing<'a>(view: &'a View, nodes: &BTreeMap<String, NodeObserved>) -> Option<&'a str> {
+pub fn missing<'a>(view: &'a View, nodes: &BTreeMap<String, Arc<NodeObserved>>) -> Option<&'a str> {
     view.models.values().find_map(|model| {
         model.deployment.as_ref()?;
         let active = model.placement.iter().flat_map(|stored| &stored.value.assignments);
@@ -74,8 +74,6 @@ pub async fn wait(core: &Core) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use penstock_proto::v1;
 
     use super::*;
@@ -108,14 +106,14 @@ mod tests {
         Arc::new(placed)
     }
 
-    fn says(state: v1::EngineState) -> BTreeMap<String, NodeObserved> {
+    fn says(state: v1::EngineState) -> BTreeMap<String, Arc<NodeObserved>> {
         let engine = EngineObserved::from(v1::EngineStatus {
             generation: 1,
             state: state.into(),
             ..Default::default()
         });
         let engines = [("m-0".to_owned(), engine)].into();
-        [("n".to_owned(), NodeObserved { engines, ..NodeObserved::default() })].into()
+        [("n".to_owned(), Arc::new(NodeObserved { engines, ..NodeObserved::default() }))].into()
     }
 
     #[test]

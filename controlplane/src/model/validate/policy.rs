@@ -58,7 +58,12 @@ pub(super) fn policy(fields: &Fields, max_replicas: u32) -> Result<Policy, Field
         Ok(policy)
     })?;
     let disruption = part(fields, "disruption", &["min_available"], |disruption| {
-        let min_available = whole(disruption, "min_available", 0, u64::from(max_replicas))?;
+        // As the API shows one that is not set.
+        let is_set = disruption.get("min_available").is_some_and(|value| !value.is_null());
+        let min_available = match is_set {
+            true => whole(disruption, "min_available", 0, u64::from(max_replicas))?,
+            false => None,
+        };
         Ok(DisruptionPolicy { min_available })
     })?;
     let autoscaling = match fields.get("autoscaling") {
@@ -346,7 +351,9 @@ mod tests {
         // What is shown can be put again.
         let again = json!({"resources": {"tensor_parallel": 2}, "args": ["--tensor_parallel_size", "2"]});
         assert_eq!(deployment_body("m", &again, 10).expect("valid").spec.args.len(), 2);
-        assert!(deployment_body("m", &json!({}), 10).expect("valid").policy.is_default());
+        for body in [json!({}), json!({"disruption": {"min_available": null}, "autoscaling": null})] {
+            assert!(deployment_body("m", &body, 10).expect("valid").policy.is_default());
+        }
     }
 
     #[test]
