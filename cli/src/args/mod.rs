@@ -150,7 +150,7 @@ pub(crate) struct Server {
     /// Control plane's address [default: that of the `penstock up` on --data-dir, else http://127.0.0.1:18090]
     #[arg(long, alias = "server", value_name = "URL", env = "PENSTOCK_CONTROLPLANE", value_hint = ValueHint::Url)]
     pub(crate) controlplane: Option<String>,
-    /// Who asks, where the control plane wants to know: a token of its [auth] settings or of `penstock token create`
+    /// Who asks, where the control plane wants to know: a token of its settings (auth.tokens) or of `penstock token create`
     #[arg(long, value_name = "TOKEN", env = "PENSTOCK_TOKEN", hide_env_values = true)]
     pub(crate) token: Option<String>,
     /// Data directory of the `penstock up` to talk to [default: ~/.local/share/penstock]

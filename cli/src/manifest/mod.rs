@@ -69,7 +69,7 @@ impl Kind {
 pub(crate) struct Document {
     pub(crate) at: Place,
     pub(crate) value: Value,
-    /// Line of each field, by its path: "spec.rollout.max_surge", "spec.targets[0].model".
+    /// Line of each field, by its path: `spec.rollout.max_surge`, `spec.targets[0].model`.
     pub(crate) lines: BTreeMap<String, usize>,
 }
 

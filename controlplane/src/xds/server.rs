@@ -1,5 +1,5 @@
 //! The gRPC around [`Session`]: one task per stream, which sleeps until the proxy speaks or a snapshot appears. Both protocols,
-//! delta and state of the world, are the same but for their words ([`Protocol`]).
+//! delta and state of the world, are the same but for their words (`Protocol`).
 
 use std::{
     net::SocketAddr,

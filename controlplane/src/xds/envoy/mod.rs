@@ -1,6 +1,6 @@
 //! The same state for a stock Envoy: its listener, routes, clusters and endpoints. Pure.
 //!
-//! A pool is a cluster ([`pool`]), its endpoints are the cluster's assignment. One listener and one table of routes ([`front`])
+//! A pool is a cluster (`pool`), its endpoints are the cluster's assignment. One listener and one table of routes (`front`)
 //! lead to them by the model that a request's JSON body names: Envoy's own filters read it, nothing has to be added to Envoy
 //! or to a client.
 //!
