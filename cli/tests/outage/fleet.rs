@@ -3,14 +3,15 @@
 use std::{
     net::TcpListener,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
 };
 
+use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::support::{client, load::until, penstock};
+use super::support::{client, load::until, penstock, pid};
 
 /// For a process to be up, or for the fleet to have settled, on a machine that is busy with other tests.
 pub(crate) const LONGEST: Duration = Duration::from_secs(90);
@@ -48,11 +49,17 @@ impl Process {
         }
     }
 
-    /// With SIGTERM, and waits.
+    /// With SIGTERM, and waits; how it ended, if it ran.
+    fn terminate(&mut self) -> Option<ExitStatus> {
+        let mut child = self.child.take()?;
+        kill(pid(child.id()), Signal::SIGTERM).ok()?;
+        child.wait().ok()
+    }
+
+    /// The same; it must end well.
     pub(crate) fn stop(&mut self) {
-        let mut child = self.child.take().unwrap();
-        nix::sys::signal::kill(super::support::pid(child.id()), nix::sys::signal::Signal::SIGTERM).unwrap();
-        assert!(child.wait().unwrap().success(), "{}", self.name);
+        let ended = self.terminate();
+        assert!(ended.is_some_and(|status| status.success()), "{}: {ended:?}", self.name);
     }
 }
 
@@ -92,11 +99,12 @@ fn logged(mut command: Command, log: &Path) -> Command {
 }
 
 impl Drop for Fleet {
-    /// A test that failed shows what was logged last.
+    /// A test that failed shows what was logged last, and its engines end with their agent.
     fn drop(&mut self) {
         if !std::thread::panicking() {
             return;
         }
+        self.agent.terminate();
         for file in std::fs::read_dir(self.dir.path()).unwrap().filter_map(Result::ok) {
             let path = file.path();
             if path.extension().is_some_and(|extension| extension == "log") {
