@@ -9,7 +9,7 @@ use axum::{
     Json,
     extract::{Path, State, rejection::PathRejection},
 };
-use penstock_proto::Version;
+use penstock_proto::{Version, v1};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -89,6 +89,7 @@ fn shown(
         });
         gpus.collect::<Vec<_>>()
     });
+    let programs = live.map(|live| live.programs.iter().map(program).collect::<Vec<_>>());
     let seen_as = NodeSeen {
         zone: node.map_or("", |n| n.zone.as_str()),
         labels: node.map(|n| &n.labels),
@@ -106,6 +107,7 @@ fn shown(
         "region": node.map_or("", |n| &n.region),
         "labels": labels,
         "gpus": live_gpus.map(|gpus| json!(gpus)).or(node.map(|n| json!(n.gpus))).unwrap_or_else(|| json!([])),
+        "programs": programs.unwrap_or_default(),
         "agent_version": node.map_or("", |n| &n.agent_version),
         "advertise_host": node.map_or("", |n| &n.advertise_host),
         "engines": engines,
@@ -115,6 +117,16 @@ fn shown(
         "taints": policy.map(|p| json!(p.taints)).unwrap_or_else(|| json!([])),
         "reason": policy.map_or("", |p| &p.reason),
         "policy": policy.map(|p| json!(p)),
+    })
+}
+
+fn program(program: &v1::EngineProgram) -> Value {
+    json!({
+        "name": program.name,
+        "kind": program.kind,
+        "version": program.version,
+        "problem": program.problem,
+        "supports": program.supports,
     })
 }
 
