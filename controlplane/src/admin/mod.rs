@@ -21,6 +21,7 @@ mod nodes;
 mod observe;
 mod openapi;
 mod placements;
+mod proxies;
 mod revisions;
 mod routes;
 mod show;
