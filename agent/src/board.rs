@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::{
     assignment::Assignment,
-    engine::{State, load::Load, ttft::Window},
+    engine::{State, load::Load, records::Origin, ttft::Window},
 };
 
 /// One engine, as others see it.
@@ -40,8 +40,10 @@ pub(crate) struct EngineView {
     pub(crate) load: Option<(Load, Instant)>,
     /// What it said of first tokens lately.
     pub(crate) first_tokens: Window,
-    /// What was executed.
+    /// What was executed, without secrets.
     pub(crate) command: Vec<String>,
+    /// What its program is, and what is to be known of how it was started.
+    pub(crate) origin: Origin,
 }
 
 impl EngineView {
@@ -59,6 +61,7 @@ impl EngineView {
             load: None,
             first_tokens: Window::default(),
             command: vec![],
+            origin: Origin::default(),
         }
     }
 
@@ -87,6 +90,9 @@ impl EngineView {
             restarts: self.restarts,
             reason: self.reason.clone(),
             load,
+            engine_version: self.origin.version.clone(),
+            kv_events_address: self.origin.kv_events_address.clone(),
+            notes: self.origin.notes.clone(),
         }
     }
 }

@@ -264,6 +264,7 @@ impl Fleet {
             region,
             labels,
             gpus: self.cx.gpus.borrow().gpus.clone(),
+            programs: self.cx.programs.shown(),
         }
     }
 
@@ -271,6 +272,7 @@ impl Fleet {
         v1::NodeReport {
             engines: self.cx.board.statuses(Instant::now()),
             gpus: self.cx.gpus.borrow().gpus.clone(),
+            programs: self.cx.programs.shown(),
         }
     }
 

@@ -52,6 +52,8 @@ impl Default for AgentConfig {
     }
 }
 
+pub use crate::programs::EngineProgram;
+
 /// `[private]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -186,8 +188,8 @@ impl Default for EnginesConfig {
     fn default() -> Self {
         let vllm = EngineProgram {
             command: vec!["vllm".into()],
-            args: vec!["--shutdown-timeout".into(), "10".into()],
-            env: BTreeMap::new(),
+            shutdown_timeout_s: 10,
+            ..EngineProgram::default()
         };
         let sim = EngineProgram { command: vec!["penstock-engine-sim".into()], ..EngineProgram::default() };
         Self {
@@ -215,18 +217,6 @@ impl Default for EnginesConfig {
             programs: BTreeMap::from([("vllm".into(), vllm), ("sim".into(), sim)]),
         }
     }
-}
-
-/// `[engines.NAME]`
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct EngineProgram {
-    /// Program and its leading arguments; `serve MODEL ...` follows.
-    pub command: Vec<String>,
-    /// Arguments of every engine of this name, put before the deployment's own.
-    pub args: Vec<String>,
-    /// Environment of every engine of this name; the deployment's own wins.
-    pub env: BTreeMap<String, String>,
 }
 
 impl AgentConfig {
@@ -296,21 +286,7 @@ impl AgentConfig {
     }
 }
 
-impl EngineProgram {
-    fn validate(&self, name: &str) -> Result<(), String> {
-        if self.command.first().is_none_or(String::is_empty) {
-            return Err(format!("engines.{name}.command is empty; name the program, as [\"vllm\"]"));
-        }
-        match self.env.keys().find(|key| key.is_empty() || key.contains(['=', '\0'])) {
-            Some(key) => {
-                Err(format!("engines.{name}.env has the name {key:?}; it must not be empty or contain '='"))
-            }
-            None => Ok(()),
-        }
-    }
-}
-
-fn one_of(key: &str, value: &str, accepted: &[&str]) -> Result<(), String> {
+pub(crate) fn one_of(key: &str, value: &str, accepted: &[&str]) -> Result<(), String> {
     if accepted.contains(&value) {
         return Ok(());
     }

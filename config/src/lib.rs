@@ -13,6 +13,7 @@ mod announce;
 pub mod controlplane;
 mod load;
 pub mod logging;
+mod programs;
 pub mod proxy;
 mod store;
 mod tls;

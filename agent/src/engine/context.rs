@@ -6,7 +6,7 @@ use penstock_config::agent::EnginesConfig;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{ports::Ports, probe::Probe, process::Tree, records::Records, stop};
+use super::{ports::Ports, probe::Probe, process::Tree, programs::Programs, records::Records, stop};
 use crate::{
     assignment::Assignment, board::Board, gpu::GpuReport, metrics::Metrics, registrations::Registry,
     state::StateDir,
@@ -28,6 +28,8 @@ pub(crate) struct Context {
     pub(crate) board: Board,
     /// Who is to be routed to.
     pub(crate) registry: Registry,
+    /// What the node's programs are.
+    pub(crate) programs: Programs,
     /// Ports in use.
     pub(crate) ports: Ports,
     /// Asks engines.

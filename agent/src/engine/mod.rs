@@ -11,12 +11,13 @@
 //! completion; Stopped is the end, and is reached only when no process of the engine is left; a Failed engine is visible
 //! as such until its next start.
 //!
-//! The rooms: [`supervisor`] (the story), [`command`] and [`launch`] (its beginning), [`readiness`] and [`watch`] (its
+//! The rooms: [`supervisor`] (the story), [`command`] with [`vllm`], [`exec`] and [`versions`], and [`launch`] (its beginning), [`readiness`] and [`watch`] (its
 //! middle), [`stop`] (its end), [`process`] (its process group), [`records`] and [`adopt`] (what survives the agent).
 
 pub(crate) mod adopt;
 pub(crate) mod command;
 pub(crate) mod context;
+pub(crate) mod exec;
 pub(crate) mod launch;
 pub(crate) mod load;
 pub(crate) mod logs;
@@ -24,11 +25,14 @@ pub(crate) mod ports;
 pub(crate) mod probe;
 pub(crate) mod process;
 pub(crate) mod procfs;
+pub(crate) mod programs;
 pub(crate) mod readiness;
 pub(crate) mod records;
 pub(crate) mod stop;
 pub(crate) mod supervisor;
 pub(crate) mod ttft;
+pub(crate) mod versions;
+pub(crate) mod vllm;
 pub(crate) mod watch;
 
 use std::fmt;

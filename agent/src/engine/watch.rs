@@ -50,6 +50,9 @@ pub(crate) async fn follow_load(
     deadline: Duration,
     mut note: impl FnMut(Result<Load, String>),
 ) -> Infallible {
+    if !target.says_load() {
+        return std::future::pending().await;
+    }
     let mut ticks = interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

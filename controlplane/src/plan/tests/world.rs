@@ -163,6 +163,7 @@ impl World {
             gpus_per_replica,
             resources: Resources::default(),
             lora: vec![],
+            options: Default::default(),
         };
         let before = self.deployments.get(model);
         let policy = before.map_or_else(Policy::default, |before| before.policy.clone());
