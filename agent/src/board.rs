@@ -42,6 +42,12 @@ pub(crate) struct EngineView {
     pub(crate) first_tokens: Window,
     /// What was executed.
     pub(crate) command: Vec<String>,
+    /// Failures in a row.
+    pub(crate) failures: u32,
+    /// Why it is given up on this node, if it is.
+    pub(crate) gave_up: Option<String>,
+    /// Figures that its /metrics lacks.
+    pub(crate) missing: Vec<&'static str>,
 }
 
 impl EngineView {
@@ -59,6 +65,17 @@ impl EngineView {
             load: None,
             first_tokens: Window::default(),
             command: vec![],
+            failures: 0,
+            gave_up: None,
+            missing: vec![],
+        }
+    }
+
+    /// Why it is as it is: its reason, or what its /metrics lacks.
+    pub(crate) fn told(&self) -> String {
+        match (self.reason.is_empty(), self.missing.is_empty()) {
+            (true, false) => format!("its /metrics lacks {}", self.missing.join(", ")),
+            _ => self.reason.clone(),
         }
     }
 
@@ -85,8 +102,11 @@ impl EngineView {
             address: self.address.clone(),
             pid: u32::try_from(self.pid).unwrap_or_default(),
             restarts: self.restarts,
-            reason: self.reason.clone(),
+            reason: self.told(),
             load,
+            failures: Some(self.failures),
+            gave_up: self.gave_up.is_some(),
+            gave_up_reason: self.gave_up.clone().unwrap_or_default(),
         }
     }
 }
