@@ -162,6 +162,7 @@ mod tests {
         assert_eq!(running(before), 0);
         pulse.is_back();
         assert_eq!(running(before), 0);
-        assert_eq!(running(pulse.lock().back.unwrap() + Duration::from_millis(1)), 1);
+        let back = pulse.lock().back.unwrap();
+        assert_eq!(running(back + Duration::from_millis(1)), 1);
     }
 }
