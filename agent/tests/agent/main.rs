@@ -9,6 +9,7 @@ mod adoption;
 mod controlplane;
 mod engine;
 mod life;
+mod liveness;
 mod node;
 mod process;
 mod stop;
