@@ -10,6 +10,7 @@ use super::{
     probe::Target,
     process::Tree,
     records::Record,
+    verify,
 };
 use crate::assignment::Assignment;
 
@@ -101,6 +102,9 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
     let place = Place { host, port: lease.port(), gpus, state_dir: &state_dir };
     let launch = command::launch(&cx.config.programs, assignment, place)
         .map_err(|e| Failure { reason: e.to_string(), permanent: true })?;
+    if let Some(reason) = verify::lacks(cx, assignment, &launch.argv).await {
+        return Err(Failure::passing(reason));
+    }
 
     let path = cx.state.log(id);
     let (log, log_from) = logs::open(&path, &format!("# penstock starts {id}: {}", launch.argv.join(" ")))

@@ -29,6 +29,7 @@ pub(crate) mod records;
 pub(crate) mod stop;
 pub(crate) mod supervisor;
 pub(crate) mod ttft;
+pub(crate) mod verify;
 pub(crate) mod watch;
 
 use std::fmt;
