@@ -8,7 +8,10 @@
 mod adoption;
 mod controlplane;
 mod engine;
+mod gpus;
 mod life;
 mod node;
+mod nvml;
 mod process;
+mod simulated_gpus;
 mod stop;
