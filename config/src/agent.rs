@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::gpus::{GpuAction, GpuConfig, GpuPolicyConfig};
 use crate::{logging::LogConfig, tls::TlsConfig};
 
 /// Everything the agent can be told.
@@ -101,34 +102,6 @@ impl Default for FleetConfig {
             first_assignments_ms: 3_000,
             register_retry_ms: 5_000,
             deregister_ms: 2_000,
-        }
-    }
-}
-
-/// `[gpus]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct GpuConfig {
-    /// "auto" (NVML where there is a driver, else none), "nvml", "simulated" or "none".
-    pub source: String,
-    /// GPUs to pretend, with source "simulated".
-    pub simulated_count: u32,
-    /// Memory of each pretended GPU.
-    pub simulated_memory_mib: u64,
-    /// Path or name of NVML's library; empty takes the system's.
-    pub nvml_library: String,
-    /// Time between two readings.
-    pub sample_ms: u64,
-}
-
-impl Default for GpuConfig {
-    fn default() -> Self {
-        Self {
-            source: "auto".into(),
-            simulated_count: 8,
-            simulated_memory_mib: 81_920,
-            nvml_library: String::new(),
-            sample_ms: 1_000,
         }
     }
 }
@@ -247,7 +220,7 @@ impl AgentConfig {
     /// A sentence that names the key and what is accepted.
     pub fn validate(&self) -> Result<(), String> {
         one_of("on_shutdown", &self.on_shutdown, &["stop", "keep"])?;
-        one_of("gpus.source", &self.gpus.source, &["auto", "nvml", "simulated", "none"])?;
+        self.gpus.validate()?;
         not_empty("state_dir", &self.state_dir)?;
         not_empty("engines.bind_host", &self.engines.bind_host)?;
         not_empty("engines.advertise_host", &self.engines.advertise_host)?;
@@ -277,7 +250,6 @@ impl AgentConfig {
             ("controlplane.connect_ms", fleet.connect_ms),
             ("controlplane.backoff_min_ms", fleet.backoff_min_ms),
             ("controlplane.register_retry_ms", fleet.register_retry_ms),
-            ("gpus.sample_ms", self.gpus.sample_ms),
             ("engines.ready_s", engines.ready_s),
             ("engines.ready_poll_ms", engines.ready_poll_ms),
             ("engines.first_completion_ms", engines.first_completion_ms),

@@ -40,6 +40,7 @@ mod serving;
 pub(crate) mod stop;
 pub(crate) mod supervisor;
 pub(crate) mod ttft;
+pub(crate) mod verify;
 pub(crate) mod versions;
 pub(crate) mod vllm;
 pub(crate) mod watch;

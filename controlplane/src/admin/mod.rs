@@ -15,6 +15,7 @@ mod deployments;
 mod edit;
 mod endpoints;
 mod error;
+mod gpus;
 mod guard;
 mod node_policies;
 mod nodes;

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::{
     ask::{Params, Reply},
     error::ApiError,
+    gpus,
 };
 use crate::{
     core::Core,
@@ -78,14 +79,7 @@ fn shown(
     let engines = assigned.map_or(0, |a| a.values().filter(|(_, a)| a.phase == Phase::Active).count());
     let node = present.map(|stored| &stored.value);
     let live_gpus = live.filter(|live| live.connected && !live.gpus.is_empty()).map(|live| {
-        let gpus = live.gpus.iter().map(|gpu| {
-            json!({
-                "uuid": gpu.uuid, "name": gpu.name, "memory_total_mib": gpu.memory_total_mib,
-                "memory_used_mib": gpu.memory_used_mib, "utilization_percent": gpu.utilization_percent,
-                "temperature_c": gpu.temperature_c, "fault": gpu.fault,
-            })
-        });
-        gpus.collect::<Vec<_>>()
+        live.gpus.iter().map(gpus::shown).collect::<Vec<_>>()
     });
     let seen_as = NodeSeen {
         zone: node.map_or("", |n| n.zone.as_str()),
@@ -104,6 +98,7 @@ fn shown(
         "region": node.map_or("", |n| &n.region),
         "labels": labels,
         "gpus": live_gpus.map(|gpus| json!(gpus)).or(node.map(|n| json!(n.gpus))).unwrap_or_else(|| json!([])),
+        "gpu_source": live.filter(|live| live.connected).and_then(|live| live.gpu_source.as_ref()).map(gpus::source),
         "agent_version": node.map_or("", |n| &n.agent_version),
         "advertise_host": node.map_or("", |n| &n.advertise_host),
         "engines": engines,

@@ -165,6 +165,9 @@ pub struct Gpu {
     /// Empty: usable. Else why not.
     #[serde(default)]
     pub fault: String,
+    /// Usable, and rather not used.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub degraded: bool,
     /// The NUMA node it hangs on, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub numa_node: Option<u32>,

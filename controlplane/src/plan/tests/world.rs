@@ -160,6 +160,7 @@ impl World {
             name: String::new(),
             memory_total_mib: 80 * 1024,
             fault: String::new(),
+            degraded: false,
             numa_node: None,
             link_group: String::new(),
         };
