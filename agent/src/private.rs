@@ -15,7 +15,7 @@ use axum::{
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::{board::EngineView, engine::context::Context, fleet::SessionStatus};
+use crate::{board::EngineView, engine::context::Context, fleet::SessionStatus, gpu};
 
 /// What the server shows.
 #[derive(Clone)]
@@ -32,14 +32,15 @@ pub(crate) struct Shown {
 
 /// The routes.
 pub(crate) fn router(shown: Shown) -> Router {
+    let gpus = gpu::routes(shown.cx.gpus.clone());
     Router::new()
         .route("/livez", get(|| async { "ok" }))
         .route("/healthz", get(|| async { "ok" }))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/engines", get(engines))
-        .route("/gpus", get(gpus))
         .with_state(shown)
+        .merge(gpus)
 }
 
 async fn readyz(State(shown): State<Shown>) -> Response {
@@ -107,7 +108,10 @@ fn engine(shown: &Shown, view: &EngineView) -> Value {
         "port": view.port,
         "address": view.address,
         "restarts": view.restarts,
-        "reason": view.reason,
+        "reason": view.told(),
+        "failures": view.failures,
+        "gave_up": view.gave_up,
+        "missing_metrics": view.missing,
         "gpu_uuids": assignment.gpu_uuids,
         "load": load,
         "command": view.command,
@@ -116,20 +120,4 @@ fn engine(shown: &Shown, view: &EngineView) -> Value {
         "notes": view.origin.notes,
         "log": shown.cx.state.log(&assignment.replica_id),
     })
-}
-
-async fn gpus(State(shown): State<Shown>) -> Json<Value> {
-    let report = shown.cx.gpus.borrow().clone();
-    let gpu = |gpu: &penstock_proto::v1::Gpu| {
-        json!({
-            "uuid": gpu.uuid,
-            "name": gpu.name,
-            "memory_total_mib": gpu.memory_total_mib,
-            "memory_used_mib": gpu.memory_used_mib,
-            "utilization_percent": gpu.utilization_percent,
-            "temperature_c": gpu.temperature_c,
-            "fault": gpu.fault,
-        })
-    };
-    Json(json!({"reason": report.reason, "gpus": report.gpus.iter().map(gpu).collect::<Vec<_>>()}))
 }

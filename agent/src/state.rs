@@ -93,6 +93,11 @@ impl StateDir {
         self.root.join("logs")
     }
 
+    /// Where dumps of engines that hung are.
+    pub(crate) fn dumps(&self) -> PathBuf {
+        self.root.join("dumps")
+    }
+
     /// The log of the replica's engine.
     pub(crate) fn log(&self, replica_id: &str) -> PathBuf {
         self.logs().join(format!("{}.log", stem(replica_id)))

@@ -11,6 +11,7 @@ mod access;
 pub mod agent;
 mod announce;
 pub mod controlplane;
+mod gpus;
 mod load;
 pub mod logging;
 mod programs;

@@ -21,7 +21,8 @@ use crate::{
 pub(crate) const REPLICA_VARIABLE: &str = "PENSTOCK_REPLICA";
 /// Names the agent's state folder likewise: two agents on one machine leave each other's engines alone.
 pub(crate) const STATE_DIR_VARIABLE: &str = "PENSTOCK_STATE_DIR";
-const SIMULATED_GPUS_VARIABLE: &str = "PENSTOCK_SIM_GPUS";
+/// Names the pretended GPUs of an engine.
+pub(crate) const SIMULATED_GPUS_VARIABLE: &str = "PENSTOCK_SIM_GPUS";
 const CUDA_VARIABLE: &str = "CUDA_VISIBLE_DEVICES";
 /// Lets vLLM count GPUs as NVML does, which its own figures go by.
 const CUDA_ORDER: (&str, &str) = ("CUDA_DEVICE_ORDER", "PCI_BUS_ID");

@@ -13,7 +13,7 @@ use super::{
     probe::Target,
     process::Tree,
     records::{Origin, Record},
-    versions,
+    verify, versions,
 };
 use crate::assignment::Assignment;
 
@@ -125,6 +125,9 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
     };
     let (launch, notes) = command::launch(&cx.config.programs, assignment, place)
         .map_err(|e| Failure { permanent: e.permanent, reason: e.to_string() })?;
+    if let Some(reason) = verify::lacks(cx, assignment, &launch.argv).await {
+        return Err(Failure::passing(reason));
+    }
     for note in &notes {
         tracing::warn!(replica = id, note, "an engine is started otherwise than it was asked for");
     }

@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, fmt, time::Duration};
 use penstock_config::agent::EngineProgram;
 use serde_json::{Value, json};
 
-use super::load::{self, Load};
+use super::load::{self, Load, Scrape};
 
 /// Largest answer that is read. vLLM's /metrics is about 100 kB.
 const LONGEST_ANSWER: usize = 4 << 20;
@@ -149,13 +149,37 @@ impl Probe {
         model: &str,
         deadline: Duration,
     ) -> Result<(), String> {
+        self.one_token(target, model, None, deadline).await
+    }
+
+    /// The same under a request id that tells the engine's log, and whoever reads it, that this is no client's.
+    ///
+    /// # Errors
+    /// What came instead, for the operator.
+    pub(crate) async fn canary(
+        &self,
+        target: &Target,
+        model: &str,
+        id: &str,
+        deadline: Duration,
+    ) -> Result<(), String> {
+        self.one_token(target, model, Some(id), deadline).await
+    }
+
+    async fn one_token(
+        &self,
+        target: &Target,
+        model: &str,
+        id: Option<&str>,
+        deadline: Duration,
+    ) -> Result<(), String> {
         let text = json!({"model": model, "prompt": "ping", "max_tokens": 1, "temperature": 0});
-        let told = self.complete(target, "/v1/completions", &text, deadline).await;
+        let told = self.complete(target, "/v1/completions", &text, id, deadline).await;
         match told {
             Err(why) if !target.lists_model && NO_SUCH_PATH.iter().any(|status| why.contains(status)) => {
                 let messages = json!([{"role": "user", "content": "ping"}]);
                 let chat = json!({"model": model, "messages": messages, "max_tokens": 1, "temperature": 0});
-                self.complete(target, "/v1/chat/completions", &chat, deadline).await
+                self.complete(target, "/v1/chat/completions", &chat, id, deadline).await
             }
             told => told,
         }
@@ -166,13 +190,17 @@ impl Probe {
         target: &Target,
         path: &str,
         body: &Value,
+        id: Option<&str>,
         deadline: Duration,
     ) -> Result<(), String> {
-        let request = self
+        let mut request = self
             .client
             .post(format!("{}{path}", target.base))
             .header("content-type", "application/json")
             .body(body.to_string());
+        if let Some(id) = id {
+            request = request.header("x-request-id", id);
+        }
         let answer = json_of(&self.ask(request, "a completion", deadline).await?, "a completion")?;
         match answer.get("choices").and_then(Value::as_array) {
             Some(choices) if !choices.is_empty() => Ok(()),
@@ -183,14 +211,31 @@ impl Probe {
     /// The engine's load.
     ///
     /// # Errors
-    /// What came instead, or which figure is missing.
+    /// What came instead, or that it says no load.
     pub(crate) async fn load(&self, target: &Target, deadline: Duration) -> Result<Load, String> {
+        let scrape = self.scrape(target, deadline).await?;
+        scrape.load.ok_or_else(|| "/metrics does not say how many requests run and wait".to_owned())
+    }
+
+    /// What `/metrics` says.
+    ///
+    /// # Errors
+    /// What came instead, for the operator.
+    pub(crate) async fn scrape(&self, target: &Target, deadline: Duration) -> Result<Scrape, String> {
+        self.metrics_text(target, deadline).await.map(|text| load::parse(&text))
+    }
+
+    /// The text of `/metrics`.
+    ///
+    /// # Errors
+    /// What came instead, for the operator.
+    pub(crate) async fn metrics_text(&self, target: &Target, deadline: Duration) -> Result<String, String> {
         if !target.says_load {
             return Err("engines of this kind do not say their load (agent setting engines.NAME.metrics)".into());
         }
-        let body =
-            self.ask(self.client.get(format!("{}/metrics", target.base)), "/metrics", deadline).await?;
-        load::parse(&String::from_utf8_lossy(&body)).map_err(|missing| format!("/metrics has no {missing}"))
+        let request = self.client.get(format!("{}/metrics", target.base));
+        let body = self.ask(request, "/metrics", deadline).await?;
+        Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
     async fn ask(

@@ -108,6 +108,7 @@ fn stored_gpu(gpu: &v1::Gpu) -> Gpu {
         name: gpu.name.clone(),
         memory_total_mib: gpu.memory_total_mib,
         fault: gpu.fault.clone(),
+        degraded: gpu.health == i32::from(v1::GpuHealth::Degraded),
         numa_node: gpu.numa_node,
         link_group: gpu.link_group.clone(),
     }

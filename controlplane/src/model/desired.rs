@@ -107,6 +107,18 @@ pub struct Placement {
     /// How many replicas autoscaling wants; None: it has not spoken, or is off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scaled_to: Option<u32>,
+    /// Where its engines failed over and over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failures: Option<Failures>,
+}
+
+/// Nodes on which engines of one spec failed over and over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failures {
+    /// The spec: of another one the nodes say nothing.
+    pub spec: EngineSpec,
+    /// In the order in which they were noted.
+    pub nodes: Vec<String>,
 }
 
 impl Placement {
@@ -153,6 +165,9 @@ pub struct Gpu {
     /// Empty: usable. Else why not.
     #[serde(default)]
     pub fault: String,
+    /// Usable, and rather not used.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub degraded: bool,
     /// The NUMA node it hangs on, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub numa_node: Option<u32>,

@@ -60,6 +60,10 @@ pub struct EngineObserved {
     pub pid: u32,
     /// Starts after the first, for this generation.
     pub restarts: u32,
+    /// Failures in a row; None: its agent does not tell.
+    pub failures: Option<u32>,
+    /// Its agent gave it up there: why.
+    pub gave_up: Option<String>,
     /// Why it is in this state; may be empty.
     pub reason: String,
     /// It has said how it is loaded: the three figures mean something.
@@ -99,6 +103,8 @@ impl From<v1::EngineStatus> for EngineObserved {
             address: status.address,
             pid: status.pid,
             restarts: status.restarts,
+            failures: status.failures,
+            gave_up: status.gave_up.then_some(status.gave_up_reason),
             reason: status.reason,
             says_load,
             running: load.running,
@@ -125,6 +131,8 @@ pub struct NodeObserved {
     pub gpus: Vec<v1::Gpu>,
     /// Its engines' programs, as far as it has told.
     pub programs: Vec<v1::EngineProgram>,
+    /// Where they are read from; None: its agent does not say.
+    pub gpu_source: Option<v1::GpuSource>,
     /// Replicas that its present session was told to end, and when.
     pub withdrawn: BTreeMap<String, Instant>,
 }
