@@ -15,4 +15,5 @@ mod node;
 mod nvml;
 mod process;
 mod simulated_gpus;
+mod spec;
 mod stop;
