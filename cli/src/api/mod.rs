@@ -76,6 +76,9 @@ pub(crate) struct DeploymentSpec {
     pub(crate) gpus_per_replica: Option<u32>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) lora: Vec<LoraAdapter>,
+    /// Typed fields.
+    #[serde(flatten)]
+    pub(crate) fields: serde_json::Map<String, Value>,
 }
 
 /// A LoRA adapter of a deployment.
@@ -192,6 +195,7 @@ pub(crate) struct Node {
     pub(crate) state: String,
     pub(crate) zone: String,
     pub(crate) gpus: Vec<Value>,
+    pub(crate) programs: Vec<Value>,
     pub(crate) agent_version: String,
     pub(crate) engines: u32,
     pub(crate) role: String,

@@ -255,6 +255,9 @@ pub(crate) struct DeployArgs {
     /// LoRA adapter that each engine loads, repeatable; clients ask for it by NAME
     #[arg(long = "lora", value_name = "NAME=PATH", value_parser = name_and_value)]
     pub(crate) lora: Vec<(String, String)>,
+    /// Typed field of the deployment, repeatable: --set max_model_len=8192; docs/engines.md lists them
+    #[arg(long = "set", value_name = "FIELD=VALUE", value_parser = name_and_value)]
+    pub(crate) fields: Vec<(String, String)>,
     #[command(flatten)]
     pub(crate) wait: Wait,
     #[command(flatten)]

@@ -9,6 +9,7 @@ use axum::{
     Json,
     extract::{Path, State, rejection::PathRejection},
 };
+use penstock_proto::v1;
 use serde_json::{Value, json};
 
 use super::{
@@ -81,6 +82,7 @@ fn shown(
     let live_gpus = live.filter(|live| live.connected && !live.gpus.is_empty()).map(|live| {
         live.gpus.iter().map(gpus::shown).collect::<Vec<_>>()
     });
+    let programs = live.map(|live| live.programs.iter().map(program).collect::<Vec<_>>());
     let seen_as = NodeSeen {
         zone: node.map_or("", |n| n.zone.as_str()),
         labels: node.map(|n| &n.labels),
@@ -99,6 +101,7 @@ fn shown(
         "labels": labels,
         "gpus": live_gpus.map(|gpus| json!(gpus)).or(node.map(|n| json!(n.gpus))).unwrap_or_else(|| json!([])),
         "gpu_source": live.filter(|live| live.connected).and_then(|live| live.gpu_source.as_ref()).map(gpus::source),
+        "programs": programs.unwrap_or_default(),
         "agent_version": node.map_or("", |n| &n.agent_version),
         "advertise_host": node.map_or("", |n| &n.advertise_host),
         "engines": engines,
@@ -108,5 +111,15 @@ fn shown(
         "taints": policy.map(|p| json!(p.taints)).unwrap_or_else(|| json!([])),
         "reason": policy.map_or("", |p| &p.reason),
         "policy": policy.map(|p| json!(p)),
+    })
+}
+
+fn program(program: &v1::EngineProgram) -> Value {
+    json!({
+        "name": program.name,
+        "kind": program.kind,
+        "version": program.version,
+        "problem": program.problem,
+        "supports": program.supports,
     })
 }

@@ -25,6 +25,9 @@ pub(super) struct EndpointShown {
     pub(super) kv_used_ratio: f32,
     pub(super) adapters: Vec<String>,
     pub(super) reason: String,
+    pub(super) engine_version: String,
+    pub(super) kv_events_address: String,
+    pub(super) notes: Vec<String>,
 }
 
 /// One LoRA adapter of a deployment.
@@ -122,6 +125,9 @@ fn shown(
         kv_used_ratio: engine.map_or(0.0, |e| e.kv_used_ratio),
         adapters: Vec::new(),
         reason: String::new(),
+        engine_version: engine.map(|e| e.engine_version.clone()).unwrap_or_default(),
+        kv_events_address: engine.map(|e| e.kv_events_address.clone()).unwrap_or_default(),
+        notes: engine.map(|e| e.notes.clone()).unwrap_or_default(),
     }
 }
 

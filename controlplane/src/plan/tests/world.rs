@@ -268,6 +268,9 @@ impl World {
             waiting: 0,
             kv_used_ratio: 0.0,
             ttft: (0, 0),
+            engine_version: String::new(),
+            kv_events_address: String::new(),
+            notes: vec![],
         };
         self.engines.insert(id.to_owned(), engine);
     }
