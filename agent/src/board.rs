@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::{
     assignment::Assignment,
-    engine::{State, load::Load, ttft::Window},
+    engine::{State, load::Load, records::Origin, ttft::Window},
 };
 
 /// One engine, as others see it.
@@ -40,8 +40,16 @@ pub(crate) struct EngineView {
     pub(crate) load: Option<(Load, Instant)>,
     /// What it said of first tokens lately.
     pub(crate) first_tokens: Window,
-    /// What was executed.
+    /// What was executed, without secrets.
     pub(crate) command: Vec<String>,
+    /// What its program is, and what is to be known of how it was started.
+    pub(crate) origin: Origin,
+    /// Failures in a row.
+    pub(crate) failures: u32,
+    /// Why it is given up on this node, if it is.
+    pub(crate) gave_up: Option<String>,
+    /// Figures that its /metrics lacks.
+    pub(crate) missing: Vec<&'static str>,
 }
 
 impl EngineView {
@@ -59,6 +67,18 @@ impl EngineView {
             load: None,
             first_tokens: Window::default(),
             command: vec![],
+            origin: Origin::default(),
+            failures: 0,
+            gave_up: None,
+            missing: vec![],
+        }
+    }
+
+    /// Why it is as it is: its reason, or what its /metrics lacks.
+    pub(crate) fn told(&self) -> String {
+        match (self.reason.is_empty(), self.missing.is_empty()) {
+            (true, false) => format!("its /metrics lacks {}", self.missing.join(", ")),
+            _ => self.reason.clone(),
         }
     }
 
@@ -85,8 +105,14 @@ impl EngineView {
             address: self.address.clone(),
             pid: u32::try_from(self.pid).unwrap_or_default(),
             restarts: self.restarts,
-            reason: self.reason.clone(),
+            reason: self.told(),
             load,
+            engine_version: self.origin.version.clone(),
+            kv_events_address: self.origin.kv_events_address.clone(),
+            notes: self.origin.notes.clone(),
+            failures: Some(self.failures),
+            gave_up: self.gave_up.is_some(),
+            gave_up_reason: self.gave_up.clone().unwrap_or_default(),
         }
     }
 }

@@ -264,6 +264,7 @@ impl Fleet {
             region,
             labels,
             gpus: self.cx.gpus.borrow().gpus.clone(),
+            programs: self.cx.programs.shown(),
         }
     }
 
@@ -274,6 +275,7 @@ impl Fleet {
             engines: self.cx.board.statuses(now),
             gpu_source: Some(gpus.source(now)),
             gpus: gpus.gpus,
+            programs: self.cx.programs.shown(),
         }
     }
 

@@ -12,7 +12,11 @@ use prometheus::{
 
 use penstock_proto::v1;
 
-use crate::{board::EngineView, engine::State, gpu::GpuReport};
+use crate::{
+    board::EngineView,
+    engine::{State, load},
+    gpu::GpuReport,
+};
 
 /// The agent's metrics.
 pub(crate) struct Metrics {
@@ -56,6 +60,11 @@ pub(crate) struct Metrics {
     /// Engines taken over from an earlier agent.
     pub(crate) adoptions: IntCounter,
     exits: IntCounterVec,
+    canaries: IntCounterVec,
+    metric_missing: IntGaugeVec,
+    gave_up: IntGauge,
+    /// Engines ended because they answered and got nowhere.
+    pub(crate) wedges: IntCounter,
     /// Engines ended because they stopped answering.
     pub(crate) liveness_failures: IntCounter,
     /// Readings of an engine's /metrics that worked.
@@ -72,6 +81,9 @@ pub(crate) struct Metrics {
 const EXIT_LABELS: [&str; 4] = ["clean", "code", "signal", "unknown"];
 /// Whose error an XID is.
 const XID_CLASSES: [&str; 2] = ["application", "hardware"];
+
+/// What became of a canary.
+const CANARY_OUTCOMES: [&str; 4] = ["answered", "failed", "taken_back", "unanswered"];
 
 impl Metrics {
     /// All metrics at zero.
@@ -111,6 +123,28 @@ impl Metrics {
             registry.register(Box::new(gauges.clone()))?;
             Ok(gauges)
         };
+        let canaries = IntCounterVec::new(
+            Opts::new(
+                "penstock_agent_engine_canaries_total",
+                "Completions of one token that the agent asked of engines without progress, by outcome.",
+            ),
+            &["outcome"],
+        )?;
+        registry.register(Box::new(canaries.clone()))?;
+        let metric_missing = IntGaugeVec::new(
+            Opts::new(
+                "penstock_agent_engine_metric_missing",
+                "Ready engines whose /metrics lacks a figure that routing, scaling or liveness needs.",
+            ),
+            &["metric"],
+        )?;
+        registry.register(Box::new(metric_missing.clone()))?;
+        for outcome in CANARY_OUTCOMES {
+            canaries.with_label_values(&[outcome]);
+        }
+        for metric in load::wanted() {
+            metric_missing.with_label_values(&[metric]);
+        }
         let gpu_xids = IntCounterVec::new(
             Opts::new("penstock_agent_gpu_xids_total", "XIDs: of the hardware, or of applications."),
             &["class"],
@@ -128,6 +162,13 @@ impl Metrics {
         Ok(Self {
             engines,
             exits,
+            canaries,
+            metric_missing,
+            gave_up: gauge("engines_gave_up", "Engines that failed so often that they are given up here.")?,
+            wedges: counter(
+                "engine_wedges_total",
+                "Engines ended because they answered and made no progress.",
+            )?,
             gpus: gauge("gpus", "GPUs on this node.")?,
             gpus_faulty: gauge("gpus_faulty", "GPUs on this node with a fault.")?,
             gpu_memory: per_gpu("gpu_memory_bytes", "Memory of a GPU.")?,
@@ -201,6 +242,11 @@ impl Metrics {
         self.exits.with_label_values(&[cause]).inc();
     }
 
+    /// Counts a canary by what became of it.
+    pub(crate) fn canary(&self, outcome: &str) {
+        self.canaries.with_label_values(&[outcome]).inc();
+    }
+
     /// Counts an XID.
     pub(crate) fn gpu_xid(&self, of_hardware: bool) {
         let [application, hardware] = XID_CLASSES;
@@ -230,6 +276,12 @@ impl Metrics {
             let count = engines.iter().filter(|view| view.state == state).count();
             self.engines.with_label_values(&[state.name()]).set(i64::try_from(count).unwrap_or(i64::MAX));
         }
+        let whole = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        for metric in load::wanted() {
+            let lacks = |view: &&EngineView| view.state == State::Ready && view.missing.contains(&metric);
+            self.metric_missing.with_label_values(&[metric]).set(whole(engines.iter().filter(lacks).count()));
+        }
+        self.gave_up.set(whole(engines.iter().filter(|view| view.gave_up.is_some()).count()));
         self.set_gpus(gpus);
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
@@ -323,6 +375,8 @@ mod tests {
             "penstock_agent_engines{state=\"failed\"} 0",
             "penstock_agent_engine_exits_total{cause=\"signal\"} 0",
             "penstock_agent_assignments_stale_total 0",
+            "penstock_agent_engine_canaries_total{outcome=\"answered\"} 0",
+            "penstock_agent_engine_metric_missing{metric=\"vllm:num_requests_running\"} 0",
             "penstock_agent_engine_ready_seconds_count 0",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} not in\n{text}");

@@ -74,7 +74,18 @@ async fn metrics(State(shown): State<Shown>) -> Response {
 
 async fn engines(State(shown): State<Shown>) -> Json<Value> {
     let engines: Vec<Value> = shown.cx.board.all().iter().map(|view| engine(&shown, view)).collect();
-    Json(json!({"node_id": shown.node_id, "engines": engines}))
+    let programs = shown.cx.programs.shown();
+    let programs = programs.iter().map(|program| {
+        json!({
+            "name": program.name,
+            "kind": program.kind,
+            "version": program.version,
+            "problem": program.problem,
+            "supports": program.supports,
+        })
+    });
+    let programs: Vec<Value> = programs.collect();
+    Json(json!({"node_id": shown.node_id, "programs": programs, "engines": engines}))
 }
 
 fn engine(shown: &Shown, view: &EngineView) -> Value {
@@ -97,10 +108,16 @@ fn engine(shown: &Shown, view: &EngineView) -> Value {
         "port": view.port,
         "address": view.address,
         "restarts": view.restarts,
-        "reason": view.reason,
+        "reason": view.told(),
+        "failures": view.failures,
+        "gave_up": view.gave_up,
+        "missing_metrics": view.missing,
         "gpu_uuids": assignment.gpu_uuids,
         "load": load,
         "command": view.command,
+        "version": view.origin.version,
+        "kv_events_address": view.origin.kv_events_address,
+        "notes": view.origin.notes,
         "log": shown.cx.state.log(&assignment.replica_id),
     })
 }

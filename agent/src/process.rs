@@ -34,9 +34,11 @@ use crate::{
     engine::{
         adopt::{self, Survey},
         context::Context,
+        exec,
         ports::Ports,
         probe::Probe,
         procfs,
+        programs::Programs,
         records::Records,
     },
     fleet::{Fleet, Identity, SessionStatus},
@@ -156,6 +158,7 @@ fn settings(flags: Flags) -> Result<AgentConfig, String> {
         config.zone = zone;
     }
     config.validate()?;
+    config.engines.programs.iter().try_for_each(|(name, program)| exec::check(name, program))?;
     Ok(config)
 }
 
@@ -227,10 +230,12 @@ async fn run_with(
         intake,
         status: session.clone(),
     };
+    let programs = cx.programs.clone();
     let shown = Shown { node_id, cx, session, stopping: shutdown.clone() };
 
     let tasks = TaskTracker::new();
     let (stop_fleet, stop_http) = (CancellationToken::new(), CancellationToken::new());
+    tasks.spawn(programs.follow(stop_fleet.clone()));
     tasks.spawn(fleet.run(stop_fleet.clone()));
     tasks.spawn(serve(listener, shown, stop_http.clone()));
     if let Some(sampler) = sampler {
@@ -263,6 +268,7 @@ fn context(
         gpu_config: config.gpus.clone(),
         deregister: Duration::from_millis(config.controlplane.deregister_ms),
         records: Records::new(state.engines()),
+        programs: Programs::new(&config.engines.programs, state.versions()),
         state,
         boot_id: procfs::boot_id(),
         board: Board::new(),

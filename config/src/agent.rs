@@ -53,6 +53,8 @@ impl Default for AgentConfig {
     }
 }
 
+pub use crate::programs::EngineProgram;
+
 /// `[private]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -126,6 +128,20 @@ pub struct EnginesConfig {
     pub liveness_timeout_ms: u64,
     /// Failed liveness checks in a row after which an engine is started anew.
     pub liveness_failures: u32,
+    /// Time without any progress after which an engine that answers is ended all the same; 0: never.
+    pub wedge_s: u64,
+    /// Time without progress after which an engine is asked for one token; at most that often.
+    pub canary_s: u64,
+    /// Dumps of engines that hung which are kept; 0: none is made.
+    pub dumps_kept: u32,
+    /// Program, with arguments, whose output for each process goes into a dump; `{pid}` is the process. Empty: none.
+    pub dump_command: Vec<String>,
+    /// Failures in a row after which an engine is given up on this node; 0: never.
+    pub give_up_failures: u32,
+    /// The same for starts in a row that were not ready within `ready_s`; 0: never.
+    pub give_up_stuck_starts: u32,
+    /// Pause between two starts of an engine that was given up.
+    pub give_up_retry_s: u64,
     /// Pause between two readings of a ready engine's /metrics.
     pub load_ms: u64,
     /// Longest wait for one reading.
@@ -159,8 +175,8 @@ impl Default for EnginesConfig {
     fn default() -> Self {
         let vllm = EngineProgram {
             command: vec!["vllm".into()],
-            args: vec!["--shutdown-timeout".into(), "10".into()],
-            env: BTreeMap::new(),
+            shutdown_timeout_s: 10,
+            ..EngineProgram::default()
         };
         let sim = EngineProgram { command: vec!["penstock-engine-sim".into()], ..EngineProgram::default() };
         Self {
@@ -173,6 +189,13 @@ impl Default for EnginesConfig {
             liveness_ms: 2_000,
             liveness_timeout_ms: 10_000,
             liveness_failures: 3,
+            wedge_s: 30,
+            canary_s: 15,
+            dumps_kept: 20,
+            dump_command: Vec::new(),
+            give_up_failures: 5,
+            give_up_stuck_starts: 2,
+            give_up_retry_s: 300,
             load_ms: 250,
             load_timeout_ms: 5_000,
             adapters_ms: 5_000,
@@ -188,18 +211,6 @@ impl Default for EnginesConfig {
             programs: BTreeMap::from([("vllm".into(), vllm), ("sim".into(), sim)]),
         }
     }
-}
-
-/// `[engines.NAME]`
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct EngineProgram {
-    /// Program and its leading arguments; `serve MODEL ...` follows.
-    pub command: Vec<String>,
-    /// Arguments of every engine of this name, put before the deployment's own.
-    pub args: Vec<String>,
-    /// Environment of every engine of this name; the deployment's own wins.
-    pub env: BTreeMap<String, String>,
 }
 
 impl AgentConfig {
@@ -245,6 +256,8 @@ impl AgentConfig {
             ("engines.liveness_ms", engines.liveness_ms),
             ("engines.liveness_timeout_ms", engines.liveness_timeout_ms),
             ("engines.liveness_failures", u64::from(engines.liveness_failures)),
+            ("engines.canary_s", engines.canary_s),
+            ("engines.give_up_retry_s", engines.give_up_retry_s),
             ("engines.load_ms", engines.load_ms),
             ("engines.load_timeout_ms", engines.load_timeout_ms),
             ("engines.adapters_ms", engines.adapters_ms),
@@ -254,6 +267,18 @@ impl AgentConfig {
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(format!("{key} is 0; it must be at least 1"));
+        }
+        if engines.wedge_s > 0 && engines.canary_s >= engines.wedge_s {
+            return Err(format!(
+                "engines.canary_s is {}; it must be less than engines.wedge_s, {}: an engine is ended only after it was asked",
+                engines.canary_s, engines.wedge_s
+            ));
+        }
+        if engines.dump_command.first().is_some_and(String::is_empty) {
+            return Err(
+                "engines.dump_command names no program; accepted: [] or [\"py-spy\", \"dump\", \"--pid\", \"{pid}\"]"
+                    .into(),
+            );
         }
         let ordered = [
             ("controlplane.backoff", fleet.backoff_min_ms, fleet.backoff_max_ms),
@@ -268,21 +293,7 @@ impl AgentConfig {
     }
 }
 
-impl EngineProgram {
-    fn validate(&self, name: &str) -> Result<(), String> {
-        if self.command.first().is_none_or(String::is_empty) {
-            return Err(format!("engines.{name}.command is empty; name the program, as [\"vllm\"]"));
-        }
-        match self.env.keys().find(|key| key.is_empty() || key.contains(['=', '\0'])) {
-            Some(key) => {
-                Err(format!("engines.{name}.env has the name {key:?}; it must not be empty or contain '='"))
-            }
-            None => Ok(()),
-        }
-    }
-}
-
-fn one_of(key: &str, value: &str, accepted: &[&str]) -> Result<(), String> {
+pub(crate) fn one_of(key: &str, value: &str, accepted: &[&str]) -> Result<(), String> {
     if accepted.contains(&value) {
         return Ok(());
     }
@@ -326,6 +337,8 @@ mod tests {
         assert!(refused(|c| c.controlplane.endpoints.clear()).contains("controlplane.endpoints"));
         assert!(refused(|c| c.engines.liveness_failures = 0).contains("engines.liveness_failures is 0"));
         assert!(refused(|c| c.engines.backoff_max_ms = 1).contains("engines.backoff_max_ms is 1"));
+        assert!(refused(|c| c.engines.canary_s = 30).contains("less than engines.wedge_s, 30"));
+        assert!(refused(|c| c.engines.dump_command = vec![String::new()]).contains("engines.dump_command"));
         let no_program = refused(|c| {
             c.engines.programs.insert("mine".into(), EngineProgram::default());
         });

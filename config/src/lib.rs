@@ -14,6 +14,7 @@ pub mod controlplane;
 mod gpus;
 mod load;
 pub mod logging;
+mod programs;
 pub mod proxy;
 mod store;
 mod tls;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use penstock_config::agent::{EnginesConfig, GpuConfig};
 use tokio_util::sync::CancellationToken;
 
-use super::{ports::Ports, probe::Probe, process::Tree, records::Records, stop, verify};
+use super::{ports::Ports, probe::Probe, process::Tree, programs::Programs, records::Records, stop, verify};
 use crate::{
     assignment::Assignment, board::Board, gpu, metrics::Metrics, registrations::Registry, state::StateDir,
 };
@@ -28,6 +28,8 @@ pub(crate) struct Context {
     pub(crate) board: Board,
     /// Who is to be routed to.
     pub(crate) registry: Registry,
+    /// What the node's programs are.
+    pub(crate) programs: Programs,
     /// Ports in use.
     pub(crate) ports: Ports,
     /// Asks engines.

@@ -10,6 +10,7 @@ mod controlplane;
 mod engine;
 mod gpus;
 mod life;
+mod liveness;
 mod node;
 mod nvml;
 mod process;

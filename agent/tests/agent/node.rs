@@ -67,7 +67,7 @@ impl Node {
         let env = BTreeMap::from([(engine::ROLE.to_owned(), "1".to_owned())]);
         engines
             .programs
-            .insert("stand-in".into(), EngineProgram { command: engine::command(), args: vec![], env });
+            .insert("stand-in".into(), EngineProgram { command: engine::command(), env, ..EngineProgram::default() });
         let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
         Self { dir, config, agent: None, private: String::new(), client }
     }

@@ -317,7 +317,7 @@ fn proxies(facts: &Facts) -> Vec<Finding> {
     };
     if proxies.is_empty() {
         let advice = "start `penstock proxy` with discovery.controlplanes set; one that runs already serves its last tables";
-        return vec![fail("proxies", "no proxy is connected to this control plane", advice)];
+        return vec![fail("proxies", "no proxy is connected to any control plane", advice)];
     }
     let mut out = Vec::new();
     for proxy in proxies {

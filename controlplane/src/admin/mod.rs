@@ -22,6 +22,7 @@ mod nodes;
 mod observe;
 mod openapi;
 mod placements;
+mod proxies;
 mod revisions;
 mod routes;
 mod show;

@@ -168,6 +168,7 @@ mod tests {
             gpus_per_replica: 1,
             resources: Default::default(),
             lora: vec![],
+            options: Default::default(),
         };
         let assignment = |id: &str, phase| Assignment {
             replica_id: id.into(),
@@ -184,6 +185,7 @@ mod tests {
             next_ordinal: 2,
             assignments: vec![assignment("m-0", Phase::Active), assignment("m-1", Phase::Leaving)],
             scaled_to: None,
+            failures: None,
         };
         for (id, generation, node, address, expected) in [
             ("m-0", 5, "n", "h:1", "ok"),

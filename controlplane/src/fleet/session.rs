@@ -374,6 +374,7 @@ fn on_wire(model: &str, a: &Assignment) -> v1::Assignment {
             args: a.spec.args.clone(),
             env: a.spec.env.clone().into_iter().collect(),
             lora: a.spec.lora.iter().map(lora_on_wire).collect(),
+            options: (!a.spec.options.is_default()).then(|| (&a.spec.options).into()),
         }),
         gpu_uuids: a.gpu_uuids.clone(),
     }

@@ -10,7 +10,8 @@ pub mod route;
 pub mod validate;
 
 pub use desired::{
-    Assignment, Deployment, EngineSpec, Gpu, LoraAdapter, Node, Phase, Placement, RegisteredEndpoint,
+    Assignment, Deployment, EngineSpec, Failures, Gpu, LoraAdapter, Node, Phase, Placement,
+    RegisteredEndpoint,
 };
 pub use observed::{EngineObserved, EngineState, NodeObserved};
 pub use policy::{NodePolicy, Policy};

@@ -60,6 +60,10 @@ pub struct EngineObserved {
     pub pid: u32,
     /// Starts after the first, for this generation.
     pub restarts: u32,
+    /// Failures in a row; None: its agent does not tell.
+    pub failures: Option<u32>,
+    /// Its agent gave it up there: why.
+    pub gave_up: Option<String>,
     /// Why it is in this state; may be empty.
     pub reason: String,
     /// It has said how it is loaded: the three figures mean something.
@@ -93,6 +97,8 @@ impl From<v1::EngineStatus> for EngineObserved {
             address: status.address,
             pid: status.pid,
             restarts: status.restarts,
+            failures: status.failures,
+            gave_up: status.gave_up.then_some(status.gave_up_reason),
             reason: status.reason,
             says_load,
             running: load.running,

@@ -81,13 +81,13 @@ impl Context<'_> {
         let member = |(at, a): (usize, &Assignment)| {
             let ready = self.is_ready(a);
             let available = ready && !self.observed.drained.contains(a.replica_id.as_str());
-            let standing = self.standing(model, a, ready);
+            let standing = self.standing(model, a);
             Member { at, generation: a.generation, standing, ready, available }
         };
         active.map(member).collect()
     }
 
-    fn standing(&self, model: &Working<'_>, a: &Assignment, ready: bool) -> Standing {
+    fn standing(&self, model: &Working<'_>, a: &Assignment) -> Standing {
         if self.is_given_up(&a.node_id) {
             return Standing::Lost;
         }
@@ -105,13 +105,8 @@ impl Context<'_> {
         if a.spec != deployment.spec && !deployment.policy.rollout.paused {
             return Standing::Old(Why::Spec);
         }
-        if !ready && self.keeps_failing(a) { Standing::Failing } else { Standing::Good }
-    }
-
-    fn keeps_failing(&self, a: &Assignment) -> bool {
-        let limit = self.rules.replace_after_restarts;
-        let engine = self.observed.engines.get(a.replica_id.as_str());
-        limit > 0 && engine.is_some_and(|e| e.generation == a.generation && e.restarts >= limit)
+        // Where the spec is to blame, no other node is any better.
+        if !model.is_held && self.fails(a) { Standing::Failing } else { Standing::Good }
     }
 
     fn has_bad_gpu(&self, assignment: &Assignment) -> bool {

@@ -12,6 +12,8 @@ use crate::model::{
 };
 
 pub(super) const GRACE: Duration = Duration::from_secs(30);
+/// How long nodes are avoided where engines failed.
+const AVOID: Duration = Duration::from_secs(600);
 const GIB: u64 = 1 << 30;
 
 pub(super) struct World {
@@ -59,6 +61,7 @@ impl Default for World {
             rules: Rules {
                 lost_grace: GRACE,
                 replace_after_restarts: 5,
+                hold_after_nodes: 3,
                 max_starts: 1_000,
                 max_stops: 1_000,
                 max_view_age: Duration::from_secs(60),
@@ -90,6 +93,16 @@ impl World {
             let demand = self.demands.get(name).copied();
             let seen = self.memory.model(deployment, placement, is_ready, &load, demand, now);
             observed.models.insert(name, seen);
+            if let Some(placement) = placement {
+                let fails = |node: &str| {
+                    let here = placement
+                        .assignments
+                        .iter()
+                        .filter(|a| a.node_id == node && a.phase == Phase::Active);
+                    here.into_iter().any(|a| !is_ready(&a.replica_id, a.generation))
+                };
+                observed.forgiven.insert(name, self.memory.forgiven(placement, fails, AVOID, now));
+            }
         }
         let present = self.nodes.iter().filter(|(_, n)| n.lost_since.is_none());
         let present = present.map(|(name, n)| (name.as_str(), n.zone.as_str()));
@@ -164,6 +177,7 @@ impl World {
             gpus_per_replica,
             resources: Resources::default(),
             lora: vec![],
+            options: Default::default(),
         };
         let before = self.deployments.get(model);
         let policy = before.map_or_else(Policy::default, |before| before.policy.clone());
@@ -246,6 +260,8 @@ impl World {
             address: String::new(),
             pid: 0,
             restarts,
+            failures: None,
+            gave_up: None,
             reason: reason.to_owned(),
             says_load: false,
             running: 0,
@@ -254,6 +270,13 @@ impl World {
             ttft: (0, 0),
         };
         self.engines.insert(id.to_owned(), engine);
+    }
+
+    /// The replica's agent gives its engine up.
+    pub(super) fn give_up(&mut self, id: &str, reason: &str) {
+        self.report(id, EngineState::Failed, 1, reason);
+        let engine = self.engines.get_mut(id).unwrap();
+        (engine.failures, engine.gave_up) = (Some(1), Some(reason.to_owned()));
     }
 
     /// The memory that one replica of a model asks for on each GPU.
