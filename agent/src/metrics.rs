@@ -15,7 +15,7 @@ use penstock_proto::v1;
 use crate::{
     board::EngineView,
     engine::{State, load},
-    gpu::GpuReport,
+    gpu::{GpuKind, GpuReport},
 };
 
 /// The agent's metrics.
@@ -355,7 +355,7 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{engine::records::tests::record, gpu::GpuKind};
+    use crate::engine::records::tests::record;
 
     #[test]
     fn each_gpu_has_its_series_while_it_is_there() {

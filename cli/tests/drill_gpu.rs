@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 use support::{
     Up, client,
-    load::{Load, get, until},
+    load::{Load, get, seen_by_proxy, until},
     marked, penstock, pid,
 };
 use tempfile::TempDir;
@@ -84,7 +84,13 @@ fn known(up: &Up, gpu: &str) -> Value {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_endpoint_on_a_broken_gpu_is_pulled_replaced_elsewhere_and_nobody_fails() {
-    let up = Up::start(&["--engines", "2", "--gpus", "2"]);
+    let up = Up::start_with_env(
+        &["--engines", "2", "--gpus", "2"],
+        &[
+            ("PENSTOCK_AGENT__GPUS__POLICY__DEGRADED_WEIGHT_PERCENT", "25"),
+            ("PENSTOCK_AGENT__GPUS__POLICY__HOT_S", "0"),
+        ],
+    );
     let other = Other::start(&up);
     let nodes = || up.run_json(&["nodes"])["nodes"].as_array().unwrap().len();
     support::eventually("the other node is there", LONGEST, || (nodes() == 2).then_some(()));
@@ -92,6 +98,15 @@ async fn an_endpoint_on_a_broken_gpu_is_pulled_replaced_elsewhere_and_nobody_fai
     let gpu = gpu_of(&up, &victim).await;
     let load = Load::start(&up, "sim-model", 8, 20);
     until("there is load", LONGEST, async || (load.done() > 60).then_some(())).await;
+
+    // Degraded: it stays, with a smaller share, by the policy above.
+    let weight = async || seen_by_proxy(&up, "sim-model", &victim).await.unwrap()["weight_percent"].clone();
+    assert_eq!(weight().await, 100);
+    befall(&up, &gpu, r#"{"temperature_c": 93}"#).await;
+    until("its share is smaller", LONGEST, async || (weight().await == 25).then_some(())).await;
+    assert_eq!(known(&up, &gpu)["health"], "degraded");
+    befall(&up, &gpu, r#"{"temperature_c": 40}"#).await;
+    until("its share is whole again", LONGEST, async || (weight().await == 100).then_some(())).await;
 
     let broke = Instant::now();
     befall(&up, &gpu, r#"{"xid": 79}"#).await;
