@@ -63,10 +63,7 @@ const OURS: &str = "vllm serve /models/llama --host 0.0.0.0 --port 10815 --serve
 #[test]
 fn vllm_on_two_gpus() {
     let launch = try_launch(|_| {}).expect("valid");
-    assert_eq!(
-        launch.argv.join(" "),
-        format!("{OURS} --shutdown-timeout 10 --max-num-batched-tokens 8192")
-    );
+    assert_eq!(launch.argv.join(" "), format!("{OURS} --shutdown-timeout 10 --max-num-batched-tokens 8192"));
     assert_eq!(
         env(&launch),
         [
@@ -253,7 +250,17 @@ fn the_deployments_environment_wins_over_the_programs() {
 
 #[test]
 fn what_the_agent_decides_is_refused_in_every_spelling() {
-    for arg in ["--port", "--port=1", "--por", "--host=::", "--served_model_name", "--uds=/x", "--config", "--", "-n"] {
+    for arg in [
+        "--port",
+        "--port=1",
+        "--por",
+        "--host=::",
+        "--served_model_name",
+        "--uds=/x",
+        "--config",
+        "--",
+        "-n",
+    ] {
         let told = refused(|a| a.spec.args.push(arg.into()));
         assert!(told.contains(&format!("the argument \"{}", arg.split('=').next().unwrap())), "{told}");
     }
@@ -306,6 +313,7 @@ fn values_that_would_become_options_or_cannot_be_passed_are_refused() {
     assert!(try_launch(|a| a.spec.args.push("a\0b".into())).is_err());
     assert!(try_launch(|a| drop(a.spec.env.insert("A=B".into(), String::new()))).is_err());
     for bad in [("", "p"), ("--x", "p"), ("n", "")] {
-        try_launch(|a| a.spec.lora = vec![(bad.0.into(), bad.1.into())]).expect_err("neither empty nor an option");
+        try_launch(|a| a.spec.lora = vec![(bad.0.into(), bad.1.into())])
+            .expect_err("neither empty nor an option");
     }
 }

@@ -73,7 +73,8 @@ pub(super) fn arguments(
             spec.engine
         )));
     }
-    let parallel = spec.options.tensor_parallel.map_or(assignment.gpu_uuids.len().max(1).to_string(), |n| n.to_string());
+    let parallel =
+        spec.options.tensor_parallel.map_or(assignment.gpu_uuids.len().max(1).to_string(), |n| n.to_string());
     let value = |placeholder: &str| {
         Some(match placeholder {
             "model_path" => spec.model_path.clone(),
@@ -98,7 +99,9 @@ fn field_arguments(program: &EngineProgram, spec: &EngineSpec) -> Result<Vec<Str
     for (name, value) in spec.options.given() {
         let Some(args) = program.options.get(name) else {
             // Its own placeholder has said it already; "off" is how a server that knows nothing of it is anyway.
-            if (name == "tensor_parallel" && mentions(program, name)) || (name == "kv_events" && value == "false") {
+            if (name == "tensor_parallel" && mentions(program, name))
+                || (name == "kv_events" && value == "false")
+            {
                 continue;
             }
             return Err(SpecError::new(format!(
@@ -156,7 +159,9 @@ mod tests {
         let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
         EngineProgram {
             kind: "exec".into(),
-            command: words("llama-server -m {model_path} --alias {served_model_name} --host {host} --port {port}"),
+            command: words(
+                "llama-server -m {model_path} --alias {served_model_name} --host {host} --port {port}",
+            ),
             args: words("--split-mode row --log-format {{\"json\":true}}"),
             options: [
                 ("max_model_len".into(), words("--ctx-size {value}")),
@@ -217,7 +222,8 @@ mod tests {
     #[test]
     fn gpus_and_the_parallel_size_have_placeholders() {
         let mut program = llama();
-        program.command = ["s", "{gpus}", "{gpu_count}", "tp={tensor_parallel}", "{port}"].map(String::from).into();
+        program.command =
+            ["s", "{gpus}", "{gpu_count}", "tp={tensor_parallel}", "{port}"].map(String::from).into();
         program.args.clear();
         assert_eq!(line(&program, |_| {}).expect("valid"), "s GPU-a,GPU-b 2 tp=2 10815");
         let said = line(&program, |spec| spec.options.tensor_parallel = Some(1));
@@ -227,10 +233,15 @@ mod tests {
     #[test]
     fn what_a_template_does_not_say_is_refused_with_the_field() {
         let told = line(&llama(), |spec| spec.options.dtype = Some("half".into())).expect_err("no dtype");
-        assert!(told.contains("dtype cannot be told to engine \"llama\"") && told.contains("engines.llama.options"), "{told}");
+        assert!(
+            told.contains("dtype cannot be told to engine \"llama\"")
+                && told.contains("engines.llama.options"),
+            "{told}"
+        );
         let told = line(&llama(), |spec| spec.options.tensor_parallel = Some(2)).expect_err("no size");
         assert!(told.contains("tensor_parallel"), "{told}");
-        let told = line(&llama(), |spec| spec.lora = vec![("a".into(), "p".into())]).expect_err("no adapters");
+        let told =
+            line(&llama(), |spec| spec.lora = vec![("a".into(), "p".into())]).expect_err("no adapters");
         assert!(told.contains("leave lora out"), "{told}");
         let told = line(&llama(), |spec| spec.args = vec!["--port=1".into()]).expect_err("ours");
         assert!(told.contains("the agent gives each engine a port"), "{told}");
@@ -246,12 +257,21 @@ mod tests {
             check("llama", &program).expect_err("must be refused")
         };
         for (told, part) in [
-            (refused(|p| p.command.push("{modelpath}".into())), "{modelpath} is no placeholder; accepted are {model_path}"),
+            (
+                refused(|p| p.command.push("{modelpath}".into())),
+                "{modelpath} is no placeholder; accepted are {model_path}",
+            ),
             (refused(|p| p.command.push("{port".into())), "a brace without its other one"),
             (refused(|p| p.command.truncate(3)), "does not have {port}"),
-            (refused(|p| drop(p.options.insert("ctx".into(), vec![]))), "options has \"ctx\"; accepted are tensor_parallel"),
+            (
+                refused(|p| drop(p.options.insert("ctx".into(), vec![]))),
+                "options has \"ctx\"; accepted are tensor_parallel",
+            ),
             (refused(|p| drop(p.options.insert("kv_events".into(), vec![]))), "accepted are"),
-            (refused(|p| drop(p.options.insert("seed".into(), vec!["{port}".into()]))), "accepted is {value}"),
+            (
+                refused(|p| drop(p.options.insert("seed".into(), vec!["{port}".into()]))),
+                "accepted is {value}",
+            ),
         ] {
             assert!(told.contains(part), "{told}");
         }

@@ -110,8 +110,8 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
     };
     let spec = &assignment.spec;
     let version = cx.programs.version(&spec.engine).await;
-    let ports = Taken::new(cx, assignment)
-        .map_err(|e| Failure::passing(format!("no port for the engine: {e}")))?;
+    let ports =
+        Taken::new(cx, assignment).map_err(|e| Failure::passing(format!("no port for the engine: {e}")))?;
     let state_dir = cx.state.root().to_string_lossy();
     let place = Place {
         host: &cx.config.bind_host,
@@ -200,7 +200,9 @@ impl Taken {
             version,
             notes,
             kv_events: (first.unwrap_or_default(), self.ranks),
-            kv_events_address: first.map(|port| advertised(&cx.config.advertise_host, port)).unwrap_or_default(),
+            kv_events_address: first
+                .map(|port| advertised(&cx.config.advertise_host, port))
+                .unwrap_or_default(),
             rpc_port: self.rpc.as_ref().map(PortLease::port).unwrap_or_default(),
         };
         (self.lease, self.kv_events.into_iter().chain(self.rpc).collect(), origin)

@@ -72,7 +72,8 @@ impl Ports {
             0 => any_row(address, count, &held)?,
             _ => first_row(address, base, count, &held)?,
         };
-        let first = sockets.first().map_or(Ok(0), |socket| Ok::<_, io::Error>(socket.local_addr()?.port()))?;
+        let first =
+            sockets.first().map_or(Ok(0), |socket| Ok::<_, io::Error>(socket.local_addr()?.port()))?;
         let ports = first..=first.saturating_add(count.saturating_sub(1));
         held.extend(ports.clone());
         Ok(PortLease { held: self.held.clone(), ports, _sockets: sockets })
@@ -119,12 +120,7 @@ fn row(
     }
 }
 
-fn first_row(
-    address: SocketAddr,
-    base: u16,
-    count: u16,
-    held: &BTreeSet<u16>,
-) -> io::Result<Vec<TcpSocket>> {
+fn first_row(address: SocketAddr, base: u16, count: u16, held: &BTreeSet<u16>) -> io::Result<Vec<TcpSocket>> {
     for port in base..=u16::MAX {
         if let Some(sockets) = row(address, port, count, held)? {
             return Ok(sockets);
@@ -191,7 +187,11 @@ mod tests {
     fn an_engine_binds_its_port_beside_the_lease_and_nobody_is_given_it_meanwhile() {
         let (here, other_agent) = (Ports::default(), Ports::default());
         let lease = here.take(HOME, free()).unwrap();
-        assert_ne!(other_agent.take(HOME, lease.port()).unwrap().port(), lease.port(), "bound, not listening");
+        assert_ne!(
+            other_agent.take(HOME, lease.port()).unwrap().port(),
+            lease.port(),
+            "bound, not listening"
+        );
         // As servers do: with address reuse.
         let engine = TcpListener::bind((HOME, lease.port())).unwrap();
         assert_ne!(other_agent.take(HOME, lease.port()).unwrap().port(), lease.port(), "listening");

@@ -231,7 +231,9 @@ impl Probe {
     /// What came instead, for the operator.
     pub(crate) async fn metrics_text(&self, target: &Target, deadline: Duration) -> Result<String, String> {
         if !target.says_load {
-            return Err("engines of this kind do not say their load (agent setting engines.NAME.metrics)".into());
+            return Err(
+                "engines of this kind do not say their load (agent setting engines.NAME.metrics)".into()
+            );
         }
         let request = self.client.get(format!("{}/metrics", target.base));
         let body = self.ask(request, "/metrics", deadline).await?;

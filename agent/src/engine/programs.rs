@@ -116,7 +116,8 @@ impl Programs {
     pub(crate) fn shown(&self) -> Vec<v1::EngineProgram> {
         let shown = |(name, entry): (&String, &Entry)| {
             let answer = lock(&entry.answer).clone();
-            let (version, problem) = answer.map(|answer| (answer.version, answer.problem)).unwrap_or_default();
+            let (version, problem) =
+                answer.map(|answer| (answer.version, answer.problem)).unwrap_or_default();
             let released = versions::released(&version).filter(|_| !entry.program.is_exec());
             let supports = released.map(versions::supports).unwrap_or_default();
             v1::EngineProgram {
@@ -132,7 +133,10 @@ impl Programs {
 
     /// Asks the program, unless it has answered and is still the same.
     async fn ask(&self, name: &str) {
-        let Some(entry) = self.entries.get(name).filter(|entry| !entry.program.version_args.is_empty()) else { return };
+        let Some(entry) = self.entries.get(name).filter(|entry| !entry.program.version_args.is_empty())
+        else {
+            return;
+        };
         let _one_at_a_time = entry.asking.lock().await;
         let before = lock(&entry.answer).clone();
         let stamp = match stamp(&entry.program) {
@@ -296,7 +300,9 @@ mod tests {
         let ours = programs(dir.path(), "vllm");
         assert_eq!(ours.version("vllm").await, "");
         assert!(ours.shown()[0].problem.contains("is not there"), "{:?}", ours.shown());
-        for (text, part) in [("exit 3", "exit status: 3"), ("echo hello", "printed no version"), ("yes 1", "ended with")] {
+        for (text, part) in
+            [("exit 3", "exit status: 3"), ("echo hello", "printed no version"), ("yes 1", "ended with")]
+        {
             script(&dir.path().join("vllm"), text);
             assert_eq!(ours.version("vllm").await, "", "{text}");
             assert!(ours.shown()[0].problem.contains(part), "{text}: {:?}", ours.shown());

@@ -66,7 +66,11 @@ const CHANGES: [Change; 31] = [
     came("--max-num-queued-tokens", Version(0, 29, 0), NEWER),
     came("--enable-sleep-mode", Version(0, 7, 0), NEWER),
     came("--enable-log-requests", Version(0, 10, 1), NEWER),
-    needless(went("--disable-log-requests", Version(0, 17, 0), "requests are not logged unless --enable-log-requests is said")),
+    needless(went(
+        "--disable-log-requests",
+        Version(0, 17, 0),
+        "requests are not logged unless --enable-log-requests is said",
+    )),
     came("--structured-outputs-config", Version(0, 11, 0), NEWER),
     went("--guided-decoding-backend", Version(0, 12, 0), STRUCTURED),
     went("--guided-decoding-disable-fallback", Version(0, 12, 0), STRUCTURED),
@@ -151,7 +155,8 @@ pub(crate) fn released(printed: &str) -> Option<Version> {
 
 /// Names of what the version supports.
 pub(crate) fn supports(version: Version) -> Vec<&'static str> {
-    let has = |option: &str| CHANGES.iter().find(|change| change.option == option).is_none_or(|c| c.has(version));
+    let has =
+        |option: &str| CHANGES.iter().find(|change| change.option == option).is_none_or(|c| c.has(version));
     FEATURES.iter().filter(|(_, option)| has(option)).map(|(name, _)| *name).collect()
 }
 
@@ -206,7 +211,10 @@ mod tests {
     fn versions_are_found_in_what_programs_print() {
         for (text, version) in [
             ("0.32.0+cpu\n", Version(0, 32, 0)),
-            ("INFO 11-21 18:00:00 [__init__.py:216] Automatically detected platform cpu.\n0.11.0\n", Version(0, 11, 0)),
+            (
+                "INFO 11-21 18:00:00 [__init__.py:216] Automatically detected platform cpu.\n0.11.0\n",
+                Version(0, 11, 0),
+            ),
             ("vllm 0.9.1", Version(0, 9, 1)),
             ("0.11.0rc2.dev3+g12ab", Version(0, 11, 0)),
             ("version: v0.5.9 (build x)", Version(0, 5, 9)),
@@ -231,18 +239,26 @@ mod tests {
             "vLLM 0.28.0 of this node has no --max-num-queued-reqs (field max_num_queued_reqs): it came with 0.29.0; \
              leave it out, or install a newer vLLM on this node"
         );
-        assert!(refused("--swap_space=4", Version(0, 32, 0)).contains("0.18.0 no longer has it; say --kv-offloading-size"));
+        assert!(
+            refused("--swap_space=4", Version(0, 32, 0))
+                .contains("0.18.0 no longer has it; say --kv-offloading-size")
+        );
         fit(words("--max-num-queued-reqs 5"), Version(0, 29, 0), &[]).expect("there");
         fit(words("--swap-space 4"), Version(0, 17, 1), &[]).expect("still there");
     }
 
     #[test]
     fn niceties_are_left_out_with_their_values_and_a_note() {
-        let fitted = fit(words("--a 1 --shutdown-timeout 10 --b"), Version(0, 17, 0), &["--shutdown-timeout"]);
+        let fitted =
+            fit(words("--a 1 --shutdown-timeout 10 --b"), Version(0, 17, 0), &["--shutdown-timeout"]);
         let fitted = fitted.expect("a nicety here");
         assert_eq!(fitted.arguments, words("--a 1 --b"));
-        assert_eq!(fitted.notes, ["--shutdown-timeout was left out: vLLM 0.17.0 does not have it, it came with 0.18.0"]);
-        let fitted = fit(words("--disable-log-requests --no-enable-reasoning -O3 x"), Version(0, 32, 0), &[]).expect("both");
+        assert_eq!(
+            fitted.notes,
+            ["--shutdown-timeout was left out: vLLM 0.17.0 does not have it, it came with 0.18.0"]
+        );
+        let fitted = fit(words("--disable-log-requests --no-enable-reasoning -O3 x"), Version(0, 32, 0), &[])
+            .expect("both");
         assert_eq!((fitted.arguments, fitted.notes.len()), (words("-O3 x"), 2));
     }
 

@@ -65,9 +65,10 @@ impl Node {
         engines.backoff_min_ms = 20;
         engines.backoff_max_ms = 200;
         let env = BTreeMap::from([(engine::ROLE.to_owned(), "1".to_owned())]);
-        engines
-            .programs
-            .insert("stand-in".into(), EngineProgram { command: engine::command(), env, ..EngineProgram::default() });
+        engines.programs.insert(
+            "stand-in".into(),
+            EngineProgram { command: engine::command(), env, ..EngineProgram::default() },
+        );
         let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
         Self { dir, config, agent: None, private: String::new(), client }
     }

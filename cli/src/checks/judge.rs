@@ -204,8 +204,13 @@ fn nodes(facts: &Facts) -> Vec<Finding> {
                 let advice = "it gets no engines; docs/gpus.md says what helps, and `nvidia-smi -q` more";
                 out.push(fail(&what, why, advice));
             } else if matches!(text(gpu, "health"), "degraded" | "faulty") {
-                let why = format!("GPU {} is {}: {}", text(gpu, "uuid"), text(gpu, "health"), text(gpu, "reason"));
-                out.push(warn(&what, why, "it is used where there is no healthy one; docs/gpus.md says what helps"));
+                let why =
+                    format!("GPU {} is {}: {}", text(gpu, "uuid"), text(gpu, "health"), text(gpu, "reason"));
+                out.push(warn(
+                    &what,
+                    why,
+                    "it is used where there is no healthy one; docs/gpus.md says what helps",
+                ));
             }
         }
         let agent = text(node, "agent_version");

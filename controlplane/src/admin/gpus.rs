@@ -18,9 +18,9 @@ pub(super) fn shown(gpu: &v1::Gpu) -> Value {
     let xids = gpu.xids.iter().map(|xid| {
         json!({ "xid": xid.xid, "meaning": xid.meaning, "count": xid.count, "last_unix_ms": xid.last_unix_ms })
     });
-    let parts = gpu.mig_instances.iter().map(|part| {
-        json!({ "uuid": part.uuid, "name": part.name, "memory_total_mib": part.memory_total_mib })
-    });
+    let parts = gpu.mig_instances.iter().map(
+        |part| json!({ "uuid": part.uuid, "name": part.name, "memory_total_mib": part.memory_total_mib }),
+    );
     let mut shown = Map::new();
     let always = [
         ("uuid", json!(gpu.uuid)),

@@ -79,9 +79,9 @@ fn shown(
     let assigned = view.by_node.get(name);
     let engines = assigned.map_or(0, |a| a.values().filter(|(_, a)| a.phase == Phase::Active).count());
     let node = present.map(|stored| &stored.value);
-    let live_gpus = live.filter(|live| live.connected && !live.gpus.is_empty()).map(|live| {
-        live.gpus.iter().map(gpus::shown).collect::<Vec<_>>()
-    });
+    let live_gpus = live
+        .filter(|live| live.connected && !live.gpus.is_empty())
+        .map(|live| live.gpus.iter().map(gpus::shown).collect::<Vec<_>>());
     let programs = live.map(|live| live.programs.iter().map(program).collect::<Vec<_>>());
     let seen_as = NodeSeen {
         zone: node.map_or("", |n| n.zone.as_str()),

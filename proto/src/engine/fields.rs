@@ -142,7 +142,15 @@ mod tests {
         ] {
             assert_eq!(first(&options, arg), Some(field), "{arg}");
         }
-        for fine in ["--tokenizer-mode", "--max-num-queued-reqs", "--max-num-batched-tokens", "-pp", "-1", "fp8", "--seed=2"] {
+        for fine in [
+            "--tokenizer-mode",
+            "--max-num-queued-reqs",
+            "--max-num-batched-tokens",
+            "-pp",
+            "-1",
+            "fp8",
+            "--seed=2",
+        ] {
             assert_eq!(first(&options, fine), None, "{fine}");
         }
         assert_eq!(first(&EngineOptions::default(), "--seed"), None, "what no field says may be an argument");

@@ -27,7 +27,11 @@ impl TryFrom<f64> for Share {
         if (scaled - share * Self::WHOLE).abs() > 1e-6 {
             return Err(format!("it must have at most four decimals; it is {share}"));
         }
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to 10000, checked above")]
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "1 to 10000, checked above"
+        )]
         Ok(Self(scaled as u16))
     }
 }
@@ -144,7 +148,8 @@ pub fn gpus_needed(options: &EngineOptions, args: &[String]) -> Option<(u64, Str
         (name, size.or_else(said).unwrap_or(1))
     });
     let product = sizes.iter().map(|(_, size)| u64::from(*size)).fold(1, u64::saturating_mul);
-    let told: Vec<String> = sizes.iter().filter(|(_, n)| *n != 1).map(|(name, n)| format!("{name} {n}")).collect();
+    let told: Vec<String> =
+        sizes.iter().filter(|(_, n)| *n != 1).map(|(name, n)| format!("{name} {n}")).collect();
     let told = if told.is_empty() { "tensor_parallel 1".to_owned() } else { told.join(" x ") };
     Some((product, told))
 }

@@ -55,11 +55,17 @@ pub const OPTIONS: [Refused; 39] = [
     no("--enable-ssl-refresh", NO_TLS),
     no("--grpc*", OTHER_WIRE),
     no("--root-path", "agent and proxies ask for the API's own paths"),
-    no("--api-key", "agent and proxies have no key for engines: clients' keys are checked by the proxy (auth.keys)"),
+    no(
+        "--api-key",
+        "agent and proxies have no key for engines: clients' keys are checked by the proxy (auth.keys)",
+    ),
     no("--middleware", "it would stand between the engine and those who ask whether it is well"),
     no("--headless", "an engine without a server can be neither asked nor routed to"),
     no("--tokens-only", "an engine is ready when it has completed a text, which it would refuse"),
-    no("--disable-log-stats", "its /metrics would say nothing of load: routing, progress checks and autoscaling go by it"),
+    no(
+        "--disable-log-stats",
+        "its /metrics would say nothing of load: routing, progress checks and autoscaling go by it",
+    ),
     no("--device-ids", "the control plane chooses the GPUs of a replica"),
     no("--enable-elastic-ep", "it would take GPUs that were given to other replicas"),
     no("--data-parallel-address", ONE_NODE),
@@ -70,7 +76,10 @@ pub const OPTIONS: [Refused; 39] = [
     no("--data-parallel-backend", ONE_NODE),
     no("--data-parallel-external-lb", ONE_NODE),
     no("--data-parallel-hybrid-lb", ONE_NODE),
-    no("--data-parallel-supervisor-port", "the agent is the supervisor of its engines, and gives them their ports"),
+    no(
+        "--data-parallel-supervisor-port",
+        "the agent is the supervisor of its engines, and gives them their ports",
+    ),
     no("-dpa", ONE_NODE),
     no("-dpb", ONE_NODE),
     no("-dpl", ONE_NODE),
@@ -104,7 +113,8 @@ pub const COMMON_VARIABLES: [Refused; 4] = [
     no("CUDA_VISIBLE_DEVICES", "the control plane chooses the GPUs of a replica"),
 ];
 
-const FIXED_PORT: &str = "engines of one node would meet on a port that is fixed: left out, each finds free ones";
+const FIXED_PORT: &str =
+    "engines of one node would meet on a port that is fixed: left out, each finds free ones";
 
 /// Environment variables of vLLM and its libraries that are refused.
 pub const VARIABLES: [Refused; 14] = [
@@ -112,7 +122,10 @@ pub const VARIABLES: [Refused; 14] = [
     no("VLLM_PORT", FIXED_PORT),
     no("VLLM_DP_*", ONE_NODE),
     no("VLLM_HOST_IP", "it is another on each node: set it in the agent's [engines.NAME.env]"),
-    no("VLLM_API_KEY", "agent and proxies have no key for engines: clients' keys are checked by the proxy (auth.keys)"),
+    no(
+        "VLLM_API_KEY",
+        "agent and proxies have no key for engines: clients' keys are checked by the proxy (auth.keys)",
+    ),
     no("VLLM_SERVER_DEV_MODE", "it opens paths that end, pause and read out the engine"),
     no("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "a server whose engine is dead would look alive"),
     no("MASTER_ADDR", ONE_NODE),
@@ -121,7 +134,10 @@ pub const VARIABLES: [Refused; 14] = [
     no("LOCAL_RANK", ONE_NODE),
     no("WORLD_SIZE", ONE_NODE),
     no("PROMETHEUS_MULTIPROC_DIR", "engines of one node would write into each other's figures"),
-    no("RAY_ADDRESS", "Ray's workers live outside of the engine's processes: the agent could neither watch nor end them"),
+    no(
+        "RAY_ADDRESS",
+        "Ray's workers live outside of the engine's processes: the agent could neither watch nor end them",
+    ),
 ];
 
 impl Refused {
@@ -137,7 +153,8 @@ impl Refused {
             return true;
         }
         if !self.name.starts_with("--") {
-            return option == self.name || (!long && option.strip_prefix(self.name).is_some_and(|v| !v.is_empty()));
+            return option == self.name
+                || (!long && option.strip_prefix(self.name).is_some_and(|v| !v.is_empty()));
         }
         let whole = FIELDS.iter().any(|field| field.option == option);
         option == stem || (long && option.len() > 2 && stem.starts_with(option) && !whole)
@@ -157,13 +174,14 @@ pub fn check_args(args: &[String], dialect: Dialect) -> Result<(), (usize, Strin
         let vllms = if dialect == Dialect::Vllm { OPTIONS.as_slice() } else { &[] };
         let listed = COMMON.iter().chain(vllms).find(|refused| refused.is_meant_by(&option));
         let value = || arg.split_once('=').map(|(_, value)| value).or(args.get(n + 1).map(String::as_str));
-        let valued = VALUES.iter().find(|(name, bad, _)| {
-            dialect == Dialect::Vllm && *name == option && value() == Some(bad)
-        });
+        let valued = VALUES
+            .iter()
+            .find(|(name, bad, _)| dialect == Dialect::Vllm && *name == option && value() == Some(bad));
         let given: String = arg.split('=').next().unwrap_or(arg).chars().take(64).collect();
         match (listed, valued) {
             (Some(refused), _) => {
-                let whole = if option == refused.name { String::new() } else { format!(" ({})", refused.name) };
+                let whole =
+                    if option == refused.name { String::new() } else { format!(" ({})", refused.name) };
                 return Err((n, format!("{given:?}{whole} is not accepted: {}", refused.reason)));
             }
             (None, Some((_, bad, reason))) => {
@@ -257,7 +275,9 @@ mod tests {
 
     #[test]
     fn variables_are_refused_by_name_and_family() {
-        for bad in ["CUDA_VISIBLE_DEVICES", "PENSTOCK_REPLICA", "VLLM_PORT", "VLLM_DP_RANK", "VLLM_SERVER_DEV_MODE"] {
+        for bad in
+            ["CUDA_VISIBLE_DEVICES", "PENSTOCK_REPLICA", "VLLM_PORT", "VLLM_DP_RANK", "VLLM_SERVER_DEV_MODE"]
+        {
             let sentence = check_variable(bad, Dialect::Vllm).expect_err(bad);
             assert!(sentence.contains(bad), "{sentence}");
         }

@@ -10,7 +10,9 @@ use penstock_proto::engine::{
 };
 use serde_json::{Map, Value};
 
-use super::{FieldError, MAX_ADAPTERS, kind, model_name, object, policy::ResourcesAsked, string, text, whole_in};
+use super::{
+    FieldError, MAX_ADAPTERS, kind, model_name, object, policy::ResourcesAsked, string, text, whole_in,
+};
 use crate::model::desired::{EngineSpec, LoraAdapter};
 
 const MAX_ARGS: usize = 256;
@@ -106,11 +108,14 @@ fn check_company(spec: &EngineSpec) -> Result<(), FieldError> {
         && spec.lora.is_empty()
         && !gives("--enable-lora")
     {
-        let message = format!("{field} says how adapters are run, and there are none: name them in lora, or leave it out");
+        let message = format!(
+            "{field} says how adapters are run, and there are none: name them in lora, or leave it out"
+        );
         return Err(FieldError::new(field, message));
     }
     if let Some((n, field)) = repeated(options, &spec.args) {
-        let message = format!("args[{n}] says again what the field {} says: leave the argument out", field.name);
+        let message =
+            format!("args[{n}] says again what the field {} says: leave the argument out", field.name);
         return Err(FieldError::new("args", message));
     }
     let dialect = Dialect::of_name(&spec.engine);
@@ -165,7 +170,8 @@ fn length(fields: &Fields) -> Result<Option<u64>, FieldError> {
     let length = value.as_u64().filter(|length| (1..=MAX_LENGTH).contains(length));
     length.map(Some).ok_or_else(|| {
         let found = if value.is_number() { value.to_string() } else { kind(value).to_owned() };
-        let message = format!("max_model_len must be a whole number of tokens from 1 to {MAX_LENGTH}, not {found}");
+        let message =
+            format!("max_model_len must be a whole number of tokens from 1 to {MAX_LENGTH}, not {found}");
         FieldError::new("max_model_len", message)
     })
 }
@@ -174,9 +180,9 @@ fn share(fields: &Fields) -> Result<Option<Share>, FieldError> {
     let name = "gpu_memory_utilization";
     let Some(value) = fields.get(name) else { return Ok(None) };
     let wrong = |why: String| FieldError::new(name, format!("{name}: {why}"));
-    let number = value.as_f64().ok_or_else(|| {
-        wrong(format!("it must be a number above 0 and up to 1, not {}", kind(value)))
-    })?;
+    let number = value
+        .as_f64()
+        .ok_or_else(|| wrong(format!("it must be a number above 0 and up to 1, not {}", kind(value))))?;
     Share::try_from(number).map(Some).map_err(wrong)
 }
 
@@ -333,7 +339,11 @@ mod tests {
                 "tensor_parallel 2 x pipeline_parallel 2 needs 4",
             ),
             (json!({"tensor_parallel": 64, "pipeline_parallel": 64}), "tensor_parallel", "at most 64"),
-            (json!({"tensor_parallel": 2, "resources": {"tensor_parallel": 4}}), "resources.tensor_parallel", "leave one out"),
+            (
+                json!({"tensor_parallel": 2, "resources": {"tensor_parallel": 4}}),
+                "resources.tensor_parallel",
+                "leave one out",
+            ),
             (json!({"dtype": "fp8"}), "dtype", "one of auto, half"),
             (json!({"max_model_len": "32k"}), "max_model_len", "not a string"),
             (json!({"gpu_memory_utilization": 0}), "gpu_memory_utilization", "above 0 and up to 1"),
