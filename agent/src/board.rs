@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::{
     assignment::Assignment,
-    engine::{State, load::Load, ttft::Window},
+    engine::{State, load::Load, records::Origin, ttft::Window},
 };
 
 /// One engine, as others see it.
@@ -40,8 +40,10 @@ pub(crate) struct EngineView {
     pub(crate) load: Option<(Load, Instant)>,
     /// What it said of first tokens lately.
     pub(crate) first_tokens: Window,
-    /// What was executed.
+    /// What was executed, without secrets.
     pub(crate) command: Vec<String>,
+    /// What its program is, and what is to be known of how it was started.
+    pub(crate) origin: Origin,
     /// Failures in a row.
     pub(crate) failures: u32,
     /// Why it is given up on this node, if it is.
@@ -65,6 +67,7 @@ impl EngineView {
             load: None,
             first_tokens: Window::default(),
             command: vec![],
+            origin: Origin::default(),
             failures: 0,
             gave_up: None,
             missing: vec![],
@@ -104,6 +107,9 @@ impl EngineView {
             restarts: self.restarts,
             reason: self.told(),
             load,
+            engine_version: self.origin.version.clone(),
+            kv_events_address: self.origin.kv_events_address.clone(),
+            notes: self.origin.notes.clone(),
             failures: Some(self.failures),
             gave_up: self.gave_up.is_some(),
             gave_up_reason: self.gave_up.clone().unwrap_or_default(),

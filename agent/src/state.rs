@@ -103,6 +103,11 @@ impl StateDir {
         self.logs().join(format!("{}.log", stem(replica_id)))
     }
 
+    /// What the node's programs said of their versions.
+    pub(crate) fn versions(&self) -> PathBuf {
+        self.root.join("versions.json")
+    }
+
     fn assignments(&self) -> PathBuf {
         self.root.join("assignments.json")
     }

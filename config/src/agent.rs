@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::gpus::{GpuAction, GpuConfig, GpuPolicyConfig};
 use crate::{logging::LogConfig, tls::TlsConfig};
 
 /// Everything the agent can be told.
@@ -52,6 +53,8 @@ impl Default for AgentConfig {
     }
 }
 
+pub use crate::programs::EngineProgram;
+
 /// `[private]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -99,34 +102,6 @@ impl Default for FleetConfig {
             first_assignments_ms: 3_000,
             register_retry_ms: 5_000,
             deregister_ms: 2_000,
-        }
-    }
-}
-
-/// `[gpus]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct GpuConfig {
-    /// "auto" (NVML where there is a driver, else none), "nvml", "simulated" or "none".
-    pub source: String,
-    /// GPUs to pretend, with source "simulated".
-    pub simulated_count: u32,
-    /// Memory of each pretended GPU.
-    pub simulated_memory_mib: u64,
-    /// Path or name of NVML's library; empty takes the system's.
-    pub nvml_library: String,
-    /// Time between two readings.
-    pub sample_ms: u64,
-}
-
-impl Default for GpuConfig {
-    fn default() -> Self {
-        Self {
-            source: "auto".into(),
-            simulated_count: 8,
-            simulated_memory_mib: 81_920,
-            nvml_library: String::new(),
-            sample_ms: 1_000,
         }
     }
 }
@@ -200,8 +175,8 @@ impl Default for EnginesConfig {
     fn default() -> Self {
         let vllm = EngineProgram {
             command: vec!["vllm".into()],
-            args: vec!["--shutdown-timeout".into(), "10".into()],
-            env: BTreeMap::new(),
+            shutdown_timeout_s: 10,
+            ..EngineProgram::default()
         };
         let sim = EngineProgram { command: vec!["penstock-engine-sim".into()], ..EngineProgram::default() };
         Self {
@@ -238,18 +213,6 @@ impl Default for EnginesConfig {
     }
 }
 
-/// `[engines.NAME]`
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct EngineProgram {
-    /// Program and its leading arguments; `serve MODEL ...` follows.
-    pub command: Vec<String>,
-    /// Arguments of every engine of this name, put before the deployment's own.
-    pub args: Vec<String>,
-    /// Environment of every engine of this name; the deployment's own wins.
-    pub env: BTreeMap<String, String>,
-}
-
 impl AgentConfig {
     /// Rules that types cannot say.
     ///
@@ -257,7 +220,7 @@ impl AgentConfig {
     /// A sentence that names the key and what is accepted.
     pub fn validate(&self) -> Result<(), String> {
         one_of("on_shutdown", &self.on_shutdown, &["stop", "keep"])?;
-        one_of("gpus.source", &self.gpus.source, &["auto", "nvml", "simulated", "none"])?;
+        self.gpus.validate()?;
         not_empty("state_dir", &self.state_dir)?;
         not_empty("engines.bind_host", &self.engines.bind_host)?;
         not_empty("engines.advertise_host", &self.engines.advertise_host)?;
@@ -287,7 +250,6 @@ impl AgentConfig {
             ("controlplane.connect_ms", fleet.connect_ms),
             ("controlplane.backoff_min_ms", fleet.backoff_min_ms),
             ("controlplane.register_retry_ms", fleet.register_retry_ms),
-            ("gpus.sample_ms", self.gpus.sample_ms),
             ("engines.ready_s", engines.ready_s),
             ("engines.ready_poll_ms", engines.ready_poll_ms),
             ("engines.first_completion_ms", engines.first_completion_ms),
@@ -331,21 +293,7 @@ impl AgentConfig {
     }
 }
 
-impl EngineProgram {
-    fn validate(&self, name: &str) -> Result<(), String> {
-        if self.command.first().is_none_or(String::is_empty) {
-            return Err(format!("engines.{name}.command is empty; name the program, as [\"vllm\"]"));
-        }
-        match self.env.keys().find(|key| key.is_empty() || key.contains(['=', '\0'])) {
-            Some(key) => {
-                Err(format!("engines.{name}.env has the name {key:?}; it must not be empty or contain '='"))
-            }
-            None => Ok(()),
-        }
-    }
-}
-
-fn one_of(key: &str, value: &str, accepted: &[&str]) -> Result<(), String> {
+pub(crate) fn one_of(key: &str, value: &str, accepted: &[&str]) -> Result<(), String> {
     if accepted.contains(&value) {
         return Ok(());
     }

@@ -1,17 +1,24 @@
 //! How a life begins: with a new process, or with one that an earlier agent left running.
 
+use std::io;
+
+use penstock_proto::engine::secret::masked_args;
 use tokio::time::Instant;
 
 use super::{
-    command::{self, Place},
+    command::{self, ExtraPorts, Place, extra_ports},
     context::Context,
     logs,
     ports::PortLease,
     probe::Target,
     process::Tree,
-    records::Record,
+    records::{Origin, Record},
+    verify, versions,
 };
 use crate::assignment::Assignment;
+
+/// What an engine listens on when it listens on every address.
+const EVERYWHERE: &str = "0.0.0.0";
 
 /// A running engine.
 pub(crate) struct Engine {
@@ -19,6 +26,8 @@ pub(crate) struct Engine {
     pub(crate) tree: Tree,
     /// Its port.
     pub(crate) lease: PortLease,
+    /// Its other ports.
+    pub(crate) _extra: Vec<PortLease>,
     /// Its server, as the agent asks it.
     pub(crate) target: Target,
     /// Its server, as proxies reach it: host:port.
@@ -31,8 +40,10 @@ pub(crate) struct Engine {
     pub(crate) restarts: u32,
     /// When this agent started or found it.
     pub(crate) since: Instant,
-    /// What was executed.
+    /// What was executed, without secrets.
     pub(crate) command: Vec<String>,
+    /// What it was started from.
+    pub(crate) origin: Origin,
 }
 
 /// Why an engine does not run, and whether starting it again can help.
@@ -77,8 +88,11 @@ pub(crate) async fn take_over(cx: &Context, assignment: &Assignment) -> Option<E
     }
     tracing::info!(replica = id, pid = record.pid, port = record.port, "engine taken over");
     cx.metrics.adoptions.inc();
-    let lease = cx.ports.hold(record.port);
-    Some(engine(cx, tree, lease, record))
+    let Origin { kv_events: (first, count), rpc_port, .. } = record.origin;
+    let extra = [(first, count), (rpc_port, 1)].into_iter().filter(|(port, count)| *port > 0 && *count > 0);
+    let extra = extra.map(|(port, count)| cx.ports.hold(port, count)).collect();
+    let lease = cx.ports.hold(record.port, 1);
+    Some(engine(cx, tree, lease, extra, record))
 }
 
 /// Starts a process for the assignment. The record is written before it and after it, so that none is lost.
@@ -94,16 +108,34 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
         }
         gpus.kind
     };
-    let (host, base) = (cx.config.bind_host.as_str(), cx.config.port_base);
-    let lease =
-        cx.ports.take(host, base).map_err(|e| Failure::passing(format!("no port for the engine: {e}")))?;
+    let spec = &assignment.spec;
+    let version = cx.programs.version(&spec.engine).await;
+    let ports = Taken::new(cx, assignment)
+        .map_err(|e| Failure::passing(format!("no port for the engine: {e}")))?;
     let state_dir = cx.state.root().to_string_lossy();
-    let place = Place { host, port: lease.port(), gpus, state_dir: &state_dir };
-    let launch = command::launch(&cx.config.programs, assignment, place)
+    let place = Place {
+        host: &cx.config.bind_host,
+        port: ports.lease.port(),
+        kv_events_port: ports.kv_events.as_ref().map(PortLease::port),
+        rpc_port: ports.rpc.as_ref().map(PortLease::port),
+        gpus,
+        state_dir: &state_dir,
+        longest_shutdown_s: longest_shutdown_s(cx.config.term_ms),
+        version: versions::released(&version),
+    };
+    let (launch, notes) = command::launch(&cx.config.programs, assignment, place)
         .map_err(|e| Failure { reason: e.to_string(), permanent: true })?;
+    if let Some(reason) = verify::lacks(cx, assignment, &launch.argv).await {
+        return Err(Failure::passing(reason));
+    }
+    for note in &notes {
+        tracing::warn!(replica = id, note, "an engine is started otherwise than it was asked for");
+    }
+    let shown = masked_args(&launch.argv);
+    let (lease, extra, origin) = ports.with_origin(cx, version, notes);
 
     let path = cx.state.log(id);
-    let (log, log_from) = logs::open(&path, &format!("# penstock starts {id}: {}", launch.argv.join(" ")))
+    let (log, log_from) = logs::open(&path, &format!("# penstock starts {id}: {}", shown.join(" ")))
         .map_err(|e| Failure::passing(format!("cannot open the log {}: {e}", path.display())))?;
     let mut record = Record {
         assignment: assignment.clone(),
@@ -114,7 +146,8 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
         restarts,
         ready: false,
         log_from,
-        command: launch.argv.clone(),
+        command: shown,
+        origin,
     };
     let unrecorded = |e: std::io::Error| Failure::passing(format!("cannot write the engine's record: {e}"));
     cx.records.write(&record).map_err(unrecorded)?;
@@ -127,7 +160,51 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
         return Err(unrecorded(error));
     }
     tracing::info!(replica = id, pid = record.pid, port = record.port, "engine started");
-    Ok(engine(cx, tree, lease, record))
+    Ok(engine(cx, tree, lease, extra, record))
+}
+
+/// What is left of the time between SIGTERM and SIGKILL when the engine has a second to end itself in.
+fn longest_shutdown_s(term_ms: u64) -> u32 {
+    u32::try_from((term_ms / 1_000).saturating_sub(1)).unwrap_or(u32::MAX)
+}
+
+/// The ports of a new engine.
+struct Taken {
+    lease: PortLease,
+    kv_events: Option<PortLease>,
+    ranks: u16,
+    rpc: Option<PortLease>,
+}
+
+impl Taken {
+    fn new(cx: &Context, assignment: &Assignment) -> io::Result<Self> {
+        let (host, base) = (cx.config.bind_host.as_str(), cx.config.port_base);
+        let spec = &assignment.spec;
+        let ExtraPorts { kv_events, rpc } = extra_ports(cx.config.programs.get(&spec.engine), spec);
+        let lease = cx.ports.take(host, base)?;
+        // vLLM publishes on every address.
+        let row = || cx.ports.take_row(EVERYWHERE, base, kv_events);
+        let kv_events_lease = (kv_events > 0).then(row).transpose()?;
+        let rpc = rpc.then(|| cx.ports.take(host, base)).transpose()?;
+        Ok(Self { lease, kv_events: kv_events_lease, ranks: kv_events, rpc })
+    }
+
+    fn with_origin(
+        self,
+        cx: &Context,
+        version: String,
+        notes: Vec<String>,
+    ) -> (PortLease, Vec<PortLease>, Origin) {
+        let first = self.kv_events.as_ref().map(PortLease::port);
+        let origin = Origin {
+            version,
+            notes,
+            kv_events: (first.unwrap_or_default(), self.ranks),
+            kv_events_address: first.map(|port| advertised(&cx.config.advertise_host, port)).unwrap_or_default(),
+            rpc_port: self.rpc.as_ref().map(PortLease::port).unwrap_or_default(),
+        };
+        (self.lease, self.kv_events.into_iter().chain(self.rpc).collect(), origin)
+    }
 }
 
 /// Notes for the next agent that the replica's engine has been ready.
@@ -138,17 +215,20 @@ pub(crate) fn note_ready(cx: &Context, replica_id: &str) {
     }
 }
 
-fn engine(cx: &Context, tree: Tree, lease: PortLease, record: Record) -> Engine {
+fn engine(cx: &Context, tree: Tree, lease: PortLease, extra: Vec<PortLease>, record: Record) -> Engine {
+    let program = cx.config.programs.get(&record.assignment.spec.engine);
     Engine {
-        target: Target::new(&cx.config.bind_host, lease.port()),
+        target: Target::new(&cx.config.bind_host, lease.port()).of(program),
         address: advertised(&cx.config.advertise_host, lease.port()),
         tree,
         lease,
+        _extra: extra,
         was_ready: record.ready,
         log_from: record.log_from,
         restarts: record.restarts,
         since: Instant::now(),
         command: record.command,
+        origin: record.origin,
     }
 }
 

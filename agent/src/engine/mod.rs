@@ -12,14 +12,17 @@
 //! as such until its next start. An engine that hangs (wedged, silent, never ready) is Draining while it is taken out of
 //! routing, dumped and ended, and Failed when nothing of it is left.
 //!
-//! The rooms: [`supervisor`] (the story), [`command`] and [`launch`] (its beginning), `serving`, [`readiness`] and [`watch`]
-//! (its middle; [`progress`] and [`canary`] find the ones that hang), `ending`, [`dump`] and [`stop`] (its end), [`process`] (its process group), [`records`] and [`adopt`] (what survives the agent).
+//! The rooms: [`supervisor`] (the story), [`command`] with [`vllm`], [`exec`] and [`versions`], and [`launch`] (its
+//! beginning), `serving`, [`readiness`] and [`watch`] (its middle; [`progress`] and [`canary`] find the ones that hang),
+//! `ending`, [`dump`] and [`stop`] (its end), [`process`] (its process group), [`records`] and [`adopt`] (what survives the
+//! agent).
 
 pub(crate) mod adopt;
 pub(crate) mod attempts;
 pub(crate) mod canary;
 pub(crate) mod command;
 pub(crate) mod context;
+pub(crate) mod exec;
 pub(crate) mod dump;
 mod ending;
 pub(crate) mod launch;
@@ -29,6 +32,7 @@ pub(crate) mod ports;
 pub(crate) mod probe;
 pub(crate) mod process;
 pub(crate) mod procfs;
+pub(crate) mod programs;
 pub(crate) mod progress;
 pub(crate) mod readiness;
 pub(crate) mod records;
@@ -36,6 +40,9 @@ mod serving;
 pub(crate) mod stop;
 pub(crate) mod supervisor;
 pub(crate) mod ttft;
+pub(crate) mod verify;
+pub(crate) mod versions;
+pub(crate) mod vllm;
 pub(crate) mod watch;
 
 use std::fmt;

@@ -163,6 +163,7 @@ impl Supervisor {
             view.address.clone_from(&engine.address);
             view.restarts = engine.restarts;
             view.command.clone_from(&engine.command);
+            view.origin.clone_from(&engine.origin);
         });
     }
 

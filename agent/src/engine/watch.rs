@@ -62,6 +62,9 @@ pub(crate) async fn follow_load(
     deadline: Duration,
     mut note: impl FnMut(Result<Scrape, String>, Instant),
 ) -> Infallible {
+    if !target.says_load() {
+        return std::future::pending().await;
+    }
     let mut ticks = interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

@@ -8,8 +8,11 @@
 mod adoption;
 mod controlplane;
 mod engine;
+mod gpus;
 mod life;
 mod liveness;
 mod node;
+mod nvml;
 mod process;
+mod simulated_gpus;
 mod stop;

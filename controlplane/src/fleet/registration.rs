@@ -168,6 +168,7 @@ mod tests {
             gpus_per_replica: 1,
             resources: Default::default(),
             lora: vec![],
+            options: Default::default(),
         };
         let assignment = |id: &str, phase| Assignment {
             replica_id: id.into(),

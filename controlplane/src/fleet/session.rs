@@ -107,6 +107,7 @@ fn stored_gpu(gpu: &v1::Gpu) -> Gpu {
         name: gpu.name.clone(),
         memory_total_mib: gpu.memory_total_mib,
         fault: gpu.fault.clone(),
+        degraded: gpu.health == i32::from(v1::GpuHealth::Degraded),
         numa_node: gpu.numa_node,
         link_group: gpu.link_group.clone(),
     }
@@ -373,6 +374,7 @@ fn on_wire(model: &str, a: &Assignment) -> v1::Assignment {
             args: a.spec.args.clone(),
             env: a.spec.env.clone().into_iter().collect(),
             lora: a.spec.lora.iter().map(lora_on_wire).collect(),
+            options: (!a.spec.options.is_default()).then(|| (&a.spec.options).into()),
         }),
         gpu_uuids: a.gpu_uuids.clone(),
     }

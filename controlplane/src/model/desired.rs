@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use penstock_proto::engine::EngineOptions;
 use serde::{Deserialize, Serialize};
 
 use super::policy::{Policy, Resources};
@@ -30,6 +31,9 @@ pub struct EngineSpec {
     /// LoRA adapters that each replica loads at its start.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lora: Vec<LoraAdapter>,
+    /// The typed fields; beside the others in JSON.
+    #[serde(flatten)]
+    pub options: EngineOptions,
 }
 
 /// One LoRA adapter.
@@ -161,6 +165,9 @@ pub struct Gpu {
     /// Empty: usable. Else why not.
     #[serde(default)]
     pub fault: String,
+    /// Usable, and rather not used.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub degraded: bool,
     /// The NUMA node it hangs on, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub numa_node: Option<u32>,
@@ -226,5 +233,7 @@ mod tests {
         let back = serde_json::to_value(&deployment).expect("serializes");
         assert_eq!(back["engine"], "sim");
         assert!(back.get("spec").is_none());
+        assert_eq!(deployment.spec.options, EngineOptions::default(), "a record of before they existed");
+        assert!(back.get("max_model_len").is_none() && back.get("options").is_none());
     }
 }

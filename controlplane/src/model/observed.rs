@@ -120,6 +120,8 @@ pub struct NodeObserved {
     pub engines: BTreeMap<String, EngineObserved>,
     /// Its GPUs with live figures.
     pub gpus: Vec<v1::Gpu>,
+    /// Where they are read from; None: its agent does not say.
+    pub gpu_source: Option<v1::GpuSource>,
     /// Replicas that its present session was told to end, and when.
     pub withdrawn: BTreeMap<String, Instant>,
 }

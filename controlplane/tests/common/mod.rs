@@ -331,7 +331,7 @@ async fn report(
 ) {
     loop {
         let engines = engines.lock().unwrap().values().cloned().collect();
-        let report = v1::NodeReport { engines, gpus: gpus.clone() };
+        let report = v1::NodeReport { engines, gpus: gpus.clone(), ..Default::default() };
         let message = v1::AgentMessage { message: Some(agent_message::Message::Report(report)) };
         if outbound.send(message).await.is_err() {
             return;

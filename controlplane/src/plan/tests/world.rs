@@ -160,6 +160,7 @@ impl World {
             name: String::new(),
             memory_total_mib: 80 * 1024,
             fault: String::new(),
+            degraded: false,
             numa_node: None,
             link_group: String::new(),
         };
@@ -176,6 +177,7 @@ impl World {
             gpus_per_replica,
             resources: Resources::default(),
             lora: vec![],
+            options: Default::default(),
         };
         let before = self.deployments.get(model);
         let policy = before.map_or_else(Policy::default, |before| before.policy.clone());
