@@ -282,6 +282,14 @@ impl Agent {
         answer["engines"].as_array().cloned()
     }
 
+    /// A series of its metrics, labels and all.
+    pub(crate) async fn metric(&self, series: &str) -> Option<f64> {
+        let url = format!("http://127.0.0.1:{}/metrics", self.private);
+        let text = client().get(url).send().await.ok()?.text().await.ok()?;
+        let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        value?.parse().ok()
+    }
+
     /// Its records that name a process.
     pub(crate) fn records(&self) -> Vec<Recorded> {
         let Ok(entries) = fs::read_dir(self.state_dir.join("engines")) else { return Vec::new() };
