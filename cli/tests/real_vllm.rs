@@ -111,7 +111,7 @@ fn start(folder: &str) -> Up {
     let model = folder.join("tiny");
     let flags = ["--load-format=dummy", "--enforce-eager", "--seed=1", "--max-model-len=2048", "--max-num-seqs=32"];
     let flags = flags.iter().chain(&["--dtype=bfloat16"]).map(|flag| format!("--engine-arg={flag}"));
-    let mut args: Vec<String> = ["--engine", "vllm", "--engines", "1", "--vllm-dir"].map(str::to_owned).into();
+    let mut args: Vec<String> = ["--ready-timeout-s", "390", "--engine", "vllm", "--engines", "1", "--vllm-dir"].map(str::to_owned).into();
     args.extend([folder.display().to_string(), "--model-dir".into(), model.display().to_string()]);
     args.extend(flags);
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
@@ -137,7 +137,7 @@ async fn vllm_is_started_killed_stopped_drained_and_nothing_is_left() {
     assert!(chat(&up, true).await.ends_with("data: [DONE]\n\n"));
     tell(began, "chats through the proxy, unary and streamed, were answered");
 
-    run(&up, &["scale", MODEL, "2"]);
+    run(&up, &["scale", MODEL, "--replicas", "2"]);
     let both = ready(&up, 2);
     tell(began, "scaled to two, both ready");
     let second = both.iter().find(|e| e["id"] != first["id"]).unwrap().clone();
@@ -190,7 +190,7 @@ async fn vllm_is_started_killed_stopped_drained_and_nothing_is_left() {
     ready(&up, 2);
     tell(began, "drained while the other answered, and taken back");
 
-    run(&up, &["scale", MODEL, "1"]);
+    run(&up, &["scale", MODEL, "--replicas", "1"]);
     let scaled = Instant::now();
     let left = [&first, &second].map(|e| number(e, "pid"));
     let gone = eventually("the end of one", LONG, || left.iter().find(|leader| group(**leader).is_empty()).copied());
