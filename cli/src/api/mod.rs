@@ -32,6 +32,11 @@ pub(crate) enum ApiError {
         "cannot reach the proxy at {url} (from {origin}): {reason}\nIs it running? --proxy URL names its private port."
     )]
     ProxyUnreachable { url: String, origin: String, reason: String },
+    /// An agent's private port did not answer.
+    #[error(
+        "cannot reach the agent at {url} (from {origin}): {reason}\nIs it running? --agent URL names its private port."
+    )]
+    AgentUnreachable { url: String, origin: String, reason: String },
     /// 404.
     #[error("{0}")]
     NotFound(String),

@@ -108,6 +108,13 @@ pub(crate) enum Command {
     Endpoints(EndpointsArgs),
     /// Nodes: machines with GPUs, each with an agent
     Nodes(Remote),
+    /// GPUs of all nodes: how they are, and why one is not used
+    Gpus(Remote),
+    /// One GPU, on its own node
+    Gpu {
+        #[command(subcommand)]
+        command: GpuCommand,
+    },
     /// Proxies that subscribe to this control plane, and the version each has
     Proxies(Remote),
     /// Versions of this program and of the control plane

@@ -146,6 +146,8 @@ fn state(
         (Phase::Active, Some(_), _) if model.drains.contains(&a.replica_id) => {
             ("draining", "an operator drains it".into())
         }
+        // What its agent says of a ready one: figures that it does not tell, for one.
+        (Phase::Active, Some(_), Some(e)) if e.state == EngineState::Ready => ("ready", said()),
         (Phase::Active, Some(_), _) => ("ready", String::new()),
         (Phase::Active, None, _) if !present => ("lost", "its node is lost".into()),
         (Phase::Active, None, Some(e)) if e.state == EngineState::Ready => ("registering", said()),

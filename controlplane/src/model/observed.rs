@@ -129,10 +129,10 @@ pub struct NodeObserved {
     pub engines: BTreeMap<String, EngineObserved>,
     /// Its GPUs with live figures.
     pub gpus: Vec<v1::Gpu>,
-    /// Its engines' programs, as far as it has told.
-    pub programs: Vec<v1::EngineProgram>,
     /// Where they are read from; None: its agent does not say.
     pub gpu_source: Option<v1::GpuSource>,
+    /// Its engines' programs, as far as it has told.
+    pub programs: Vec<v1::EngineProgram>,
     /// Replicas that its present session was told to end, and when.
     pub withdrawn: BTreeMap<String, Instant>,
 }

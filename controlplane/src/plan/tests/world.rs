@@ -211,6 +211,7 @@ impl World {
             node_id: a.node_id.clone(),
             zone: String::new(),
             adapters: vec![],
+            weight_percent: None,
         };
         self.registered.insert(id.to_owned(), endpoint);
     }
@@ -234,6 +235,7 @@ impl World {
                     node_id: a.node_id.clone(),
                     zone: String::new(),
                     adapters: vec![],
+                    weight_percent: None,
                 };
                 self.registered.insert(a.replica_id.clone(), endpoint);
             }
