@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use crate::{
     assignment::Assignment,
     engine::{State, load::Load, ttft::Window},
+    warm::Started,
 };
 
 /// One engine, as others see it.
@@ -42,6 +43,8 @@ pub(crate) struct EngineView {
     pub(crate) first_tokens: Window,
     /// What was executed.
     pub(crate) command: Vec<String>,
+    /// How it became ready last.
+    pub(crate) started: Started,
 }
 
 impl EngineView {
@@ -59,6 +62,7 @@ impl EngineView {
             load: None,
             first_tokens: Window::default(),
             command: vec![],
+            started: Started::default(),
         }
     }
 
@@ -87,6 +91,9 @@ impl EngineView {
             restarts: self.restarts,
             reason: self.reason.clone(),
             load,
+            started: self.started.way.map(|way| way.name().to_owned()).unwrap_or_default(),
+            ready_ms: u64::try_from(self.started.took.as_millis()).unwrap_or(u64::MAX),
+            start_note: self.started.note.clone(),
         }
     }
 }

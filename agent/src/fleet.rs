@@ -237,6 +237,7 @@ impl Fleet {
             Some(In::Deregistration(result)) => {
                 registry.change(|r| r.left(&result));
             }
+            Some(In::Prefetches(wishes)) => self.cx.prefetch.wish(wishes),
             Some(In::Welcome(_)) | None => {
                 tracing::warn!("the control plane sent a message that has no place here")
             }
@@ -271,6 +272,12 @@ impl Fleet {
         v1::NodeReport {
             engines: self.cx.board.statuses(Instant::now()),
             gpus: self.cx.gpus.borrow().gpus.clone(),
+            disk: self.cx.prefetch.disk().map(|disk| v1::Disk {
+                folder: disk.folder,
+                free_bytes: disk.free_bytes,
+                total_bytes: disk.total_bytes,
+            }),
+            prefetches: self.cx.prefetch.statuses(),
         }
     }
 

@@ -24,5 +24,6 @@ mod process;
 mod reconcile;
 mod registrations;
 mod state;
+mod warm;
 
 pub use process::{Error, main, run};

@@ -100,6 +100,9 @@ fn engine(shown: &Shown, view: &EngineView) -> Value {
         "gpu_uuids": assignment.gpu_uuids,
         "load": load,
         "command": view.command,
+        "started": view.started.way.map(|way| way.name()),
+        "ready_ms": u64::try_from(view.started.took.as_millis()).unwrap_or(u64::MAX),
+        "start_note": view.started.note,
         "log": shown.cx.state.log(&assignment.replica_id),
     })
 }

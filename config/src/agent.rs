@@ -4,7 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{logging::LogConfig, tls::TlsConfig};
+use crate::{
+    logging::LogConfig,
+    tls::TlsConfig,
+    warm::{PrefetchProgram, RestoreProgram, WarmConfig},
+};
 
 /// Everything the agent can be told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,6 +34,8 @@ pub struct AgentConfig {
     pub controlplane: FleetConfig,
     /// Where the node's GPUs are read from.
     pub gpus: GpuConfig,
+    /// Sleep, restore, prefetch.
+    pub warm: WarmConfig,
     /// How engines are started, watched and stopped, and the programs that are known by name.
     pub engines: EnginesConfig,
 }
@@ -47,6 +53,7 @@ impl Default for AgentConfig {
             private: AgentPrivateConfig::default(),
             controlplane: FleetConfig::default(),
             gpus: GpuConfig::default(),
+            warm: WarmConfig::default(),
             engines: EnginesConfig::default(),
         }
     }
@@ -187,7 +194,7 @@ impl Default for EnginesConfig {
         let vllm = EngineProgram {
             command: vec!["vllm".into()],
             args: vec!["--shutdown-timeout".into(), "10".into()],
-            env: BTreeMap::new(),
+            ..EngineProgram::default()
         };
         let sim = EngineProgram { command: vec!["penstock-engine-sim".into()], ..EngineProgram::default() };
         Self {
@@ -227,6 +234,10 @@ pub struct EngineProgram {
     pub args: Vec<String>,
     /// Environment of every engine of this name; the deployment's own wins.
     pub env: BTreeMap<String, String>,
+    /// Starts an engine of this name from a checkpoint.
+    pub restore: RestoreProgram,
+    /// Fetches a model before an engine of this name is started.
+    pub prefetch: PrefetchProgram,
 }
 
 impl AgentConfig {
@@ -257,6 +268,7 @@ impl AgentConfig {
         let fleet = &self.controlplane;
         fleet.tls.validate_endpoints("controlplane.tls", "controlplane.endpoints", &fleet.endpoints)?;
         self.validate_times()?;
+        self.warm.validate()?;
         self.engines.programs.iter().try_for_each(|(name, program)| program.validate(name))
     }
 
@@ -301,6 +313,8 @@ impl EngineProgram {
         if self.command.first().is_none_or(String::is_empty) {
             return Err(format!("engines.{name}.command is empty; name the program, as [\"vllm\"]"));
         }
+        self.restore.validate(name)?;
+        self.prefetch.validate(name)?;
         match self.env.keys().find(|key| key.is_empty() || key.contains(['=', '\0'])) {
             Some(key) => {
                 Err(format!("engines.{name}.env has the name {key:?}; it must not be empty or contain '='"))

@@ -14,9 +14,11 @@ pub mod controlplane;
 mod load;
 pub mod logging;
 pub mod proxy;
+pub mod storage;
 mod store;
 mod tls;
 mod tree;
+pub mod warm;
 
 pub use announce::announce;
 pub use load::{ConfigError, environment, load};

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use penstock_config::agent::EngineProgram;
 
-use crate::{assignment::Assignment, gpu::GpuKind};
+use crate::{assignment::Assignment, gpu::GpuKind, warm::sleep};
 
 /// Names the replica on every process of its engine, so that strays can be found.
 pub(crate) const REPLICA_VARIABLE: &str = "PENSTOCK_REPLICA";
@@ -98,12 +98,14 @@ pub(crate) fn launch(
         .cloned()
         .chain(ours.map(str::to_owned))
         .chain(lora_arguments(&spec.lora))
+        .chain(sleep::arguments(spec))
         .chain(program.args.iter().cloned())
         .chain(spec.args.iter().cloned())
         .collect();
 
     let mut env: BTreeMap<String, String> = program.env.clone();
     env.extend(spec.env.clone());
+    env.extend(sleep::environment(spec));
     env.insert(REPLICA_VARIABLE.into(), assignment.replica_id.clone());
     env.insert(STATE_DIR_VARIABLE.into(), place.state_dir.into());
     let uuids = assignment.gpu_uuids.join(",");
@@ -202,9 +204,10 @@ mod tests {
                 served_model_name: "org/llama".into(),
                 args: vec!["--tensor-parallel-size".into(), "2".into(), "--max-model-len=8192".into()],
                 env: BTreeMap::from([("VLLM_LOGGING_LEVEL".into(), "DEBUG".into())]),
-                lora: vec![],
+                ..EngineSpec::default()
             },
             gpu_uuids: vec!["GPU-a".into(), "GPU-b".into()],
+            asleep: false,
         }
     }
 

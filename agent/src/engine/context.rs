@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use penstock_config::agent::EnginesConfig;
+use penstock_config::{agent::EnginesConfig, warm::WarmConfig};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -10,12 +10,17 @@ use super::{ports::Ports, probe::Probe, process::Tree, records::Records, stop};
 use crate::{
     assignment::Assignment, board::Board, gpu::GpuReport, metrics::Metrics, registrations::Registry,
     state::StateDir,
+    warm::prefetch::Prefetcher,
 };
 
 /// One per agent.
 pub(crate) struct Context {
     /// `[engines]`
     pub(crate) config: EnginesConfig,
+    /// `[warm]`
+    pub(crate) warm: WarmConfig,
+    /// Models that are fetched.
+    pub(crate) prefetch: Prefetcher,
     /// Longest wait for the answer to a deregistration.
     pub(crate) deregister: Duration,
     /// Paths.

@@ -1,5 +1,7 @@
 //! How a life begins: with a new process, or with one that an earlier agent left running.
 
+use std::time::Duration;
+
 use tokio::time::Instant;
 
 use super::{
@@ -11,7 +13,13 @@ use super::{
     process::Tree,
     records::Record,
 };
-use crate::assignment::Assignment;
+use crate::{
+    assignment::Assignment,
+    warm::{
+        Way,
+        restore::{self, Hook},
+    },
+};
 
 /// A running engine.
 pub(crate) struct Engine {
@@ -23,16 +31,37 @@ pub(crate) struct Engine {
     pub(crate) target: Target,
     /// Its server, as proxies reach it: host:port.
     pub(crate) address: String,
+    /// It sleeps, or was told to.
+    pub(crate) asleep: bool,
+    /// How it is started.
+    pub(crate) way: Way,
+    /// Why not in a warmer way.
+    pub(crate) note: String,
+    /// Longest time from now to its first completion.
+    pub(crate) ready_within: Duration,
     /// It has been ready under an earlier agent.
     pub(crate) was_ready: bool,
     /// Where this life's output begins in its log.
     pub(crate) log_from: u64,
     /// Starts after the first.
     pub(crate) restarts: u32,
-    /// When this agent started or found it.
+    /// When this agent began to start it, found it, or began to wake it.
     pub(crate) since: Instant,
     /// What was executed.
     pub(crate) command: Vec<String>,
+}
+
+/// What a start has besides its assignment.
+#[derive(Debug)]
+pub(crate) struct Beginning {
+    /// When it began.
+    pub(crate) since: Instant,
+    /// How it is started.
+    pub(crate) way: Way,
+    /// Why not in a warmer way; may be empty.
+    pub(crate) note: String,
+    /// Starts it in place of the engine's own command.
+    pub(crate) hook: Option<Hook>,
 }
 
 /// Why an engine does not run, and whether starting it again can help.
@@ -69,7 +98,7 @@ pub(crate) async fn take_over(cx: &Context, assignment: &Assignment) -> Option<E
         }
         return None;
     };
-    if record.assignment != *assignment {
+    if !record.assignment.same_engine(assignment) {
         tracing::warn!(replica = id, pid = record.pid, "ending an engine of another assignment");
         cx.deregister(&record.assignment);
         cx.put_down(id, &mut tree, cx.term()).await;
@@ -78,14 +107,23 @@ pub(crate) async fn take_over(cx: &Context, assignment: &Assignment) -> Option<E
     tracing::info!(replica = id, pid = record.pid, port = record.port, "engine taken over");
     cx.metrics.adoptions.inc();
     let lease = cx.ports.hold(record.port);
-    Some(engine(cx, tree, lease, record))
+    // One that was being restored is given the hook's time, and what follows a hook that fails.
+    let way = if record.way == Way::Restored && !record.ready { Way::Restored } else { Way::Adopted };
+    let hook = restore::timeout(cx, assignment).filter(|_| way == Way::Restored);
+    let begun = Begun { since: Instant::now(), way, note: String::new(), within: hook };
+    Some(engine(cx, tree, lease, record, begun))
 }
 
 /// Starts a process for the assignment. The record is written before it and after it, so that none is lost.
 ///
 /// # Errors
 /// Why there is no process.
-pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32) -> Result<Engine, Failure> {
+pub(crate) async fn launch(
+    cx: &Context,
+    assignment: &Assignment,
+    restarts: u32,
+    beginning: Beginning,
+) -> Result<Engine, Failure> {
     let id = &assignment.replica_id;
     let gpus = {
         let gpus = cx.gpus.borrow();
@@ -101,6 +139,12 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
     let place = Place { host, port: lease.port(), gpus, state_dir: &state_dir };
     let launch = command::launch(&cx.config.programs, assignment, place)
         .map_err(|e| Failure { reason: e.to_string(), permanent: true })?;
+    let Beginning { since, way, note, hook } = beginning;
+    let within = hook.as_ref().map(|hook| hook.timeout);
+    let launch = match hook {
+        Some(hook) => hook.instead_of(launch, assignment, host, lease.port()),
+        None => launch,
+    };
 
     let path = cx.state.log(id);
     let (log, log_from) = logs::open(&path, &format!("# penstock starts {id}: {}", launch.argv.join(" ")))
@@ -113,6 +157,8 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
         boot_id: cx.boot_id.clone(),
         restarts,
         ready: false,
+        asleep: false,
+        way,
         log_from,
         command: launch.argv.clone(),
     };
@@ -127,7 +173,7 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
         return Err(unrecorded(error));
     }
     tracing::info!(replica = id, pid = record.pid, port = record.port, "engine started");
-    Ok(engine(cx, tree, lease, record))
+    Ok(engine(cx, tree, lease, record, Begun { since, way, note, within }))
 }
 
 /// Notes for the next agent that the replica's engine has been ready.
@@ -138,16 +184,29 @@ pub(crate) fn note_ready(cx: &Context, replica_id: &str) {
     }
 }
 
-fn engine(cx: &Context, tree: Tree, lease: PortLease, record: Record) -> Engine {
+/// How a running engine came about.
+struct Begun {
+    since: Instant,
+    way: Way,
+    note: String,
+    /// None: `engines.ready_s`.
+    within: Option<Duration>,
+}
+
+fn engine(cx: &Context, tree: Tree, lease: PortLease, record: Record, begun: Begun) -> Engine {
     Engine {
+        asleep: record.asleep,
+        way: begun.way,
+        note: begun.note,
+        ready_within: begun.within.unwrap_or(Duration::from_secs(cx.config.ready_s)),
         target: Target::new(&cx.config.bind_host, lease.port()),
         address: advertised(&cx.config.advertise_host, lease.port()),
         tree,
         lease,
-        was_ready: record.ready,
+        was_ready: record.ready && !record.asleep,
         log_from: record.log_from,
         restarts: record.restarts,
-        since: Instant::now(),
+        since: begun.since,
         command: record.command,
     }
 }

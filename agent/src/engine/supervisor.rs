@@ -5,6 +5,8 @@
 //! started when this one has returned. It returns when nothing of its engine is left, or when it was told to leave the
 //! engine running for the next agent.
 
+mod warm;
+
 use std::{path::Path, sync::Arc, time::Duration};
 
 use tokio::{
@@ -21,7 +23,7 @@ use super::{
     probe::Target,
     process::Exit,
     readiness::{self, Question},
-    stop::{self, DrainTimes},
+    stop,
     watch as watching,
 };
 use crate::{
@@ -29,6 +31,7 @@ use crate::{
     backoff::Backoff,
     board::EngineView,
     registrations::{Standing, Wanted},
+    warm::Way,
 };
 
 /// Lines of the log that explain an exit.
@@ -39,6 +42,8 @@ const REASON_LINES: usize = 5;
 pub(crate) enum Order {
     /// Keep an engine running.
     Run,
+    /// Keep it asleep.
+    Sleep,
     /// Drain and end it, for this reason, and return.
     Stop(String),
     /// Leave it as it is for the next agent, and return.
@@ -69,13 +74,15 @@ pub(crate) struct Supervisor {
     started: bool,
     /// In a row; forgotten once an engine has been ready for long enough.
     failures: u32,
+    warm: warm::Memory,
 }
 
 impl Supervisor {
     /// A supervisor that has done nothing yet, and is on the board.
     pub(crate) fn new(cx: Arc<Context>, assignment: Assignment, orders: watch::Receiver<Order>) -> Self {
         cx.board.put(EngineView::new(assignment.clone(), ""));
-        Self { cx, assignment, orders, life: Life::begin(), restarts: 0, started: false, failures: 0 }
+        let (life, warm) = (Life::begin(), warm::Memory::default());
+        Self { cx, assignment, orders, life, restarts: 0, started: false, failures: 0, warm }
     }
 
     /// Keeps the engine running until told otherwise. Returns its replica id.
@@ -92,6 +99,7 @@ impl Supervisor {
                 Ended::Failed(failure) => {
                     self.failures = self.failures.saturating_add(1);
                     let pause = (!failure.permanent).then(|| backoff.pause(self.failures, &mut rng));
+                    let pause = self.pause(pause);
                     tracing::error!(replica = self.id(), reason = failure.reason, ?pause, "engine failed");
                     match self.rest(pause).await {
                         None => {}
@@ -113,28 +121,45 @@ impl Supervisor {
         if let Some(ended) = self.ordered_before_start() {
             return ended;
         }
+        let mut way = Way::Adopted;
         let engine = match launch::take_over(&self.cx, &self.assignment).await {
             Some(engine) => Ok(engine),
             None => {
+                let beginning = match self.prepare().await {
+                    Ok(beginning) => beginning,
+                    Err(ended) => return ended,
+                };
+                way = beginning.way;
                 let restarts = self.restarts.saturating_add(u32::from(self.started));
-                launch::launch(&self.cx, &self.assignment, restarts).await
+                launch::launch(&self.cx, &self.assignment, restarts, beginning).await
             }
         };
         let mut engine = match engine {
             Ok(engine) => engine,
             Err(failure) => {
+                self.note_failed(way, &failure.reason);
                 self.move_to(State::Failed, &failure.reason);
                 return Ended::Failed(failure);
             }
         };
         self.show(&engine);
         self.move_to(State::Loading, "");
-        match self.serve(&mut engine).await {
+        let mut served = match engine.asleep {
+            true => Served::Ordered(Order::Sleep),
+            false => self.serve(&mut engine).await,
+        };
+        while let Served::Ordered(Order::Sleep) = served {
+            served = match self.sleep(&mut engine).await {
+                Some(served) => served,
+                None => self.serve(&mut engine).await,
+            };
+        }
+        match served {
             Served::Ordered(Order::Stop(reason)) => {
                 self.stop(engine, &reason).await;
                 Ended::Stopped
             }
-            Served::Ordered(Order::Keep | Order::Run) => Ended::Kept,
+            Served::Ordered(Order::Keep | Order::Run | Order::Sleep) => Ended::Kept,
             Served::Failed(failure) => {
                 self.fail(engine, &failure).await;
                 Ended::Failed(failure)
@@ -142,16 +167,13 @@ impl Supervisor {
         }
     }
 
-    fn ordered_before_start(&self) -> Option<Ended> {
-        match &*self.orders.borrow() {
+    fn ordered_before_start(&mut self) -> Option<Ended> {
+        let order = self.orders.borrow().clone();
+        match &order {
             Order::Run => None,
-            Order::Keep => Some(Ended::Kept),
-            // An engine that an earlier agent left is taken over first, then stopped in good order.
-            Order::Stop(_) if launch::living(&self.cx, self.id()).is_some() => None,
-            Order::Stop(_) => {
-                self.cx.deregister(&self.assignment);
-                Some(Ended::Stopped)
-            }
+            // An engine that an earlier agent left is taken over first, then stopped in good order, or left asleep.
+            Order::Stop(_) | Order::Sleep if launch::living(&self.cx, self.id()).is_some() => None,
+            order => Some(self.ordered_unstarted(order)),
         }
     }
 
@@ -172,10 +194,13 @@ impl Supervisor {
         if let Some(served) = self.load(engine, &log).await {
             return served;
         }
-        self.cx.metrics.became_ready(engine.since.elapsed());
+        self.note_started(engine);
         launch::note_ready(&self.cx, self.id());
         self.move_to(State::Ready, "");
         tracing::info!(replica = self.id(), pid = engine.tree.pid(), base_url = %engine.target, "engine ready");
+        if *self.orders.borrow() == Order::Sleep {
+            return Served::Ordered(Order::Sleep);
+        }
         // The list was just there to be read: without it now, the next look finds the adapters.
         let name = &self.assignment.spec.served_model_name;
         let adapters = self.cx.probe.adapters(&engine.target, name).await.unwrap_or_default();
@@ -207,15 +232,16 @@ impl Supervisor {
             }
         };
         Some(tokio::select! {
-            order = ordered(&mut orders) => Served::Ordered(order),
+            order = warm::ordered_to_end(&mut orders) => Served::Ordered(order),
             exit = engine.tree.exited() => Served::Failed(self.explain(exit, engine.log_from)),
             reason = silent => Served::Failed(Failure::passing(reason)),
             never = watching::keep_log_small(log, config.log_bytes) => match never {},
-            ready = timeout(Duration::from_secs(config.ready_s), ready) => match ready {
+            ready = timeout(engine.ready_within, ready) => match ready {
                 Ok(Ok(())) => return None,
                 Ok(Err(lost)) => Served::Failed(Failure::passing(lost.to_string())),
                 Err(_) => Served::Failed(Failure::passing(format!(
-                    "not ready within {} s (engines.ready_s); last: {}", config.ready_s, self.reason()
+                    "not ready within {} s ({}); last: {}",
+                    engine.ready_within.as_secs(), engine.way.limit(), self.reason()
                 ))),
             },
         })
@@ -281,15 +307,8 @@ impl Supervisor {
         cx.deregister(&self.assignment);
         cx.registry.left(self.id(), cx.deregister).await;
         if was_ready {
-            let ms = Duration::from_millis;
-            let times = DrainTimes {
-                settle: ms(cx.config.settle_ms),
-                longest: ms(cx.config.drain_ms),
-                poll: ms(cx.config.load_ms),
-                reading: ms(cx.config.load_timeout_ms),
-            };
             let outcome = tokio::select! {
-                outcome = stop::drain(&cx.probe, &engine.target, times) => outcome,
+                outcome = stop::drain(&cx.probe, &engine.target, warm::drain_times(&cx)) => outcome,
                 _ = engine.tree.exited() => "ended by itself",
                 () = cx.hurry.cancelled() => "cut short by a second signal",
             };
@@ -302,6 +321,7 @@ impl Supervisor {
 
     /// Makes the failure visible, takes the engine out of routing at once, and ends what is left of it.
     async fn fail(&mut self, mut engine: Engine, failure: &Failure) {
+        self.note_failed(engine.way, &failure.reason);
         self.move_to(State::Failed, &failure.reason);
         self.cx.deregister(&self.assignment);
         self.cx.put_down(self.id(), &mut engine.tree, self.cx.orphan_term()).await;
@@ -316,9 +336,14 @@ impl Supervisor {
     async fn rest(&self, pause: Option<Duration>) -> Option<Order> {
         let mut orders = self.orders.clone();
         let order = ordered(&mut orders);
-        match pause {
+        let order = match pause {
             Some(pause) => timeout(pause, order).await.ok(),
             None => Some(order.await),
+        };
+        match order {
+            // What failed is started anew when it is wanted, and not in order to sleep.
+            Some(Order::Sleep) => Some(warm::ordered_awake(&mut orders).await).filter(|o| *o != Order::Run),
+            order => order,
         }
     }
 

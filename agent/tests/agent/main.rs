@@ -10,5 +10,8 @@ mod controlplane;
 mod engine;
 mod life;
 mod node;
+mod prefetch;
 mod process;
+mod restore;
+mod sleep;
 mod stop;

@@ -67,7 +67,7 @@ impl Node {
         let env = BTreeMap::from([(engine::ROLE.to_owned(), "1".to_owned())]);
         engines
             .programs
-            .insert("stand-in".into(), EngineProgram { command: engine::command(), args: vec![], env });
+            .insert("stand-in".into(), EngineProgram { command: engine::command(), env, ..EngineProgram::default() });
         let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
         Self { dir, config, agent: None, private: String::new(), client }
     }
@@ -215,6 +215,7 @@ pub(crate) fn assignment(replica_id: &str, generation: u64, args: &[&str]) -> v1
         generation,
         spec: Some(spec),
         gpu_uuids: vec!["SIM-node-1-0".into()],
+        asleep: false,
     }
 }
 
