@@ -136,10 +136,10 @@ pub(crate) fn normal(kind: Kind, name: &str, spec: &Value) -> Result<Value, Fiel
 }
 
 fn deployment(DeploymentBody { replicas, spec, policy }: &DeploymentBody) -> Value {
-    let EngineSpec { engine, model_path, args, env, gpus_per_replica, resources, lora } = spec;
+    let EngineSpec { engine, model_path, args, env, gpus_per_replica, resources, lora, warm } = spec;
     json!({
         "replicas": replicas, "engine": engine, "model_path": model_path, "args": args, "env": env,
-        "gpus_per_replica": gpus_per_replica, "resources": resources, "lora": lora,
+        "gpus_per_replica": gpus_per_replica, "resources": resources, "lora": lora, "warm": warm,
         "placement": policy.placement, "rollout": policy.rollout, "disruption": policy.disruption,
         "autoscaling": policy.autoscaling,
     })
@@ -154,7 +154,7 @@ pub(crate) fn shown_spec(kind: Kind, shown: &Value) -> Option<Value> {
     };
     let own: &[&str] = match kind {
         Kind::Route => &["targets", "fallbacks"],
-        Kind::NodePolicy => &["cordoned", "maintenance", "reason", "taints", "labels", "role"],
+        Kind::NodePolicy => &["cordoned", "maintenance", "reason", "taints", "labels", "role", "prefetch"],
         Kind::Deployment => &[
             "replicas",
             "engine",
@@ -168,6 +168,7 @@ pub(crate) fn shown_spec(kind: Kind, shown: &Value) -> Option<Value> {
             "rollout",
             "disruption",
             "autoscaling",
+            "warm",
         ],
     };
     let fields = shown.as_object()?.iter().filter(|(field, _)| own.contains(&field.as_str()));
@@ -273,7 +274,8 @@ mod tests {
     fn what_the_api_shows_reads_as_the_spec_it_came_from() {
         let spec = json!({"replicas": 2, "engine": "sim", "resources": {"tensor_parallel": 2},
             "placement": {"tolerations": [{"key": "spot"}]}, "disruption": {"min_available": 1},
-            "autoscaling": {"max": 4}, "lora": [{"name": "sql", "path": "/l"}]});
+            "autoscaling": {"max": 4}, "lora": [{"name": "sql", "path": "/l"}],
+            "warm": {"sleep": {"level": 1}, "restore": "off"}});
         let body = validate::deployment_body("m", &spec, MAX_REPLICAS).unwrap();
         let model = "m".to_owned();
         let DeploymentBody { replicas, spec: engine, policy } = body;

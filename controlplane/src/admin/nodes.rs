@@ -9,7 +9,7 @@ use axum::{
     Json,
     extract::{Path, State, rejection::PathRejection},
 };
-use penstock_proto::Version;
+use penstock_proto::{Version, v1};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -114,8 +114,18 @@ fn shown(
         "maintenance": policy.is_some_and(|p| p.maintenance),
         "taints": policy.map(|p| json!(p.taints)).unwrap_or_else(|| json!([])),
         "reason": policy.map_or("", |p| &p.reason),
+        "disk": live.and_then(|live| live.disk.as_ref()).map(disk),
+        "prefetches": live.map(|live| live.prefetches.iter().map(prefetch).collect::<Vec<_>>()).unwrap_or_default(),
         "policy": policy.map(|p| json!(p)),
     })
+}
+
+fn disk(disk: &v1::Disk) -> Value {
+    json!({ "folder": disk.folder, "free_bytes": disk.free_bytes, "total_bytes": disk.total_bytes })
+}
+
+fn prefetch(status: &v1::PrefetchStatus) -> Value {
+    json!({ "model": status.model, "state": status.state, "reason": status.reason })
 }
 
 pub(super) async fn proxies(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {

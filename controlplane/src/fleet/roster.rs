@@ -103,6 +103,7 @@ impl Roster {
         };
         let changed = shape(&node.engines) != shape(&engines) || !node.withdrawn.is_empty();
         (node.engines, node.gpus, node.reported_at) = (engines, report.gpus, Some(now));
+        (node.disk, node.prefetches) = (report.disk, report.prefetches);
         drop(inner);
         if changed {
             self.bump();

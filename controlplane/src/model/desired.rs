@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::policy::{Policy, Resources};
+use super::{
+    policy::{Policy, Resources},
+    warm::WarmSpec,
+};
 
 /// How one engine is started. Part of a deployment, and copied into each assignment made from it, so that a rollout
 /// can tell which replicas still run what was wanted before.
@@ -30,6 +33,9 @@ pub struct EngineSpec {
     /// LoRA adapters that each replica loads at its start.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lora: Vec<LoraAdapter>,
+    /// Sleep, restore, prefetch.
+    #[serde(default, skip_serializing_if = "WarmSpec::is_default")]
+    pub warm: WarmSpec,
 }
 
 /// One LoRA adapter.
@@ -87,6 +93,9 @@ pub struct Assignment {
     /// The rebalancer wants it elsewhere: it goes once another is ready.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub moving: bool,
+    /// It shall sleep: its engine is not ended, its GPUs stay its own, and it serves nobody.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub asleep: bool,
 }
 
 /// `/placements/{model}`: the plan of a model.

@@ -16,8 +16,9 @@ use super::{
 mod policy;
 
 mod token;
+mod warm;
 
-pub use policy::{node_body, node_policy_body, reason_body, rollback_body, wake_body};
+pub use policy::{node_body, node_policy_body, prefetch_body, reason_body, rollback_body, wake_body};
 pub use token::{TokenBody, token_body, token_name};
 
 /// A field that was refused.
@@ -61,7 +62,7 @@ pub struct PatchBody {
     pub paused: Option<bool>,
 }
 
-const FIELDS: [&str; 12] = [
+const FIELDS: [&str; 13] = [
     "replicas",
     "engine",
     "model_path",
@@ -74,6 +75,7 @@ const FIELDS: [&str; 12] = [
     "rollout",
     "disruption",
     "autoscaling",
+    "warm",
 ];
 /// Most GPUs of one replica: more than any one host has.
 const MAX_GPUS: u64 = 64;
@@ -103,6 +105,7 @@ pub fn deployment_body(model: &str, body: &Value, max_replicas: u32) -> Result<D
         gpus_per_replica: gpus.or(asked.gpus).unwrap_or(1),
         resources: asked.resources,
         lora: lora(model, fields)?,
+        warm: warm::warm(fields)?,
     };
     if let Some(size) = asked.tensor_parallel {
         policy::with_tensor_parallel(&mut spec.args, size)?;

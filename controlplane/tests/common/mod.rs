@@ -317,6 +317,7 @@ async fn read(mut inbound: Streaming<v1::ControllerMessage>, seen: Arc<Mutex<Age
                 Message::Assignments(assignments) => seen.assignments = Some(assignments),
                 Message::Registration(result) => seen.registrations.push(result),
                 Message::Deregistration(result) => seen.deregistrations.push(result),
+                Message::Prefetches(wishes) => seen.wishes = Some(wishes.wishes),
             },
             Ok(None) => return seen.ended = Some(Status::ok("it was closed")),
             Err(status) => return seen.ended = Some(status),
@@ -331,7 +332,7 @@ async fn report(
 ) {
     loop {
         let engines = engines.lock().unwrap().values().cloned().collect();
-        let report = v1::NodeReport { engines, gpus: gpus.clone() };
+        let report = v1::NodeReport { engines, gpus: gpus.clone(), ..Default::default() };
         let message = v1::AgentMessage { message: Some(agent_message::Message::Report(report)) };
         if outbound.send(message).await.is_err() {
             return;
