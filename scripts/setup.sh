@@ -65,6 +65,8 @@ find_missing() {
         need shellcheck shellcheck
         need curl curl
         need openssl openssl
+        # Processes with wrong clocks.
+        need faketime faketime
         venv_is_current || python_for_venv >/dev/null || packages+=(python3 python3-venv)
     fi
 }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use penstock_proto::{Version, v1};
+use penstock_proto::{Version, engine::EngineOptions, v1};
 use serde::{Deserialize, Serialize};
 
 use crate::warm::WarmSpec;
@@ -55,6 +55,9 @@ pub(crate) struct EngineSpec {
     /// How it may be started other than from nothing.
     #[serde(default)]
     pub(crate) warm: WarmSpec,
+    /// The typed fields. Not written where none is set, so that records of agents of before read as they were.
+    #[serde(default, skip_serializing_if = "EngineOptions::is_default")]
+    pub(crate) options: EngineOptions,
 }
 
 /// Everything this node should run.
@@ -115,6 +118,7 @@ impl From<v1::EngineSpec> for EngineSpec {
             args: spec.args,
             env: spec.env.into_iter().collect(),
             lora: spec.lora.into_iter().map(|adapter| (adapter.name, adapter.path)).collect(),
+            options: spec.options.map(EngineOptions::from).unwrap_or_default(),
             warm,
         }
     }
@@ -137,6 +141,21 @@ mod tests {
         assert_eq!(desired.version, Version { term: 2, revision: 7 });
         assert_eq!(left_out.len(), 2, "{left_out:?}");
         assert!(desired.get("a").is_some() && desired.get("c").is_none());
+    }
+
+    #[test]
+    fn a_spec_of_an_earlier_agent_reads_as_the_same_assignment() {
+        let stored = r#"{"engine":"vllm","model_path":"p","served_model_name":"m","args":["--x"],"env":{}}"#;
+        let spec: EngineSpec = serde_json::from_str(stored).unwrap();
+        let told = v1::EngineSpec {
+            engine: "vllm".into(),
+            model_path: "p".into(),
+            served_model_name: "m".into(),
+            args: vec!["--x".into()],
+            ..Default::default()
+        };
+        let told = Assignment::from(v1::Assignment { spec: Some(told), ..Default::default() });
+        assert_eq!(spec, told.spec, "an engine is not restarted because a field was added");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::{
     assignment::Assignment,
-    engine::{State, load::Load, ttft::Window},
+    engine::{State, load::Load, records::Origin, ttft::Window},
     warm::Started,
 };
 
@@ -41,10 +41,18 @@ pub(crate) struct EngineView {
     pub(crate) load: Option<(Load, Instant)>,
     /// What it said of first tokens lately.
     pub(crate) first_tokens: Window,
-    /// What was executed.
+    /// What was executed, without secrets.
     pub(crate) command: Vec<String>,
     /// How it became ready last.
     pub(crate) started: Started,
+    /// What its program is, and what is to be known of how it was started.
+    pub(crate) origin: Origin,
+    /// Failures in a row.
+    pub(crate) failures: u32,
+    /// Why it is given up on this node, if it is.
+    pub(crate) gave_up: Option<String>,
+    /// Figures that its /metrics lacks.
+    pub(crate) missing: Vec<&'static str>,
 }
 
 impl EngineView {
@@ -63,6 +71,18 @@ impl EngineView {
             first_tokens: Window::default(),
             command: vec![],
             started: Started::default(),
+            origin: Origin::default(),
+            failures: 0,
+            gave_up: None,
+            missing: vec![],
+        }
+    }
+
+    /// Why it is as it is: its reason, or what its /metrics lacks.
+    pub(crate) fn told(&self) -> String {
+        match (self.reason.is_empty(), self.missing.is_empty()) {
+            (true, false) => format!("its /metrics lacks {}", self.missing.join(", ")),
+            _ => self.reason.clone(),
         }
     }
 
@@ -89,11 +109,17 @@ impl EngineView {
             address: self.address.clone(),
             pid: u32::try_from(self.pid).unwrap_or_default(),
             restarts: self.restarts,
-            reason: self.reason.clone(),
+            reason: self.told(),
             load,
             started: self.started.way.map(|way| way.name().to_owned()).unwrap_or_default(),
             ready_ms: u64::try_from(self.started.took.as_millis()).unwrap_or(u64::MAX),
             start_note: self.started.note.clone(),
+            engine_version: self.origin.version.clone(),
+            kv_events_address: self.origin.kv_events_address.clone(),
+            notes: self.origin.notes.clone(),
+            failures: Some(self.failures),
+            gave_up: self.gave_up.is_some(),
+            gave_up_reason: self.gave_up.clone().unwrap_or_default(),
         }
     }
 }

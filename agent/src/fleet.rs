@@ -265,13 +265,18 @@ impl Fleet {
             region,
             labels,
             gpus: self.cx.gpus.borrow().gpus.clone(),
+            programs: self.cx.programs.shown(),
         }
     }
 
     fn report(&self) -> v1::NodeReport {
+        let now = Instant::now();
+        let gpus = self.cx.gpus.borrow().clone();
         v1::NodeReport {
-            engines: self.cx.board.statuses(Instant::now()),
-            gpus: self.cx.gpus.borrow().gpus.clone(),
+            engines: self.cx.board.statuses(now),
+            gpu_source: Some(gpus.source(now)),
+            gpus: gpus.gpus,
+            programs: self.cx.programs.shown(),
             disk: self.cx.prefetch.disk().map(|disk| v1::Disk {
                 folder: disk.folder,
                 free_bytes: disk.free_bytes,

@@ -3,16 +3,21 @@
 //! Labels are of fixed cardinality: engine states and outcomes, and the GPUs of this node by uuid; never a replica or a
 //! reason text; those are in `GET /engines`. Figures that are read off something (engines by state, GPUs) are set when `/metrics` is asked.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 use penstock_proto::v1;
 
-use crate::{board::EngineView, engine::State, gpu::GpuReport, warm::Way};
+use crate::{
+    board::EngineView,
+    engine::{State, load},
+    gpu::GpuReport,
+    warm::Way,
+};
 
 /// The agent's metrics.
 pub(crate) struct Metrics {
@@ -24,6 +29,19 @@ pub(crate) struct Metrics {
     gpu_memory_used: IntGaugeVec,
     gpu_utilization: IntGaugeVec,
     gpu_temperature: IntGaugeVec,
+    gpus_degraded: IntGauge,
+    gpu_reading_age: IntGauge,
+    gpu_faulty: IntGaugeVec,
+    gpu_degraded: IntGaugeVec,
+    gpu_throttled: IntGaugeVec,
+    gpu_power: IntGaugeVec,
+    gpu_sm_clock: IntGaugeVec,
+    gpu_ecc_corrected: IntGaugeVec,
+    gpu_ecc_uncorrected: IntGaugeVec,
+    gpu_memory_others: IntGaugeVec,
+    gpu_xids: IntCounterVec,
+    /// Engines whose memory was not given back in time.
+    pub(crate) gpu_leftovers: IntCounter,
     /// Whether a session with a control plane stands.
     pub(crate) session_connected: IntGauge,
     /// Sessions that a control plane welcomed.
@@ -43,6 +61,11 @@ pub(crate) struct Metrics {
     /// Engines taken over from an earlier agent.
     pub(crate) adoptions: IntCounter,
     exits: IntCounterVec,
+    canaries: IntCounterVec,
+    metric_missing: IntGaugeVec,
+    gave_up: IntGauge,
+    /// Engines ended because they answered and got nowhere.
+    pub(crate) wedges: IntCounter,
     /// Engines ended because they stopped answering.
     pub(crate) liveness_failures: IntCounter,
     /// Readings of an engine's /metrics that worked.
@@ -58,6 +81,11 @@ pub(crate) struct Metrics {
 
 /// Engine exits by what `Exit::label` says.
 const EXIT_LABELS: [&str; 4] = ["clean", "code", "signal", "unknown"];
+/// Whose error an XID is.
+const XID_CLASSES: [&str; 2] = ["application", "hardware"];
+
+/// What became of a canary.
+const CANARY_OUTCOMES: [&str; 4] = ["answered", "failed", "taken_back", "unanswered"];
 
 impl Metrics {
     /// All metrics at zero.
@@ -119,6 +147,36 @@ impl Metrics {
             registry.register(Box::new(gauges.clone()))?;
             Ok(gauges)
         };
+        let canaries = IntCounterVec::new(
+            Opts::new(
+                "penstock_agent_engine_canaries_total",
+                "Completions of one token that the agent asked of engines without progress, by outcome.",
+            ),
+            &["outcome"],
+        )?;
+        registry.register(Box::new(canaries.clone()))?;
+        let metric_missing = IntGaugeVec::new(
+            Opts::new(
+                "penstock_agent_engine_metric_missing",
+                "Ready engines whose /metrics lacks a figure that routing, scaling or liveness needs.",
+            ),
+            &["metric"],
+        )?;
+        registry.register(Box::new(metric_missing.clone()))?;
+        for outcome in CANARY_OUTCOMES {
+            canaries.with_label_values(&[outcome]);
+        }
+        for metric in load::wanted() {
+            metric_missing.with_label_values(&[metric]);
+        }
+        let gpu_xids = IntCounterVec::new(
+            Opts::new("penstock_agent_gpu_xids_total", "XIDs: of the hardware, or of applications."),
+            &["class"],
+        )?;
+        registry.register(Box::new(gpu_xids.clone()))?;
+        for class in XID_CLASSES {
+            gpu_xids.with_label_values(&[class]);
+        }
         for label in EXIT_LABELS {
             exits.with_label_values(&[label]);
         }
@@ -128,12 +186,43 @@ impl Metrics {
         Ok(Self {
             engines,
             exits,
+            canaries,
+            metric_missing,
+            gave_up: gauge("engines_gave_up", "Engines that failed so often that they are given up here.")?,
+            wedges: counter(
+                "engine_wedges_total",
+                "Engines ended because they answered and made no progress.",
+            )?,
             gpus: gauge("gpus", "GPUs on this node.")?,
             gpus_faulty: gauge("gpus_faulty", "GPUs on this node with a fault.")?,
             gpu_memory: per_gpu("gpu_memory_bytes", "Memory of a GPU.")?,
             gpu_memory_used: per_gpu("gpu_memory_used_bytes", "Memory in use on a GPU.")?,
             gpu_utilization: per_gpu("gpu_utilization_percent", "Share of time in which a GPU was busy.")?,
             gpu_temperature: per_gpu("gpu_temperature_celsius", "Temperature of a GPU.")?,
+            gpus_degraded: gauge("gpus_degraded", "GPUs on this node that are degraded.")?,
+            gpu_reading_age: gauge("gpu_reading_age_seconds", "Age of the last reading of the GPUs.")?,
+            gpu_faulty: per_gpu("gpu_faulty", "1 while a GPU is faulty.")?,
+            gpu_degraded: per_gpu("gpu_degraded", "1 while a GPU is degraded.")?,
+            gpu_throttled: per_gpu("gpu_throttled", "1 while heat or power lower a GPU's clocks.")?,
+            gpu_power: per_gpu("gpu_power_watts", "Power that a GPU draws.")?,
+            gpu_sm_clock: per_gpu("gpu_sm_clock_megahertz", "Clock of a GPU's multiprocessors.")?,
+            gpu_ecc_corrected: per_gpu(
+                "gpu_ecc_corrected",
+                "Corrected ECC errors since the driver was loaded.",
+            )?,
+            gpu_ecc_uncorrected: per_gpu(
+                "gpu_ecc_uncorrected",
+                "Uncorrected ECC errors since the driver was loaded.",
+            )?,
+            gpu_memory_others: per_gpu(
+                "gpu_memory_others_bytes",
+                "Memory of a GPU that processes hold which are no engines of this agent.",
+            )?,
+            gpu_xids,
+            gpu_leftovers: counter(
+                "gpu_leftovers_total",
+                "Ended engines whose GPU memory was not given back in time.",
+            )?,
             session_connected: gauge("session_connected", "1 while a session with a control plane stands.")?,
             sessions: counter("sessions_total", "Sessions that a control plane welcomed.")?,
             session_failures: counter("session_failures_total", "Tries to get a session that failed.")?,
@@ -173,6 +262,17 @@ impl Metrics {
         self.exits.with_label_values(&[cause]).inc();
     }
 
+    /// Counts a canary by what became of it.
+    pub(crate) fn canary(&self, outcome: &str) {
+        self.canaries.with_label_values(&[outcome]).inc();
+    }
+
+    /// Counts an XID.
+    pub(crate) fn gpu_xid(&self, of_hardware: bool) {
+        let [application, hardware] = XID_CLASSES;
+        self.gpu_xids.with_label_values(&[if of_hardware { hardware } else { application }]).inc();
+    }
+
     /// An engine became ready in this way, this long after its start.
     pub(crate) fn became_ready(&self, way: Way, took: Duration) {
         self.ready_seconds.with_label_values(&[way.name()]).observe(took.as_secs_f64());
@@ -201,27 +301,74 @@ impl Metrics {
             let count = engines.iter().filter(|view| view.state == state).count();
             self.engines.with_label_values(&[state.name()]).set(i64::try_from(count).unwrap_or(i64::MAX));
         }
-        let faulty = gpus.gpus.iter().filter(|gpu| !gpu.fault.is_empty()).count();
-        self.gpus.set(i64::try_from(gpus.gpus.len()).unwrap_or(i64::MAX));
-        self.gpus_faulty.set(i64::try_from(faulty).unwrap_or(i64::MAX));
-        self.set_gpus(&gpus.gpus);
+        let whole = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        for metric in load::wanted() {
+            let lacks = |view: &&EngineView| view.state == State::Ready && view.missing.contains(&metric);
+            self.metric_missing.with_label_values(&[metric]).set(whole(engines.iter().filter(lacks).count()));
+        }
+        self.gave_up.set(whole(engines.iter().filter(|view| view.gave_up.is_some()).count()));
+        self.set_gpus(gpus);
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         String::from_utf8(text).map_err(|e| prometheus::Error::Msg(e.to_string()))
     }
 
-    /// A GPU that went takes its series along.
-    fn set_gpus(&self, gpus: &[v1::Gpu]) {
-        let bytes = |mib: u64| i64::try_from(mib.saturating_mul(1 << 20)).unwrap_or(i64::MAX);
-        let all = [&self.gpu_memory, &self.gpu_memory_used, &self.gpu_utilization, &self.gpu_temperature];
-        all.iter().for_each(|gauges| gauges.reset());
-        for gpu in gpus {
+    /// A GPU that went takes its series along, and so does a figure that is not known.
+    fn set_gpus(&self, report: &GpuReport) {
+        let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        let bytes = |mib: u64| whole(mib.saturating_mul(1 << 20));
+        let count = |health: v1::GpuHealth| {
+            let count = report.gpus.iter().filter(|gpu| gpu.health == i32::from(health)).count();
+            i64::try_from(count).unwrap_or(i64::MAX)
+        };
+        self.gpus.set(i64::try_from(report.gpus.len()).unwrap_or(i64::MAX));
+        self.gpus_faulty.set(count(v1::GpuHealth::Faulty));
+        self.gpus_degraded.set(count(v1::GpuHealth::Degraded));
+        self.gpu_reading_age.set(whole(report.source(Instant::now()).reading_age_ms / 1_000));
+        self.per_gpu().iter().for_each(|gauges| gauges.reset());
+        for gpu in &report.gpus {
             let label = [gpu.uuid.as_str()];
-            self.gpu_memory.with_label_values(&label).set(bytes(gpu.memory_total_mib));
-            self.gpu_memory_used.with_label_values(&label).set(bytes(gpu.memory_used_mib));
-            self.gpu_utilization.with_label_values(&label).set(gpu.utilization_percent.into());
-            self.gpu_temperature.with_label_values(&label).set(gpu.temperature_c.into());
+            let set = |gauges: &IntGaugeVec, value: Option<i64>| {
+                if let Some(value) = value {
+                    gauges.with_label_values(&label).set(value);
+                }
+            };
+            let errors = gpu.errors.clone().unwrap_or_default();
+            let others = gpu.processes.iter().filter(|process| process.replica_id.is_empty());
+            let others = others.filter_map(|process| process.used_mib).sum::<u64>();
+            let slowed = |reason: &String| {
+                reason.contains("thermal") || reason.contains("power") || reason == "hw_slowdown"
+            };
+            set(&self.gpu_memory, Some(bytes(gpu.memory_total_mib)));
+            set(&self.gpu_memory_used, Some(bytes(gpu.memory_used_mib)));
+            set(&self.gpu_memory_others, Some(bytes(others)));
+            set(&self.gpu_utilization, gpu.utilization_percent.map(i64::from));
+            set(&self.gpu_temperature, gpu.temperature_c.map(i64::from));
+            set(&self.gpu_faulty, Some((gpu.health == i32::from(v1::GpuHealth::Faulty)).into()));
+            set(&self.gpu_degraded, Some((gpu.health == i32::from(v1::GpuHealth::Degraded)).into()));
+            set(&self.gpu_throttled, Some(gpu.throttle_reasons.iter().any(slowed).into()));
+            set(&self.gpu_power, gpu.power_w.map(i64::from));
+            set(&self.gpu_sm_clock, gpu.sm_clock_mhz.map(i64::from));
+            set(&self.gpu_ecc_corrected, errors.corrected.map(whole));
+            set(&self.gpu_ecc_uncorrected, errors.uncorrected.map(whole));
         }
+    }
+
+    fn per_gpu(&self) -> [&IntGaugeVec; 12] {
+        [
+            &self.gpu_memory,
+            &self.gpu_memory_used,
+            &self.gpu_memory_others,
+            &self.gpu_utilization,
+            &self.gpu_temperature,
+            &self.gpu_faulty,
+            &self.gpu_degraded,
+            &self.gpu_throttled,
+            &self.gpu_power,
+            &self.gpu_sm_clock,
+            &self.gpu_ecc_corrected,
+            &self.gpu_ecc_uncorrected,
+        ]
     }
 }
 
@@ -235,9 +382,10 @@ mod tests {
         let metrics = Metrics::new().unwrap();
         let gpu =
             v1::Gpu { uuid: "g0".into(), memory_total_mib: 2, memory_used_mib: 1, ..Default::default() };
-        let with = GpuReport { kind: GpuKind::Simulated, gpus: vec![gpu], reason: String::new() };
+        let with = GpuReport { gpus: vec![gpu], ..GpuReport::empty(GpuKind::Simulated, "") };
         let text = metrics.render(&[], &with).unwrap();
         assert!(text.contains("penstock_agent_gpu_memory_used_bytes{gpu=\"g0\"} 1048576"), "{text}");
+        assert!(!text.contains("penstock_agent_gpu_power_watts{"), "it does not say");
         let without = GpuReport { gpus: vec![], ..with };
         assert!(!metrics.render(&[], &without).unwrap().contains("g0"));
     }
@@ -245,13 +393,15 @@ mod tests {
     #[test]
     fn every_label_is_there_from_the_start() {
         let metrics = Metrics::new().unwrap();
-        let gpus = GpuReport { kind: GpuKind::None, gpus: vec![], reason: String::new() };
+        let gpus = GpuReport::empty(GpuKind::None, "");
         let text = metrics.render(&[EngineView::new(record("a", 0).assignment, "")], &gpus).unwrap();
         for line in [
             "penstock_agent_engines{state=\"starting\"} 1",
             "penstock_agent_engines{state=\"failed\"} 0",
             "penstock_agent_engine_exits_total{cause=\"signal\"} 0",
             "penstock_agent_assignments_stale_total 0",
+            "penstock_agent_engine_canaries_total{outcome=\"answered\"} 0",
+            "penstock_agent_engine_metric_missing{metric=\"vllm:num_requests_running\"} 0",
             "penstock_agent_engine_ready_seconds_count{way=\"woken\"} 0",
             "penstock_agent_warm_failures_total{way=\"restored\"} 0",
         ] {

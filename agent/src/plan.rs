@@ -6,10 +6,14 @@
 //!
 //! Invariant: an engine is not started on a GPU while an engine that is being stopped still has processes there, since
 //! its memory is not free before. Two *wanted* engines on one GPU are the control plane's business and are both started.
+//! On a GPU that must not be used nothing runs: what runs there is stopped, and what is wanted there waits.
 
 use std::collections::BTreeMap;
 
-use crate::assignment::{Assignment, Desired};
+use crate::{
+    assignment::{Assignment, Desired},
+    gpu::unusable,
+};
 
 /// An engine that has a supervisor, as far as the plan cares.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,19 +52,27 @@ pub(crate) enum Step {
     },
 }
 
-/// The steps from `running` (by replica id) to `desired`. Stops come first.
-pub(crate) fn plan(desired: &Desired, running: &BTreeMap<String, Running>) -> Vec<Step> {
-    let stops = running.values().filter(|r| !r.stopping).filter_map(|r| change(desired, &r.assignment));
-    let starts = desired.assignments.iter().filter_map(|wanted| start(desired, wanted, running));
+/// The steps from `running` (by replica id) to `desired`, given the `faults` of GPUs that must not be used. Stops come first.
+pub(crate) fn plan(
+    desired: &Desired,
+    running: &BTreeMap<String, Running>,
+    faults: &BTreeMap<String, String>,
+) -> Vec<Step> {
+    let stops =
+        running.values().filter(|r| !r.stopping).filter_map(|r| change(desired, &r.assignment, faults));
+    let starts = desired.assignments.iter().filter_map(|wanted| start(desired, wanted, running, faults));
     stops.chain(starts).collect()
 }
 
-fn change(desired: &Desired, running: &Assignment) -> Option<Step> {
+fn change(desired: &Desired, running: &Assignment, faults: &BTreeMap<String, String>) -> Option<Step> {
     let reason = match desired.get(&running.replica_id) {
-        Some(wanted) if wanted.same_engine(running) => {
-            let (replica_id, asleep) = (running.replica_id.clone(), wanted.asleep);
-            return (asleep != running.asleep).then_some(Step::Rest { replica_id, asleep });
-        }
+        Some(wanted) if wanted.same_engine(running) => match unusable(faults, &running.gpu_uuids) {
+            Some(reason) => reason,
+            None => {
+                let (replica_id, asleep) = (running.replica_id.clone(), wanted.asleep);
+                return (asleep != running.asleep).then_some(Step::Rest { replica_id, asleep });
+            }
+        },
         Some(wanted) if wanted.generation == running.generation => "its assignment has changed".to_owned(),
         Some(wanted) => format!("generation {} replaces {}", wanted.generation, running.generation),
         None => "it is no longer assigned to this node".to_owned(),
@@ -68,7 +80,12 @@ fn change(desired: &Desired, running: &Assignment) -> Option<Step> {
     Some(Step::Stop { replica_id: running.replica_id.clone(), reason })
 }
 
-fn start(desired: &Desired, wanted: &Assignment, running: &BTreeMap<String, Running>) -> Option<Step> {
+fn start(
+    desired: &Desired,
+    wanted: &Assignment,
+    running: &BTreeMap<String, Running>,
+    faults: &BTreeMap<String, String>,
+) -> Option<Step> {
     if running.contains_key(&wanted.replica_id) {
         return None;
     }
@@ -77,11 +94,10 @@ fn start(desired: &Desired, wanted: &Assignment, running: &BTreeMap<String, Runn
         r.stopping || !wanted.is_some_and(|wanted| wanted.same_engine(&r.assignment))
     };
     let shares_a_gpu = |r: &&Running| r.assignment.gpu_uuids.iter().any(|gpu| wanted.gpu_uuids.contains(gpu));
-    Some(match running.values().filter(leaving).find(shares_a_gpu) {
-        Some(holder) => Step::Wait {
-            assignment: wanted.clone(),
-            reason: format!("waits for {} to leave its GPU", holder.assignment.replica_id),
-        },
+    let holder = running.values().filter(leaving).find(shares_a_gpu);
+    let leaves = holder.map(|r| format!("waits for {} to leave its GPU", r.assignment.replica_id));
+    Some(match unusable(faults, &wanted.gpu_uuids).or(leaves) {
+        Some(reason) => Step::Wait { assignment: wanted.clone(), reason },
         None => Step::Start(wanted.clone()),
     })
 }
@@ -115,10 +131,30 @@ mod tests {
         engines.iter().map(entry).collect()
     }
 
+    fn healthy() -> BTreeMap<String, String> {
+        BTreeMap::new()
+    }
+
+    #[test]
+    fn nothing_runs_on_a_gpu_that_must_not_be_used_and_what_waited_starts_once_it_may() {
+        let (a, b) = (assignment("a", 1, "g0"), assignment("b", 1, "g1"));
+        let wanted = desired(&[a.clone(), b.clone()]);
+        let faults = BTreeMap::from([("g0".to_owned(), "XID 79".to_owned())]);
+        let reason = "GPU g0 must not be used: XID 79".to_owned();
+        let both = running(&[(a.clone(), false), (b.clone(), false)]);
+        let stop = Step::Stop { replica_id: "a".into(), reason: reason.clone() };
+        assert_eq!(plan(&wanted, &both, &faults), [stop]);
+        let stopping = running(&[(a.clone(), true), (b.clone(), false)]);
+        assert_eq!(plan(&wanted, &stopping, &faults), []);
+        let left = running(&[(b, false)]);
+        assert_eq!(plan(&wanted, &left, &faults), [Step::Wait { assignment: a.clone(), reason }]);
+        assert_eq!(plan(&wanted, &left, &healthy()), [Step::Start(a)]);
+    }
+
     #[test]
     fn what_is_wanted_and_runs_is_left_alone() {
         let a = assignment("a", 1, "g0");
-        assert_eq!(plan(&desired(std::slice::from_ref(&a)), &running(&[(a.clone(), false)])), []);
+        assert_eq!(plan(&desired(std::slice::from_ref(&a)), &running(&[(a.clone(), false)]), &healthy()), []);
     }
 
     #[test]
@@ -127,9 +163,9 @@ mod tests {
         let wanted = desired(std::slice::from_ref(&new));
         let reason = "generation 2 replaces 1".to_owned();
         let stop = Step::Stop { replica_id: "a".into(), reason };
-        assert_eq!(plan(&wanted, &running(&[(old.clone(), false)])), [stop]);
-        assert_eq!(plan(&wanted, &running(&[(old, true)])), []);
-        assert_eq!(plan(&wanted, &BTreeMap::new()), [Step::Start(new)]);
+        assert_eq!(plan(&wanted, &running(&[(old.clone(), false)]), &healthy()), [stop]);
+        assert_eq!(plan(&wanted, &running(&[(old, true)]), &healthy()), []);
+        assert_eq!(plan(&wanted, &BTreeMap::new(), &healthy()), [Step::Start(new)]);
     }
 
     #[test]
@@ -137,12 +173,12 @@ mod tests {
         let (old, new) = (assignment("a", 1, "g0"), assignment("b", 1, "g0"));
         let wanted = desired(std::slice::from_ref(&new));
         for stopping in [false, true] {
-            let steps = plan(&wanted, &running(&[(old.clone(), stopping)]));
+            let steps = plan(&wanted, &running(&[(old.clone(), stopping)]), &healthy());
             let reason = "waits for a to leave its GPU".to_owned();
             assert_eq!(steps.last(), Some(&Step::Wait { assignment: new.clone(), reason }));
         }
         let elsewhere = assignment("b", 1, "g1");
-        let steps = plan(&desired(std::slice::from_ref(&elsewhere)), &running(&[(old, true)]));
+        let steps = plan(&desired(std::slice::from_ref(&elsewhere)), &running(&[(old, true)]), &healthy());
         assert_eq!(steps, [Step::Start(elsewhere)]);
     }
 
@@ -151,7 +187,10 @@ mod tests {
         let old = assignment("a", 1, "g0");
         let mut new = old.clone();
         new.spec.args.push("--x".into());
-        assert!(matches!(plan(&desired(&[new]), &running(&[(old, false)])).as_slice(), [Step::Stop { .. }]));
+        assert!(matches!(
+            plan(&desired(&[new]), &running(&[(old, false)]), &healthy()).as_slice(),
+            [Step::Stop { .. }]
+        ));
     }
 
     #[test]
@@ -160,7 +199,7 @@ mod tests {
         let asleep = Assignment { asleep: true, ..awake.clone() };
         let rest = |asleep| Step::Rest { replica_id: "a".into(), asleep };
         let steps = |wanted: &Assignment, now: &Assignment| {
-            plan(&desired(std::slice::from_ref(wanted)), &running(&[(now.clone(), false)]))
+            plan(&desired(std::slice::from_ref(wanted)), &running(&[(now.clone(), false)]), &BTreeMap::new())
         };
         assert_eq!(steps(&asleep, &awake), [rest(true)]);
         assert_eq!(steps(&awake, &asleep), [rest(false)]);
@@ -210,9 +249,9 @@ mod tests {
                 }).collect();
             let wanted = desired(&wanted);
             for _ in 0..3 {
-                apply(plan(&wanted, &now), &mut now);
+                apply(plan(&wanted, &now, &healthy()), &mut now);
             }
-            prop_assert_eq!(plan(&wanted, &now), vec![]);
+            prop_assert_eq!(plan(&wanted, &now, &healthy()), vec![]);
             let have: Vec<_> = now.into_values().map(|r| r.assignment).collect();
             prop_assert_eq!(have, wanted.assignments);
         }

@@ -15,7 +15,7 @@ use axum::{
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::{board::EngineView, engine::context::Context, fleet::SessionStatus};
+use crate::{board::EngineView, engine::context::Context, fleet::SessionStatus, gpu};
 
 /// What the server shows.
 #[derive(Clone)]
@@ -32,14 +32,15 @@ pub(crate) struct Shown {
 
 /// The routes.
 pub(crate) fn router(shown: Shown) -> Router {
+    let gpus = gpu::routes(shown.cx.gpus.clone());
     Router::new()
         .route("/livez", get(|| async { "ok" }))
         .route("/healthz", get(|| async { "ok" }))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/engines", get(engines))
-        .route("/gpus", get(gpus))
         .with_state(shown)
+        .merge(gpus)
 }
 
 async fn readyz(State(shown): State<Shown>) -> Response {
@@ -73,7 +74,18 @@ async fn metrics(State(shown): State<Shown>) -> Response {
 
 async fn engines(State(shown): State<Shown>) -> Json<Value> {
     let engines: Vec<Value> = shown.cx.board.all().iter().map(|view| engine(&shown, view)).collect();
-    Json(json!({"node_id": shown.node_id, "engines": engines}))
+    let programs = shown.cx.programs.shown();
+    let programs = programs.iter().map(|program| {
+        json!({
+            "name": program.name,
+            "kind": program.kind,
+            "version": program.version,
+            "problem": program.problem,
+            "supports": program.supports,
+        })
+    });
+    let programs: Vec<Value> = programs.collect();
+    Json(json!({"node_id": shown.node_id, "programs": programs, "engines": engines}))
 }
 
 fn engine(shown: &Shown, view: &EngineView) -> Value {
@@ -96,29 +108,19 @@ fn engine(shown: &Shown, view: &EngineView) -> Value {
         "port": view.port,
         "address": view.address,
         "restarts": view.restarts,
-        "reason": view.reason,
+        "reason": view.told(),
+        "failures": view.failures,
+        "gave_up": view.gave_up,
+        "missing_metrics": view.missing,
         "gpu_uuids": assignment.gpu_uuids,
         "load": load,
         "command": view.command,
         "started": view.started.way.map(|way| way.name()),
         "ready_ms": u64::try_from(view.started.took.as_millis()).unwrap_or(u64::MAX),
         "start_note": view.started.note,
+        "version": view.origin.version,
+        "kv_events_address": view.origin.kv_events_address,
+        "notes": view.origin.notes,
         "log": shown.cx.state.log(&assignment.replica_id),
     })
-}
-
-async fn gpus(State(shown): State<Shown>) -> Json<Value> {
-    let report = shown.cx.gpus.borrow().clone();
-    let gpu = |gpu: &penstock_proto::v1::Gpu| {
-        json!({
-            "uuid": gpu.uuid,
-            "name": gpu.name,
-            "memory_total_mib": gpu.memory_total_mib,
-            "memory_used_mib": gpu.memory_used_mib,
-            "utilization_percent": gpu.utilization_percent,
-            "temperature_c": gpu.temperature_c,
-            "fault": gpu.fault,
-        })
-    };
-    Json(json!({"reason": report.reason, "gpus": report.gpus.iter().map(gpu).collect::<Vec<_>>()}))
 }

@@ -24,7 +24,6 @@ use penstock_proto::tls::ClientTls;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::watch,
     time::Instant,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -35,9 +34,11 @@ use crate::{
     engine::{
         adopt::{self, Survey},
         context::Context,
+        exec,
         ports::Ports,
         probe::Probe,
         procfs,
+        programs::Programs,
         records::{Record, Records},
     },
     fleet::{Fleet, Identity, SessionStatus},
@@ -158,6 +159,7 @@ fn settings(flags: Flags) -> Result<AgentConfig, String> {
         config.zone = zone;
     }
     config.validate()?;
+    config.engines.programs.iter().try_for_each(|(name, program)| exec::check(name, program))?;
     Ok(config)
 }
 
@@ -209,9 +211,10 @@ async fn run_with(
     if let Err(error) = nix::sys::prctl::set_child_subreaper(true) {
         tracing::warn!(%error, "cannot become a child subreaper: orphans of engines go to init");
     }
-    let (source, gpus) = gpu::open(&config.gpus, &node_id);
-    let gpus = Arc::new(watch::Sender::new(gpus));
-    let cx = Arc::new(context(&config, state.clone(), gpus.subscribe(), hurry)?);
+    let opened = gpu::open(&config.gpus, &node_id).map_err(Error::System)?;
+    let (report, gpus) = gpu::handle(&opened);
+    let cx = Arc::new(context(&config, state.clone(), gpus, hurry)?);
+    let sampler = gpu::Sampler::new(cx.clone(), opened, &config.gpus, report);
 
     let left = clear_away(&cx).await;
     let stored = state.load_assignments().unwrap_or_else(|| recorded(&left));
@@ -228,16 +231,17 @@ async fn run_with(
         intake,
         status: session.clone(),
     };
+    let programs = cx.programs.clone();
     let shown = Shown { node_id, cx, session, stopping: shutdown.clone() };
 
     let tasks = TaskTracker::new();
     let (stop_fleet, stop_http) = (CancellationToken::new(), CancellationToken::new());
     tasks.spawn(prefetch::ahead(fleet.cx.clone(), stop_fleet.clone()));
+    tasks.spawn(programs.follow(stop_fleet.clone()));
     tasks.spawn(fleet.run(stop_fleet.clone()));
     tasks.spawn(serve(listener, shown, stop_http.clone()));
-    if let Some(source) = source {
-        let period = Duration::from_millis(config.gpus.sample_ms);
-        tasks.spawn(gpu::sampler(source, period, gpus.clone(), stop_fleet.clone()));
+    if let Some(sampler) = sampler {
+        tasks.spawn(sampler.run(stop_fleet.clone()));
     }
     let on_shutdown = if config.on_shutdown == "keep" { OnShutdown::Keep } else { OnShutdown::Stop };
     let announced = announce_to(announce, private);
@@ -258,15 +262,17 @@ async fn run_with(
 fn context(
     config: &AgentConfig,
     state: StateDir,
-    gpus: watch::Receiver<gpu::GpuReport>,
+    gpus: gpu::Handle,
     hurry: CancellationToken,
 ) -> Result<Context, Error> {
     Ok(Context {
         config: config.engines.clone(),
         warm: config.warm.clone(),
         prefetch: Prefetcher::new(&config.warm),
+        gpu_config: config.gpus.clone(),
         deregister: Duration::from_millis(config.controlplane.deregister_ms),
         records: Records::new(state.engines()),
+        programs: Programs::new(&config.engines.programs, state.versions()),
         state,
         boot_id: procfs::boot_id(),
         board: Board::new(),
@@ -372,7 +378,7 @@ fn longest_stop(config: &AgentConfig) -> Duration {
     let EnginesConfig { settle_ms, drain_ms, term_ms, orphan_term_ms, kill_ms, .. } = config.engines;
     let engine =
         config.controlplane.deregister_ms + settle_ms.max(drain_ms) + term_ms + orphan_term_ms + 2 * kill_ms;
-    Duration::from_millis(engine) + STOP_MARGIN
+    Duration::from_millis(engine + config.gpus.release_ms) + STOP_MARGIN
 }
 
 #[cfg(test)]

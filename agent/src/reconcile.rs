@@ -20,6 +20,7 @@ use crate::{
         records::Record,
         supervisor::{Order, Supervisor},
     },
+    gpu::GpuReport,
     plan::{Running, Step, plan},
 };
 
@@ -54,6 +55,7 @@ struct Supervised {
 pub(crate) struct Reconciler {
     cx: Arc<Context>,
     known: watch::Receiver<Known>,
+    gpus: watch::Receiver<GpuReport>,
     /// Until then, stored assignments start nothing new.
     hold: Instant,
     engines: BTreeMap<String, Supervised>,
@@ -70,7 +72,8 @@ impl Reconciler {
         hold: Instant,
     ) -> Self {
         let (engines, tasks, ids) = (BTreeMap::new(), JoinSet::new(), BTreeMap::new());
-        let mut reconciler = Self { cx, known, hold, engines, tasks, ids };
+        let gpus = cx.gpus.changes();
+        let mut reconciler = Self { cx, known, gpus, hold, engines, tasks, ids };
         for record in alive {
             // As it is; whether that is wanted still is for the first round to say.
             reconciler.start(Assignment { asleep: record.asleep, ..record.assignment });
@@ -120,7 +123,8 @@ impl Reconciler {
         let running = self.engines.iter().map(|(id, engine)| {
             (id.clone(), Running { assignment: engine.assignment.clone(), stopping: engine.stopping })
         });
-        let steps = plan(&desired, &running.collect());
+        let faults = self.gpus.borrow_and_update().faults();
+        let steps = plan(&desired, &running.collect(), &faults);
         let held = !fresh && Instant::now() < self.hold;
         self.cx.board.retain(|view| {
             let id = &view.assignment.replica_id;
@@ -149,6 +153,7 @@ impl Reconciler {
             () = shutdown.cancelled() => {}
             () = sleep_until(tick) => {}
             changed = self.known.changed() => if changed.is_err() { sleep_until(tick).await },
+            Ok(()) = self.gpus.changed() => {}
             Some(result) = self.tasks.join_next_with_id() => {
                 let id = returned(result, &mut self.ids);
                 self.engines.remove(&id);

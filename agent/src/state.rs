@@ -99,9 +99,19 @@ impl StateDir {
         self.root.join("logs")
     }
 
+    /// Where dumps of engines that hung are.
+    pub(crate) fn dumps(&self) -> PathBuf {
+        self.root.join("dumps")
+    }
+
     /// The log of the replica's engine.
     pub(crate) fn log(&self, replica_id: &str) -> PathBuf {
         self.logs().join(format!("{}.log", stem(replica_id)))
+    }
+
+    /// What the node's programs said of their versions.
+    pub(crate) fn versions(&self) -> PathBuf {
+        self.root.join("versions.json")
     }
 
     fn assignments(&self) -> PathBuf {

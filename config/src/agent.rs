@@ -4,11 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    logging::LogConfig,
-    tls::TlsConfig,
-    warm::{PrefetchProgram, RestoreProgram, WarmConfig},
-};
+pub use crate::gpus::{GpuAction, GpuConfig, GpuPolicyConfig};
+use crate::{logging::LogConfig, tls::TlsConfig, warm::WarmConfig};
 
 /// Everything the agent can be told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -58,6 +55,8 @@ impl Default for AgentConfig {
         }
     }
 }
+
+pub use crate::programs::EngineProgram;
 
 /// `[private]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,34 +109,6 @@ impl Default for FleetConfig {
     }
 }
 
-/// `[gpus]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct GpuConfig {
-    /// "auto" (NVML where there is a driver, else none), "nvml", "simulated" or "none".
-    pub source: String,
-    /// GPUs to pretend, with source "simulated".
-    pub simulated_count: u32,
-    /// Memory of each pretended GPU.
-    pub simulated_memory_mib: u64,
-    /// Path or name of NVML's library; empty takes the system's.
-    pub nvml_library: String,
-    /// Time between two readings.
-    pub sample_ms: u64,
-}
-
-impl Default for GpuConfig {
-    fn default() -> Self {
-        Self {
-            source: "auto".into(),
-            simulated_count: 8,
-            simulated_memory_mib: 81_920,
-            nvml_library: String::new(),
-            sample_ms: 1_000,
-        }
-    }
-}
-
 /// `[engines]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -160,6 +131,20 @@ pub struct EnginesConfig {
     pub liveness_timeout_ms: u64,
     /// Failed liveness checks in a row after which an engine is started anew.
     pub liveness_failures: u32,
+    /// Time without any progress after which an engine that answers is ended all the same; 0: never.
+    pub wedge_s: u64,
+    /// Time without progress after which an engine is asked for one token; at most that often.
+    pub canary_s: u64,
+    /// Dumps of engines that hung which are kept; 0: none is made.
+    pub dumps_kept: u32,
+    /// Program, with arguments, whose output for each process goes into a dump; `{pid}` is the process. Empty: none.
+    pub dump_command: Vec<String>,
+    /// Failures in a row after which an engine is given up on this node; 0: never.
+    pub give_up_failures: u32,
+    /// The same for starts in a row that were not ready within `ready_s`; 0: never.
+    pub give_up_stuck_starts: u32,
+    /// Pause between two starts of an engine that was given up.
+    pub give_up_retry_s: u64,
     /// Pause between two readings of a ready engine's /metrics.
     pub load_ms: u64,
     /// Longest wait for one reading.
@@ -193,7 +178,7 @@ impl Default for EnginesConfig {
     fn default() -> Self {
         let vllm = EngineProgram {
             command: vec!["vllm".into()],
-            args: vec!["--shutdown-timeout".into(), "10".into()],
+            shutdown_timeout_s: 10,
             ..EngineProgram::default()
         };
         let sim = EngineProgram { command: vec!["penstock-engine-sim".into()], ..EngineProgram::default() };
@@ -207,6 +192,13 @@ impl Default for EnginesConfig {
             liveness_ms: 2_000,
             liveness_timeout_ms: 10_000,
             liveness_failures: 3,
+            wedge_s: 30,
+            canary_s: 15,
+            dumps_kept: 20,
+            dump_command: Vec::new(),
+            give_up_failures: 5,
+            give_up_stuck_starts: 2,
+            give_up_retry_s: 300,
             load_ms: 250,
             load_timeout_ms: 5_000,
             adapters_ms: 5_000,
@@ -224,22 +216,6 @@ impl Default for EnginesConfig {
     }
 }
 
-/// `[engines.NAME]`
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct EngineProgram {
-    /// Program and its leading arguments; `serve MODEL ...` follows.
-    pub command: Vec<String>,
-    /// Arguments of every engine of this name, put before the deployment's own.
-    pub args: Vec<String>,
-    /// Environment of every engine of this name; the deployment's own wins.
-    pub env: BTreeMap<String, String>,
-    /// Starts an engine of this name from a checkpoint.
-    pub restore: RestoreProgram,
-    /// Fetches a model before an engine of this name is started.
-    pub prefetch: PrefetchProgram,
-}
-
 impl AgentConfig {
     /// Rules that types cannot say.
     ///
@@ -247,7 +223,7 @@ impl AgentConfig {
     /// A sentence that names the key and what is accepted.
     pub fn validate(&self) -> Result<(), String> {
         one_of("on_shutdown", &self.on_shutdown, &["stop", "keep"])?;
-        one_of("gpus.source", &self.gpus.source, &["auto", "nvml", "simulated", "none"])?;
+        self.gpus.validate()?;
         not_empty("state_dir", &self.state_dir)?;
         not_empty("engines.bind_host", &self.engines.bind_host)?;
         not_empty("engines.advertise_host", &self.engines.advertise_host)?;
@@ -278,13 +254,14 @@ impl AgentConfig {
             ("controlplane.connect_ms", fleet.connect_ms),
             ("controlplane.backoff_min_ms", fleet.backoff_min_ms),
             ("controlplane.register_retry_ms", fleet.register_retry_ms),
-            ("gpus.sample_ms", self.gpus.sample_ms),
             ("engines.ready_s", engines.ready_s),
             ("engines.ready_poll_ms", engines.ready_poll_ms),
             ("engines.first_completion_ms", engines.first_completion_ms),
             ("engines.liveness_ms", engines.liveness_ms),
             ("engines.liveness_timeout_ms", engines.liveness_timeout_ms),
             ("engines.liveness_failures", u64::from(engines.liveness_failures)),
+            ("engines.canary_s", engines.canary_s),
+            ("engines.give_up_retry_s", engines.give_up_retry_s),
             ("engines.load_ms", engines.load_ms),
             ("engines.load_timeout_ms", engines.load_timeout_ms),
             ("engines.adapters_ms", engines.adapters_ms),
@@ -294,6 +271,18 @@ impl AgentConfig {
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(format!("{key} is 0; it must be at least 1"));
+        }
+        if engines.wedge_s > 0 && engines.canary_s >= engines.wedge_s {
+            return Err(format!(
+                "engines.canary_s is {}; it must be less than engines.wedge_s, {}: an engine is ended only after it was asked",
+                engines.canary_s, engines.wedge_s
+            ));
+        }
+        if engines.dump_command.first().is_some_and(String::is_empty) {
+            return Err(
+                "engines.dump_command names no program; accepted: [] or [\"py-spy\", \"dump\", \"--pid\", \"{pid}\"]"
+                    .into(),
+            );
         }
         let ordered = [
             ("controlplane.backoff", fleet.backoff_min_ms, fleet.backoff_max_ms),
@@ -308,23 +297,7 @@ impl AgentConfig {
     }
 }
 
-impl EngineProgram {
-    fn validate(&self, name: &str) -> Result<(), String> {
-        if self.command.first().is_none_or(String::is_empty) {
-            return Err(format!("engines.{name}.command is empty; name the program, as [\"vllm\"]"));
-        }
-        self.restore.validate(name)?;
-        self.prefetch.validate(name)?;
-        match self.env.keys().find(|key| key.is_empty() || key.contains(['=', '\0'])) {
-            Some(key) => {
-                Err(format!("engines.{name}.env has the name {key:?}; it must not be empty or contain '='"))
-            }
-            None => Ok(()),
-        }
-    }
-}
-
-fn one_of(key: &str, value: &str, accepted: &[&str]) -> Result<(), String> {
+pub(crate) fn one_of(key: &str, value: &str, accepted: &[&str]) -> Result<(), String> {
     if accepted.contains(&value) {
         return Ok(());
     }
@@ -368,6 +341,8 @@ mod tests {
         assert!(refused(|c| c.controlplane.endpoints.clear()).contains("controlplane.endpoints"));
         assert!(refused(|c| c.engines.liveness_failures = 0).contains("engines.liveness_failures is 0"));
         assert!(refused(|c| c.engines.backoff_max_ms = 1).contains("engines.backoff_max_ms is 1"));
+        assert!(refused(|c| c.engines.canary_s = 30).contains("less than engines.wedge_s, 30"));
+        assert!(refused(|c| c.engines.dump_command = vec![String::new()]).contains("engines.dump_command"));
         let no_program = refused(|c| {
             c.engines.programs.insert("mine".into(), EngineProgram::default());
         });

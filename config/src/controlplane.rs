@@ -100,6 +100,10 @@ pub struct ReconcileConfig {
     pub max_view_age_ms: u64,
     /// An engine that was started again so often without getting ready is placed elsewhere; 0: never.
     pub replace_after_restarts: u32,
+    /// How long a node on which engines of a model failed gets no replica of it, in seconds; up to 2,592,000.
+    pub avoid_node_s: u64,
+    /// A spec that failed on so many nodes, and is ready on none, is not placed on further ones; 0: it always is.
+    pub hold_after_nodes: u32,
     /// Whether replicas are moved to even out zones, where their deployments allow it.
     pub rebalance: bool,
     /// Seconds between two moves; 1 to 2,592,000.
@@ -115,6 +119,8 @@ impl Default for ReconcileConfig {
             max_stops: 50,
             max_view_age_ms: 15_000,
             replace_after_restarts: 5,
+            avoid_node_s: 1_800,
+            hold_after_nodes: 3,
             rebalance: false,
             rebalance_interval_s: 86_400,
         }
@@ -267,6 +273,8 @@ impl ControlPlaneConfig {
                 0,
                 1_000_000,
             ),
+            ("reconcile.avoid_node_s", self.reconcile.avoid_node_s, 0, 2_592_000),
+            ("reconcile.hold_after_nodes", u64::from(self.reconcile.hold_after_nodes), 0, 1_000_000),
             ("reconcile.rebalance_interval_s", self.reconcile.rebalance_interval_s, 1, 2_592_000),
             ("xds.push_coalesce_ms", self.xds.push_coalesce_ms, 0, 10_000),
             ("xds.nack_retry_ms", self.xds.nack_retry_ms, 100, 3_600_000),

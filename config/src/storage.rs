@@ -90,7 +90,8 @@ fn s3(text: &str, rest: &str) -> Result<Storage, StorageError> {
     let ends = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let named = (3..=63).contains(&bucket.len()) && bucket.chars().all(letters);
     if !named || !bucket.starts_with(ends) || !bucket.ends_with(ends) || bucket.contains("..") {
-        let why = format!("{bucket:?} is no bucket's name: 3 to 63 of a-z 0-9 . -, a letter or digit at each end");
+        let why =
+            format!("{bucket:?} is no bucket's name: 3 to 63 of a-z 0-9 . -, a letter or digit at each end");
         return refused(text, &why);
     }
     let prefix = prefix.trim_end_matches('/');
@@ -122,7 +123,10 @@ fn oci(text: &str, rest: &str) -> Result<Storage, StorageError> {
             && part.ends_with(|c: char| c.is_ascii_alphanumeric())
     };
     if !repository.split('/').all(part_fine) {
-        return refused(text, &format!("{repository:?} is no repository: parts of a-z 0-9 . _ - between slashes"));
+        return refused(
+            text,
+            &format!("{repository:?} is no repository: parts of a-z 0-9 . _ - between slashes"),
+        );
     }
     let tag_fine = (1..=128).contains(&tag.len())
         && tag.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
@@ -188,7 +192,9 @@ impl FromStr for SecretRef {
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
         let fine = (1..=128).contains(&name.len());
         match kind {
-            "file" if fine && !name.starts_with('.') && name.chars().all(|c| plain(c) || ".-".contains(c)) => {
+            "file"
+                if fine && !name.starts_with('.') && name.chars().all(|c| plain(c) || ".-".contains(c)) =>
+            {
                 Ok(Self::File(name.to_owned()))
             }
             "env" if fine && !name.starts_with(|c: char| c.is_ascii_digit()) && name.chars().all(plain) => {
@@ -268,7 +274,8 @@ mod tests {
         for text in ["file:s3-key", "env:S3_SECRET"] {
             assert_eq!(text.parse::<SecretRef>().expect(text).to_string(), text);
         }
-        for text in ["", "AKIAVERYSECRET", "file:../x", "file:.x", "file:a/b", "env:1A", "env:A-B", "vault:x"] {
+        for text in ["", "AKIAVERYSECRET", "file:../x", "file:.x", "file:a/b", "env:1A", "env:A-B", "vault:x"]
+        {
             let error = text.parse::<SecretRef>().expect_err(text).to_string();
             assert!(!error.contains("AKIA") && error.contains("file:NAME"), "{error}");
         }

@@ -104,7 +104,8 @@ impl WarmConfig {
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(format!("{key} is 0; it must be at least 1"));
         }
-        for (key, folder) in [("warm.secrets_dir", &self.secrets_dir), ("warm.models_dir", &self.models_dir)] {
+        for (key, folder) in [("warm.secrets_dir", &self.secrets_dir), ("warm.models_dir", &self.models_dir)]
+        {
             if !folder.is_empty() && !folder.starts_with('/') {
                 return Err(format!("{key} is {folder:?}; it must be a path from the root, or empty"));
             }
@@ -156,9 +157,8 @@ fn check_command(key: &str, command: &[String], known: &[&str]) -> Result<(), St
         return Err(format!("{key} begins with an empty string; name the program first, or leave all empty"));
     }
     for arg in command {
-        filled(arg, |name| known.contains(&name).then(String::new)).map_err(|unknown| {
-            format!("{key} has {{{unknown}}}; known are {{{}}}", known.join("}, {"))
-        })?;
+        filled(arg, |name| known.contains(&name).then(String::new))
+            .map_err(|unknown| format!("{key} has {{{unknown}}}; known are {{{}}}", known.join("}, {")))?;
     }
     Ok(())
 }
@@ -172,9 +172,9 @@ pub fn filled(template: &str, value: impl Fn(&str) -> Option<String>) -> Result<
     let mut rest = template;
     while let Some((before, after)) = rest.split_once('{') {
         out.push_str(before);
-        let named = after.split_once('}').filter(|(name, _)| {
-            !name.is_empty() && name.chars().all(|c| c.is_ascii_lowercase() || c == '_')
-        });
+        let named = after
+            .split_once('}')
+            .filter(|(name, _)| !name.is_empty() && name.chars().all(|c| c.is_ascii_lowercase() || c == '_'));
         match named {
             Some((name, behind)) => {
                 out.push_str(&value(name).ok_or_else(|| name.to_owned())?);
@@ -210,7 +210,10 @@ mod tests {
             program.validate("vllm").expect_err("refused")
         };
         for (change, part) in [
-            ((|r| r.command = vec!["x".into(), "{prot}".into()]) as fn(&mut RestoreProgram), "{prot}; known are {model}"),
+            (
+                (|r| r.command = vec!["x".into(), "{prot}".into()]) as fn(&mut RestoreProgram),
+                "{prot}; known are {model}",
+            ),
             (|r| r.command = vec![String::new()], "restore.command begins"),
             (|r| r.storage = "ckpt".into(), "restore.storage: \"ckpt\" is no storage"),
             (|r| r.secret_ref = "sesame".into(), "restore.secret_ref: it is neither"),

@@ -78,7 +78,6 @@ fn is_api(path: &str) -> bool {
 fn place(method: &Method, path: &str) -> Place {
     let api = is_api(path);
     let about_this_process = [
-        "/api/v2/proxies",
         "/api/v2/cluster/",
         "/api/v2/logs",
         "/v1/admin/cluster/",
@@ -201,7 +200,7 @@ mod tests {
             (Method::GET, "/livez", Place::Here),
             (Method::GET, "/metrics", Place::Here),
             (Method::GET, "/v1/admin/ui", Place::Here),
-            (Method::GET, "/api/v2/proxies", Place::Here),
+            (Method::GET, "/api/v2/proxies", Place::LeaderOrHere),
             (Method::GET, "/api/v2/cluster/status", Place::Here),
             (Method::GET, "/v1/admin/cluster/status", Place::Here),
             (Method::GET, "/v1/admin/logs", Place::Here),

@@ -51,6 +51,8 @@ pub struct Metrics {
     pub plan_actions: IntCounterVec,
     /// Models whose rollout got nothing done for as long as they allow.
     pub plan_stalled: IntGauge,
+    /// Models whose spec fails wherever it is placed.
+    pub plan_failing: IntGauge,
     /// 1 while nothing is changed because the store is not followed.
     pub plan_held: IntGauge,
     /// Plans that had more to start or stop than one may.
@@ -167,6 +169,11 @@ impl Metrics {
                 &["place", "withdraw", "forget", "scale", "move", "sleep", "wake"],
             )?,
             plan_stalled: gauge(&r, "plan_stalled", "Models whose rollout is stalled.")?,
+            plan_failing: gauge(
+                &r,
+                "plan_failing",
+                "Models whose spec failed on so many nodes that it is not tried on more.",
+            )?,
             plan_held: gauge(
                 &r,
                 "plan_held",

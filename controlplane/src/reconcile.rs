@@ -144,6 +144,7 @@ async fn pass(core: &Core, since: &mut Since, now: Instant) -> Result<(&'static 
         announce(core, action);
     }
     core.metrics.plan_stalled.set(i64::try_from(plan.stalled.len()).unwrap_or(i64::MAX));
+    core.metrics.plan_failing.set(i64::try_from(plan.failing.len()).unwrap_or(i64::MAX));
     core.metrics.plan_held.set(i64::from(plan.held.is_some()));
     core.metrics.plan_capped.inc_by(u64::from(plan.is_capped));
     let label = if plan.changes.is_empty() { "settled" } else { "changed" };
@@ -168,6 +169,7 @@ fn rules(core: &Core) -> Rules {
     Rules {
         lost_grace: Duration::from_millis(core.config.fleet.lost_grace_ms),
         replace_after_restarts: settings.replace_after_restarts,
+        hold_after_nodes: settings.hold_after_nodes,
         max_starts: settings.max_starts,
         max_stops: settings.max_stops,
         max_view_age: Duration::from_millis(settings.max_view_age_ms),
@@ -199,6 +201,17 @@ fn remember<'a>(
         let demand = demands.get(name).copied();
         let seen = memory.model(deployment, placement, is_ready, &load, demand, now);
         observed.models.insert(name, seen);
+        let Some(placement) = placement else { continue };
+        let fails = |node: &str| {
+            let mut here =
+                placement.assignments.iter().filter(|a| a.node_id == node && a.phase == Phase::Active);
+            here.any(|a| !is_ready(&a.replica_id, a.generation))
+        };
+        let avoid = Duration::from_secs(core.config.reconcile.avoid_node_s);
+        let forgiven = memory.forgiven(placement, fails, avoid, now);
+        if !forgiven.is_empty() {
+            observed.forgiven.insert(name, forgiven);
+        }
     }
     memory.retain(|name| observed.models.contains_key(name));
 }

@@ -111,3 +111,35 @@ async fn a_followers_proxies_hear_of_loads_and_its_word_wakes_models() {
     let refused = gateways.want(v1::Demand::default()).await.expect_err("nobody says so");
     assert!(refused.message().contains("whose it is"), "{refused}");
 }
+
+#[tokio::test]
+async fn every_proxys_refusal_is_in_one_list_whichever_control_plane_is_asked() {
+    let Some(cluster) = Cluster::start(1).await else { return };
+    let (_planes, leader, follower) = pair(&cluster).await;
+    let near = Proxy::connect(&leader, "near-proxy").await;
+    let far = Proxy::connect(&follower, "far-proxy").await;
+    *far.refuse.lock().unwrap() = Some(("bad".into(), "the table would be empty".into()));
+    let (status, body) = leader.call("PUT", "/api/v2/deployments/bad", Some(r#"{"replicas":0}"#)).await;
+    assert_eq!(status, 201, "{body}");
+    for asked in [&leader, &follower] {
+        let both = wait("both proxies, one with its refusal", async || {
+            let shown = asked.get("/api/v2/proxies").await;
+            let [far, near] = shown["proxies"].as_array()?.as_slice() else { return None };
+            let told =
+                far["last_nack"] == "the table would be empty" && near["version_synced"] == shown["version"];
+            told.then(|| (far.clone(), near.clone()))
+        });
+        let (far, near) = both.await;
+        assert_eq!((&far["node_id"], &near["node_id"]), (&"far-proxy".into(), &"near-proxy".into()));
+        assert_ne!(far["controlplane"], near["controlplane"]);
+        assert_eq!(far["types"]["endpoint_table"]["last_nack"], "the table would be empty", "{far}");
+    }
+    *far.refuse.lock().unwrap() = None;
+    drop(near);
+    wait("one proxy without a refusal", async || {
+        let shown = leader.get("/api/v2/proxies").await;
+        // It is offered again after a time; until then the reason stays.
+        (shown["proxies"].as_array()?.len() == 1).then_some(())
+    })
+    .await;
+}

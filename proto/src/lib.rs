@@ -3,10 +3,12 @@
 //! - [`v1`]: `penstock.v1`, generated from `proto/penstock/v1/*.proto`: the resources a proxy subscribes to and the
 //!   fleet session between agents and the control plane, the link between control planes.
 //! - [`xds`]: the xDS transport (`envoy.service.discovery.v3`) those resources travel on, and its type URLs.
+//! - [`engine`]: what a deployment may say of its engines: typed options, and what is refused of the rest.
 //! - [`Version`]: the (term, revision) pair that orders everything the control plane publishes.
 //!
 //! Depends on nothing else of Penstock.
 
+pub mod engine;
 pub mod tls;
 mod version;
 pub mod xds;

@@ -80,7 +80,8 @@ pub(crate) fn strays(state: &StateDir, replica_id: &str) -> Vec<Proc> {
     look(state).into_iter().filter(of_replica).map(|s| s.process).collect()
 }
 
-fn tie(pid: i32, state: &StateDir) -> Option<String> {
+/// File stem of the replica of ours that the process belongs to, by its environment or its output.
+pub(crate) fn tie(pid: i32, state: &StateDir) -> Option<String> {
     let [replica, dir] = procfs::environment(pid, [REPLICA_VARIABLE, STATE_DIR_VARIABLE]);
     let marked = replica.filter(|_| dir.as_deref().is_some_and(|dir| Path::new(dir) == state.root()));
     marked.map(|replica| stem(&replica)).or_else(|| {

@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-use penstock_config::{agent::EnginesConfig, warm::WarmConfig};
-use tokio::sync::watch;
+use penstock_config::{
+    agent::{EnginesConfig, GpuConfig},
+    warm::WarmConfig,
+};
 use tokio_util::sync::CancellationToken;
 
-use super::{ports::Ports, probe::Probe, process::Tree, records::Records, stop};
+use super::{ports::Ports, probe::Probe, process::Tree, programs::Programs, records::Records, stop, verify};
 use crate::{
-    assignment::Assignment, board::Board, gpu::GpuReport, metrics::Metrics, registrations::Registry,
-    state::StateDir,
+    assignment::Assignment, board::Board, gpu, metrics::Metrics, registrations::Registry, state::StateDir,
     warm::prefetch::Prefetcher,
 };
 
@@ -21,6 +22,8 @@ pub(crate) struct Context {
     pub(crate) warm: WarmConfig,
     /// Models that are fetched.
     pub(crate) prefetch: Prefetcher,
+    /// `[gpus]`
+    pub(crate) gpu_config: GpuConfig,
     /// Longest wait for the answer to a deregistration.
     pub(crate) deregister: Duration,
     /// Paths.
@@ -33,12 +36,14 @@ pub(crate) struct Context {
     pub(crate) board: Board,
     /// Who is to be routed to.
     pub(crate) registry: Registry,
+    /// What the node's programs are.
+    pub(crate) programs: Programs,
     /// Ports in use.
     pub(crate) ports: Ports,
     /// Asks engines.
     pub(crate) probe: Probe,
     /// The node's GPUs.
-    pub(crate) gpus: watch::Receiver<GpuReport>,
+    pub(crate) gpus: gpu::Handle,
     /// Counters.
     pub(crate) metrics: Metrics,
     /// Cancelled when the operator asks a second time: drains are cut short.
@@ -52,9 +57,11 @@ impl Context {
         self.registry.change(|r| r.leave(replica_id, model, *generation));
     }
 
-    /// Ends every process of the replica and forgets its record; SIGKILL follows SIGTERM after `term`.
+    /// Ends every process of the replica and forgets its record; SIGKILL follows SIGTERM after `term`. Returns when the
+    /// memory of its GPUs is given back, or that was waited for long enough.
     pub(crate) async fn put_down(&self, replica_id: &str, tree: &mut Tree, term: Duration) {
         let give_up = Duration::from_millis(self.config.kill_ms);
+        let pids = verify::pids(tree);
         let stuck = |left: String| {
             tracing::error!(replica = replica_id, "{left}");
             self.board.update(replica_id, |view| view.reason = left);
@@ -62,6 +69,7 @@ impl Context {
         stop::put_down(tree, term, give_up, &self.hurry, &self.metrics, stuck).await;
         let strays_term = self.orphan_term();
         stop::end_strays(&self.state, replica_id, strays_term, give_up).await;
+        verify::released(self, replica_id, &pids).await;
         self.forget(replica_id);
     }
 

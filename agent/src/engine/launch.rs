@@ -1,17 +1,19 @@
 //! How a life begins: with a new process, or with one that an earlier agent left running.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
+use penstock_proto::engine::secret::masked_args;
 use tokio::time::Instant;
 
 use super::{
-    command::{self, Place},
+    command::{self, ExtraPorts, Place, extra_ports},
     context::Context,
     logs,
     ports::PortLease,
     probe::Target,
     process::Tree,
-    records::Record,
+    records::{Origin, Record},
+    verify, versions,
 };
 use crate::{
     assignment::Assignment,
@@ -21,12 +23,17 @@ use crate::{
     },
 };
 
+/// What an engine listens on when it listens on every address.
+const EVERYWHERE: &str = "0.0.0.0";
+
 /// A running engine.
 pub(crate) struct Engine {
     /// Its processes.
     pub(crate) tree: Tree,
     /// Its port.
     pub(crate) lease: PortLease,
+    /// Its other ports.
+    pub(crate) _extra: Vec<PortLease>,
     /// Its server, as the agent asks it.
     pub(crate) target: Target,
     /// Its server, as proxies reach it: host:port.
@@ -47,8 +54,10 @@ pub(crate) struct Engine {
     pub(crate) restarts: u32,
     /// When this agent began to start it, found it, or began to wake it.
     pub(crate) since: Instant,
-    /// What was executed.
+    /// What was executed, without secrets.
     pub(crate) command: Vec<String>,
+    /// What it was started from.
+    pub(crate) origin: Origin,
 }
 
 /// What a start has besides its assignment.
@@ -62,6 +71,15 @@ pub(crate) struct Beginning {
     pub(crate) note: String,
     /// Starts it in place of the engine's own command.
     pub(crate) hook: Option<Hook>,
+}
+
+/// How a running engine came about.
+struct Begun {
+    since: Instant,
+    way: Way,
+    note: String,
+    /// None: `engines.ready_s`.
+    within: Option<Duration>,
 }
 
 /// Why an engine does not run, and whether starting it again can help.
@@ -106,12 +124,15 @@ pub(crate) async fn take_over(cx: &Context, assignment: &Assignment) -> Option<E
     }
     tracing::info!(replica = id, pid = record.pid, port = record.port, "engine taken over");
     cx.metrics.adoptions.inc();
-    let lease = cx.ports.hold(record.port);
+    let Origin { kv_events: (first, count), rpc_port, .. } = record.origin;
+    let extra = [(first, count), (rpc_port, 1)].into_iter().filter(|(port, count)| *port > 0 && *count > 0);
+    let extra = extra.map(|(port, count)| cx.ports.hold(port, count)).collect();
+    let lease = cx.ports.hold(record.port, 1);
     // One that was being restored is given the hook's time, and what follows a hook that fails.
     let way = if record.way == Way::Restored && !record.ready { Way::Restored } else { Way::Adopted };
-    let hook = restore::timeout(cx, assignment).filter(|_| way == Way::Restored);
-    let begun = Begun { since: Instant::now(), way, note: String::new(), within: hook };
-    Some(engine(cx, tree, lease, record, begun))
+    let within = restore::timeout(cx, assignment).filter(|_| way == Way::Restored);
+    let begun = Begun { since: Instant::now(), way, note: String::new(), within };
+    Some(engine(cx, tree, lease, extra, record, begun))
 }
 
 /// Starts a process for the assignment. The record is written before it and after it, so that none is lost.
@@ -132,22 +153,40 @@ pub(crate) async fn launch(
         }
         gpus.kind
     };
-    let (host, base) = (cx.config.bind_host.as_str(), cx.config.port_base);
-    let lease =
-        cx.ports.take(host, base).map_err(|e| Failure::passing(format!("no port for the engine: {e}")))?;
+    let spec = &assignment.spec;
+    let version = cx.programs.version(&spec.engine).await;
+    let ports =
+        Taken::new(cx, assignment).map_err(|e| Failure::passing(format!("no port for the engine: {e}")))?;
     let state_dir = cx.state.root().to_string_lossy();
-    let place = Place { host, port: lease.port(), gpus, state_dir: &state_dir };
-    let launch = command::launch(&cx.config.programs, assignment, place)
+    let place = Place {
+        host: &cx.config.bind_host,
+        port: ports.lease.port(),
+        kv_events_port: ports.kv_events.as_ref().map(PortLease::port),
+        rpc_port: ports.rpc.as_ref().map(PortLease::port),
+        gpus,
+        state_dir: &state_dir,
+        longest_shutdown_s: longest_shutdown_s(cx.config.term_ms),
+        version: versions::released(&version),
+    };
+    let (launch, notes) = command::launch(&cx.config.programs, assignment, place)
         .map_err(|e| Failure { reason: e.to_string(), permanent: true })?;
+    if let Some(reason) = verify::lacks(cx, assignment, &launch.argv).await {
+        return Err(Failure::passing(reason));
+    }
+    for note in &notes {
+        tracing::warn!(replica = id, note, "an engine is started otherwise than it was asked for");
+    }
     let Beginning { since, way, note, hook } = beginning;
     let within = hook.as_ref().map(|hook| hook.timeout);
     let launch = match hook {
-        Some(hook) => hook.instead_of(launch, assignment, host, lease.port()),
+        Some(hook) => hook.instead_of(launch, assignment, &cx.config.bind_host, ports.lease.port()),
         None => launch,
     };
+    let shown = masked_args(&launch.argv);
+    let (lease, extra, origin) = ports.with_origin(cx, version, notes);
 
     let path = cx.state.log(id);
-    let (log, log_from) = logs::open(&path, &format!("# penstock starts {id}: {}", launch.argv.join(" ")))
+    let (log, log_from) = logs::open(&path, &format!("# penstock starts {id}: {}", shown.join(" ")))
         .map_err(|e| Failure::passing(format!("cannot open the log {}: {e}", path.display())))?;
     let mut record = Record {
         assignment: assignment.clone(),
@@ -160,7 +199,8 @@ pub(crate) async fn launch(
         asleep: false,
         way,
         log_from,
-        command: launch.argv.clone(),
+        command: shown,
+        origin,
     };
     let unrecorded = |e: std::io::Error| Failure::passing(format!("cannot write the engine's record: {e}"));
     cx.records.write(&record).map_err(unrecorded)?;
@@ -173,7 +213,53 @@ pub(crate) async fn launch(
         return Err(unrecorded(error));
     }
     tracing::info!(replica = id, pid = record.pid, port = record.port, "engine started");
-    Ok(engine(cx, tree, lease, record, Begun { since, way, note, within }))
+    Ok(engine(cx, tree, lease, extra, record, Begun { since, way, note, within }))
+}
+
+/// What is left of the time between SIGTERM and SIGKILL when the engine has a second to end itself in.
+fn longest_shutdown_s(term_ms: u64) -> u32 {
+    u32::try_from((term_ms / 1_000).saturating_sub(1)).unwrap_or(u32::MAX)
+}
+
+/// The ports of a new engine.
+struct Taken {
+    lease: PortLease,
+    kv_events: Option<PortLease>,
+    ranks: u16,
+    rpc: Option<PortLease>,
+}
+
+impl Taken {
+    fn new(cx: &Context, assignment: &Assignment) -> io::Result<Self> {
+        let (host, base) = (cx.config.bind_host.as_str(), cx.config.port_base);
+        let spec = &assignment.spec;
+        let ExtraPorts { kv_events, rpc } = extra_ports(cx.config.programs.get(&spec.engine), spec);
+        let lease = cx.ports.take(host, base)?;
+        // vLLM publishes on every address.
+        let row = || cx.ports.take_row(EVERYWHERE, base, kv_events);
+        let kv_events_lease = (kv_events > 0).then(row).transpose()?;
+        let rpc = rpc.then(|| cx.ports.take(host, base)).transpose()?;
+        Ok(Self { lease, kv_events: kv_events_lease, ranks: kv_events, rpc })
+    }
+
+    fn with_origin(
+        self,
+        cx: &Context,
+        version: String,
+        notes: Vec<String>,
+    ) -> (PortLease, Vec<PortLease>, Origin) {
+        let first = self.kv_events.as_ref().map(PortLease::port);
+        let origin = Origin {
+            version,
+            notes,
+            kv_events: (first.unwrap_or_default(), self.ranks),
+            kv_events_address: first
+                .map(|port| advertised(&cx.config.advertise_host, port))
+                .unwrap_or_default(),
+            rpc_port: self.rpc.as_ref().map(PortLease::port).unwrap_or_default(),
+        };
+        (self.lease, self.kv_events.into_iter().chain(self.rpc).collect(), origin)
+    }
 }
 
 /// Notes for the next agent that the replica's engine has been ready.
@@ -184,30 +270,31 @@ pub(crate) fn note_ready(cx: &Context, replica_id: &str) {
     }
 }
 
-/// How a running engine came about.
-struct Begun {
-    since: Instant,
-    way: Way,
-    note: String,
-    /// None: `engines.ready_s`.
-    within: Option<Duration>,
-}
-
-fn engine(cx: &Context, tree: Tree, lease: PortLease, record: Record, begun: Begun) -> Engine {
+fn engine(
+    cx: &Context,
+    tree: Tree,
+    lease: PortLease,
+    extra: Vec<PortLease>,
+    record: Record,
+    begun: Begun,
+) -> Engine {
+    let program = cx.config.programs.get(&record.assignment.spec.engine);
     Engine {
+        target: Target::new(&cx.config.bind_host, lease.port()).of(program),
+        address: advertised(&cx.config.advertise_host, lease.port()),
+        tree,
+        lease,
+        _extra: extra,
         asleep: record.asleep,
         way: begun.way,
         note: begun.note,
         ready_within: begun.within.unwrap_or(Duration::from_secs(cx.config.ready_s)),
-        target: Target::new(&cx.config.bind_host, lease.port()),
-        address: advertised(&cx.config.advertise_host, lease.port()),
-        tree,
-        lease,
         was_ready: record.ready && !record.asleep,
         log_from: record.log_from,
         restarts: record.restarts,
         since: begun.since,
         command: record.command,
+        origin: record.origin,
     }
 }
 

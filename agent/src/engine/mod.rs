@@ -3,8 +3,8 @@
 //! ```text
 //!   Starting ──► Loading ──► Ready ──► Draining ──► Stopped
 //!      │            │          │          ▲
-//!      │            ├──────────┼──────────┘ (told to stop)
-//!      └────────────┴──────────┴──► Failed ──► Starting (after a pause) | Stopped
+//!      │            ├──────────┼──────────┘ │ (told to stop, or it runs and does nothing)
+//!      └────────────┴──────────┴────────────┴──► Failed ──► Starting (after a pause) | Stopped
 //! ```
 //!
 //! An engine that may sleep goes from Ready to Asleep, is woken into Loading, and is stopped or fails like any other; one that
@@ -12,14 +12,22 @@
 //!
 //! Pure: the supervisor owns a [`Life`] and moves it; nothing else can. Invariants: an engine is Ready only after a real
 //! completion; Stopped is the end, and is reached only when no process of the engine is left; a Failed engine is visible
-//! as such until its next start.
+//! as such until its next start. An engine that hangs (wedged, silent, never ready) is Draining while it is taken out of
+//! routing, dumped and ended, and Failed when nothing of it is left.
 //!
-//! The rooms: [`supervisor`] (the story), [`command`] and [`launch`] (its beginning), [`readiness`] and [`watch`] (its
-//! middle), [`stop`] (its end), [`process`] (its process group), [`records`] and [`adopt`] (what survives the agent).
+//! The rooms: [`supervisor`] (the story), [`command`] with [`vllm`], [`exec`] and [`versions`], and [`launch`] (its
+//! beginning), `serving`, [`readiness`] and [`watch`] (its middle; [`progress`] and [`canary`] find the ones that hang),
+//! `ending`, [`dump`] and [`stop`] (its end), [`process`] (its process group), [`records`] and [`adopt`] (what survives the
+//! agent).
 
 pub(crate) mod adopt;
+pub(crate) mod attempts;
+pub(crate) mod canary;
 pub(crate) mod command;
 pub(crate) mod context;
+pub(crate) mod dump;
+mod ending;
+pub(crate) mod exec;
 pub(crate) mod launch;
 pub(crate) mod load;
 pub(crate) mod logs;
@@ -27,11 +35,17 @@ pub(crate) mod ports;
 pub(crate) mod probe;
 pub(crate) mod process;
 pub(crate) mod procfs;
+pub(crate) mod programs;
+pub(crate) mod progress;
 pub(crate) mod readiness;
 pub(crate) mod records;
+mod serving;
 pub(crate) mod stop;
 pub(crate) mod supervisor;
 pub(crate) mod ttft;
+pub(crate) mod verify;
+pub(crate) mod versions;
+pub(crate) mod vllm;
 pub(crate) mod watch;
 
 use std::fmt;
@@ -78,7 +92,7 @@ impl State {
                 | (Loading, Ready | Asleep | Draining | Failed)
                 | (Ready, Asleep | Draining | Failed)
                 | (Asleep, Loading | Draining | Failed)
-                | (Draining, Stopped)
+                | (Draining, Stopped | Failed)
                 | (Failed, Starting | Stopped)
         )
     }

@@ -4,9 +4,10 @@
 
 use std::{collections::BTreeSet, fmt, time::Duration};
 
+use penstock_config::agent::EngineProgram;
 use serde_json::{Value, json};
 
-use super::load::{self, Load};
+use super::load::{self, Load, Scrape};
 
 /// Largest answer that is read. vLLM's /metrics is about 100 kB.
 const LONGEST_ANSWER: usize = 4 << 20;
@@ -14,6 +15,8 @@ const LONGEST_ANSWER: usize = 4 << 20;
 const IDLE: Duration = Duration::from_secs(2);
 /// Adapters that are told of one engine.
 const MOST_ADAPTERS: usize = 256;
+/// What a server says of a path that it does not have.
+const NO_SUCH_PATH: [&str; 3] = ["answered 404", "answered 405", "answered 501"];
 /// Longest wait for the list of models: it costs an engine nothing.
 const MODELS_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -27,6 +30,14 @@ pub(crate) struct Probe {
 #[derive(Debug, Clone)]
 pub(crate) struct Target {
     base: String,
+    /// Path that is 200 while it lives.
+    health: String,
+    /// Path that must be 200 before it is asked for anything; empty: none.
+    ready: String,
+    /// It lists the model under the name that clients ask for.
+    lists_model: bool,
+    /// Its `/metrics` are vLLM's.
+    says_load: bool,
 }
 
 impl Target {
@@ -38,7 +49,31 @@ impl Target {
             v6 if v6.contains(':') => format!("[{v6}]"),
             other => other.to_owned(),
         };
-        Self { base: format!("http://{host}:{port}") }
+        Self {
+            base: format!("http://{host}:{port}"),
+            health: "/health".into(),
+            ready: String::new(),
+            lists_model: true,
+            says_load: true,
+        }
+    }
+
+    /// The same, asked as the program wants to be asked.
+    pub(crate) fn of(self, program: Option<&EngineProgram>) -> Self {
+        let Some(program) = program else { return self };
+        Self {
+            health: program.health_path.clone(),
+            ready: program.ready_path.clone(),
+            // Other servers list files, or ids of their own: that they complete under the name is what counts.
+            lists_model: !program.is_exec(),
+            says_load: program.says_load(),
+            ..self
+        }
+    }
+
+    /// Whether `/metrics` is worth reading.
+    pub(crate) fn says_load(&self) -> bool {
+        self.says_load
     }
 }
 
@@ -62,20 +97,28 @@ impl Probe {
         Ok(Self { client })
     }
 
-    /// `GET /health` is 200.
+    /// Its health path is 200.
     ///
     /// # Errors
     /// What came instead, for the operator.
     pub(crate) async fn health(&self, target: &Target, deadline: Duration) -> Result<(), String> {
-        self.ask(self.client.get(format!("{}/health", target.base)), "/health", deadline).await.map(drop)
+        let Target { base, health, .. } = target;
+        self.ask(self.client.get(format!("{base}{health}")), health, deadline).await.map(drop)
     }
 
-    /// `GET /v1/models` has the model.
+    /// It says that it is ready, and `GET /v1/models` has the model, as far as this kind of engine says such things.
     ///
     /// # Errors
     /// What came instead, for the operator.
     pub(crate) async fn serves(&self, target: &Target, model: &str) -> Result<(), String> {
-        let request = self.client.get(format!("{}/v1/models", target.base));
+        let Target { base, ready, .. } = target;
+        if !ready.is_empty() {
+            self.ask(self.client.get(format!("{base}{ready}")), ready, MODELS_DEADLINE).await?;
+        }
+        if !target.lists_model {
+            return Ok(());
+        }
+        let request = self.client.get(format!("{base}/v1/models"));
         let answer = json_of(&self.ask(request, "/v1/models", MODELS_DEADLINE).await?, "/v1/models")?;
         let listed = answer.get("data").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let names: Vec<&str> = listed.iter().filter_map(|entry| entry.get("id")?.as_str()).collect();
@@ -96,7 +139,7 @@ impl Probe {
         Ok(adapters(&answer, model))
     }
 
-    /// A completion of one token succeeds.
+    /// A completion of one token succeeds: of a text, or, where the server has no such path, of a chat.
     ///
     /// # Errors
     /// What came instead, for the operator.
@@ -106,12 +149,58 @@ impl Probe {
         model: &str,
         deadline: Duration,
     ) -> Result<(), String> {
-        let body = json!({"model": model, "prompt": "ping", "max_tokens": 1, "temperature": 0});
-        let request = self
+        self.one_token(target, model, None, deadline).await
+    }
+
+    /// The same under a request id that tells the engine's log, and whoever reads it, that this is no client's.
+    ///
+    /// # Errors
+    /// What came instead, for the operator.
+    pub(crate) async fn canary(
+        &self,
+        target: &Target,
+        model: &str,
+        id: &str,
+        deadline: Duration,
+    ) -> Result<(), String> {
+        self.one_token(target, model, Some(id), deadline).await
+    }
+
+    async fn one_token(
+        &self,
+        target: &Target,
+        model: &str,
+        id: Option<&str>,
+        deadline: Duration,
+    ) -> Result<(), String> {
+        let text = json!({"model": model, "prompt": "ping", "max_tokens": 1, "temperature": 0});
+        let told = self.complete(target, "/v1/completions", &text, id, deadline).await;
+        match told {
+            Err(why) if !target.lists_model && NO_SUCH_PATH.iter().any(|status| why.contains(status)) => {
+                let messages = json!([{"role": "user", "content": "ping"}]);
+                let chat = json!({"model": model, "messages": messages, "max_tokens": 1, "temperature": 0});
+                self.complete(target, "/v1/chat/completions", &chat, id, deadline).await
+            }
+            told => told,
+        }
+    }
+
+    async fn complete(
+        &self,
+        target: &Target,
+        path: &str,
+        body: &Value,
+        id: Option<&str>,
+        deadline: Duration,
+    ) -> Result<(), String> {
+        let mut request = self
             .client
-            .post(format!("{}/v1/completions", target.base))
+            .post(format!("{}{path}", target.base))
             .header("content-type", "application/json")
             .body(body.to_string());
+        if let Some(id) = id {
+            request = request.header("x-request-id", id);
+        }
         let answer = json_of(&self.ask(request, "a completion", deadline).await?, "a completion")?;
         match answer.get("choices").and_then(Value::as_array) {
             Some(choices) if !choices.is_empty() => Ok(()),
@@ -122,11 +211,33 @@ impl Probe {
     /// The engine's load.
     ///
     /// # Errors
-    /// What came instead, or which figure is missing.
+    /// What came instead, or that it says no load.
     pub(crate) async fn load(&self, target: &Target, deadline: Duration) -> Result<Load, String> {
-        let body =
-            self.ask(self.client.get(format!("{}/metrics", target.base)), "/metrics", deadline).await?;
-        load::parse(&String::from_utf8_lossy(&body)).map_err(|missing| format!("/metrics has no {missing}"))
+        let scrape = self.scrape(target, deadline).await?;
+        scrape.load.ok_or_else(|| "/metrics does not say how many requests run and wait".to_owned())
+    }
+
+    /// What `/metrics` says.
+    ///
+    /// # Errors
+    /// What came instead, for the operator.
+    pub(crate) async fn scrape(&self, target: &Target, deadline: Duration) -> Result<Scrape, String> {
+        self.metrics_text(target, deadline).await.map(|text| load::parse(&text))
+    }
+
+    /// The text of `/metrics`.
+    ///
+    /// # Errors
+    /// What came instead, for the operator.
+    pub(crate) async fn metrics_text(&self, target: &Target, deadline: Duration) -> Result<String, String> {
+        if !target.says_load {
+            return Err(
+                "engines of this kind do not say their load (agent setting engines.NAME.metrics)".into()
+            );
+        }
+        let request = self.client.get(format!("{}/metrics", target.base));
+        let body = self.ask(request, "/metrics", deadline).await?;
+        Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
     /// POST on one of the engine's own paths is answered with 200.

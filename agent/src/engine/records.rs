@@ -43,8 +43,27 @@ pub(crate) struct Record {
     pub(crate) way: Way,
     /// Where this life's output begins in the log.
     pub(crate) log_from: u64,
-    /// What was executed, for the operator.
+    /// What was executed, for the operator; without secrets.
     pub(crate) command: Vec<String>,
+    /// What its program is, and what is to be known of how it was started.
+    #[serde(default)]
+    pub(crate) origin: Origin,
+}
+
+/// What an engine was started from, for the operator.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Origin {
+    /// What its program called its version; empty: not known.
+    pub(crate) version: String,
+    /// Such as an option that its version does not have, and that was left out.
+    pub(crate) notes: Vec<String>,
+    /// First of the ports on which it publishes KV events, and how many; 0: it does not.
+    pub(crate) kv_events: (u16, u16),
+    /// host:port of the first; empty: it does not.
+    pub(crate) kv_events_address: String,
+    /// Where its data-parallel ranks meet; 0: it has none.
+    pub(crate) rpc_port: u16,
 }
 
 /// The folder of records.
@@ -121,6 +140,7 @@ pub(crate) mod tests {
             way: Way::Cold,
             log_from: 0,
             command: vec![],
+            origin: Origin::default(),
         }
     }
 

@@ -77,6 +77,8 @@ pub(crate) async fn put_down(
     mut stuck: impl FnMut(String),
 ) {
     tree.signal(Signal::SIGTERM);
+    // One that was stopped heeds the other only when it goes on; to the others this is nothing.
+    tree.signal(Signal::SIGCONT);
     if gone_within(tree, term, Some(hurry)).await {
         return;
     }

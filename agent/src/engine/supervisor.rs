@@ -1,38 +1,29 @@
 //! One engine's supervisor: a task that owns the engine from its first start to the last of its processes.
 //!
 //! The story is [`Supervisor::run`] (life after life, with pauses) and [`Supervisor::one_life`] (take over or launch,
-//! serve, end). A supervisor belongs to one assignment and never changes it: another generation is another supervisor,
-//! started when this one has returned. It returns when nothing of its engine is left, or when it was told to leave the
-//! engine running for the next agent.
+//! serve, end); `serving` has a life's middle and `ending` its end. A supervisor belongs to one assignment and never changes
+//! it: another generation is another supervisor, started when this one has returned. It returns when nothing of its engine
+//! is left, or when it was told to leave the engine running for the next agent. After failures it waits, longer each time;
+//! `attempts` says when it gives the engine up here, which it tells and goes on trying, slowly.
 
 mod warm;
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use tokio::{
-    sync::watch,
-    time::{Instant, sleep, timeout},
-};
+use tokio::{sync::watch, time::timeout};
 
 use super::{
     Life, State,
+    attempts::{Attempts, Kind, Rules},
     context::Context,
     launch::{self, Engine, Failure},
-    load::Load,
     logs,
-    probe::Target,
     process::Exit,
-    readiness::{self, Question},
-    stop,
-    watch as watching,
+    readiness,
 };
-use crate::{
-    assignment::Assignment,
-    backoff::Backoff,
-    board::EngineView,
-    registrations::{Standing, Wanted},
-    warm::Way,
-};
+use crate::{assignment::Assignment, backoff::Backoff, board::EngineView, warm::Way};
+use warm::ordered_awake;
+pub(super) use warm::{drain_times, ordered_to_end};
 
 /// Lines of the log that explain an exit.
 const REASON_LINES: usize = 5;
@@ -51,29 +42,31 @@ pub(crate) enum Order {
 }
 
 /// How one life ended.
-enum Ended {
+pub(super) enum Ended {
     Stopped,
     Kept,
-    Failed(Failure),
+    Failed(Failure, Kind),
 }
 
 /// Why an engine should no longer run.
-enum Served {
+pub(super) enum Served {
     Ordered(Order),
     Failed(Failure),
+    /// It runs and does nothing of use: why.
+    Hung(String, Kind),
 }
 
 /// The task of one assignment.
 pub(crate) struct Supervisor {
-    cx: Arc<Context>,
-    assignment: Assignment,
-    orders: watch::Receiver<Order>,
-    life: Life,
-    restarts: u32,
+    pub(super) cx: Arc<Context>,
+    pub(super) assignment: Assignment,
+    pub(super) orders: watch::Receiver<Order>,
+    pub(super) life: Life,
+    pub(super) restarts: u32,
     /// There was a process already: the next one is a restart.
-    started: bool,
-    /// In a row; forgotten once an engine has been ready for long enough.
-    failures: u32,
+    pub(super) started: bool,
+    /// Failures in a row; forgotten once an engine has been ready for long enough.
+    pub(super) attempts: Attempts,
     warm: warm::Memory,
 }
 
@@ -81,8 +74,16 @@ impl Supervisor {
     /// A supervisor that has done nothing yet, and is on the board.
     pub(crate) fn new(cx: Arc<Context>, assignment: Assignment, orders: watch::Receiver<Order>) -> Self {
         cx.board.put(EngineView::new(assignment.clone(), ""));
-        let (life, warm) = (Life::begin(), warm::Memory::default());
-        Self { cx, assignment, orders, life, restarts: 0, started: false, failures: 0, warm }
+        Self {
+            cx,
+            assignment,
+            orders,
+            life: Life::begin(),
+            restarts: 0,
+            started: false,
+            attempts: Attempts::default(),
+            warm: warm::Memory::default(),
+        }
     }
 
     /// Keeps the engine running until told otherwise. Returns its replica id.
@@ -96,9 +97,8 @@ impl Supervisor {
                     self.finish();
                     break;
                 }
-                Ended::Failed(failure) => {
-                    self.failures = self.failures.saturating_add(1);
-                    let pause = (!failure.permanent).then(|| backoff.pause(self.failures, &mut rng));
+                Ended::Failed(failure, kind) => {
+                    let pause = self.note_failure(&failure, kind, &backoff, &mut rng);
                     let pause = self.pause(pause);
                     tracing::error!(replica = self.id(), reason = failure.reason, ?pause, "engine failed");
                     match self.rest(pause).await {
@@ -139,7 +139,7 @@ impl Supervisor {
             Err(failure) => {
                 self.note_failed(way, &failure.reason);
                 self.move_to(State::Failed, &failure.reason);
-                return Ended::Failed(failure);
+                return Ended::Failed(failure, Kind::Other);
             }
         };
         self.show(&engine);
@@ -162,8 +162,9 @@ impl Supervisor {
             Served::Ordered(Order::Keep | Order::Run | Order::Sleep) => Ended::Kept,
             Served::Failed(failure) => {
                 self.fail(engine, &failure).await;
-                Ended::Failed(failure)
+                Ended::Failed(failure, Kind::Other)
             }
+            Served::Hung(reason, kind) => Ended::Failed(self.end_hung(engine, &reason).await, kind),
         }
     }
 
@@ -185,150 +186,47 @@ impl Supervisor {
             view.address.clone_from(&engine.address);
             view.restarts = engine.restarts;
             view.command.clone_from(&engine.command);
+            view.origin.clone_from(&engine.origin);
         });
     }
 
-    /// Until the engine should no longer run.
-    async fn serve(&mut self, engine: &mut Engine) -> Served {
-        let log = self.cx.state.log(self.id());
-        if let Some(served) = self.load(engine, &log).await {
-            return served;
-        }
-        self.note_started(engine);
-        launch::note_ready(&self.cx, self.id());
-        self.move_to(State::Ready, "");
-        tracing::info!(replica = self.id(), pid = engine.tree.pid(), base_url = %engine.target, "engine ready");
-        if *self.orders.borrow() == Order::Sleep {
-            return Served::Ordered(Order::Sleep);
-        }
-        // The list was just there to be read: without it now, the next look finds the adapters.
-        let name = &self.assignment.spec.served_model_name;
-        let adapters = self.cx.probe.adapters(&engine.target, name).await.unwrap_or_default();
-        self.register(engine, adapters.clone());
-        self.watch(engine, &log, adapters).await
-    }
-
-    /// Until it is ready (`None`), or should no longer run.
-    async fn load(&self, engine: &mut Engine, log: &Path) -> Option<Served> {
+    /// Counts a failure and says how long to wait after it; `None`: no further try can help.
+    fn note_failure(
+        &mut self,
+        failure: &Failure,
+        kind: Kind,
+        backoff: &Backoff,
+        rng: &mut fastrand::Rng,
+    ) -> Option<Duration> {
         let config = &self.cx.config;
-        let mut orders = self.orders.clone();
-        let question = Question {
-            target: engine.target.clone(),
-            port: engine.lease.port(),
-            pgid: engine.tree.pid(),
-            model: self.assignment.spec.served_model_name.clone(),
-            poll: Duration::from_millis(config.ready_poll_ms),
-            completion: Duration::from_millis(config.first_completion_ms),
+        let rules = Rules { failures: config.give_up_failures, stuck_starts: config.give_up_stuck_starts };
+        self.attempts.failed(if failure.permanent { Kind::Permanent } else { kind }, rules);
+        let failures = self.attempts.failures();
+        let slow = Backoff::new(config.give_up_retry_s.saturating_mul(1_000), 0);
+        let pause = match (failure.permanent, self.attempts.is_given_up()) {
+            (true, _) => None,
+            (_, true) => Some(slow.pause(1, rng)),
+            _ => Some(backoff.pause(failures, rng)),
         };
-        let told = |waiting_for: &str| {
-            self.cx.board.update(self.id(), |view| view.reason = format!("not ready: {waiting_for}"));
-        };
-        let ready = readiness::until_ready(&self.cx.probe, &question, told);
-        // One that was ready before is still routed to: it has a ready engine's time to answer, not a loading one's.
-        let silent = async {
-            match engine.was_ready {
-                true => until_silent(&self.cx, &engine.target).await,
-                false => std::future::pending().await,
-            }
-        };
-        Some(tokio::select! {
-            order = warm::ordered_to_end(&mut orders) => Served::Ordered(order),
-            exit = engine.tree.exited() => Served::Failed(self.explain(exit, engine.log_from)),
-            reason = silent => Served::Failed(Failure::passing(reason)),
-            never = watching::keep_log_small(log, config.log_bytes) => match never {},
-            ready = timeout(engine.ready_within, ready) => match ready {
-                Ok(Ok(())) => return None,
-                Ok(Err(lost)) => Served::Failed(Failure::passing(lost.to_string())),
-                Err(_) => Served::Failed(Failure::passing(format!(
-                    "not ready within {} s ({}); last: {}",
-                    engine.ready_within.as_secs(), engine.way.limit(), self.reason()
-                ))),
-            },
-        })
-    }
-
-    /// Until a ready engine should no longer run.
-    async fn watch(&mut self, engine: &mut Engine, log: &Path, adapters: Vec<String>) -> Served {
-        let cx = self.cx.clone();
-        let config = &cx.config;
-        let ms = Duration::from_millis;
-        let mut orders = self.orders.clone();
-        let id = self.id().to_owned();
-        let silent = until_silent(&cx, &engine.target);
-        let (period, deadline) = (ms(config.load_ms), ms(config.load_timeout_ms));
-        let load = watching::follow_load(&cx.probe, &engine.target, period, deadline, load_notes(&cx, &id));
-        let (wanted, name) = (self.wanted(engine), self.assignment.spec.served_model_name.clone());
-        let note = |adapters| {
-            let wanted = Wanted { adapters, ..wanted.clone() };
-            cx.registry.change(|r| r.want(&id, wanted));
-        };
-        let (target, period) = (engine.target.clone(), ms(config.adapters_ms));
-        let adapters = watching::follow_adapters(&cx.probe, &target, &name, period, adapters, note);
-        let failures = &mut self.failures;
-        let stable = async {
-            sleep(Duration::from_secs(config.stable_s)).await;
-            *failures = 0;
-            std::future::pending().await
-        };
-        tokio::select! {
-            order = ordered(&mut orders) => Served::Ordered(order),
-            exit = engine.tree.exited() => Served::Failed(self.explain(exit, engine.log_from)),
-            reason = silent => Served::Failed(Failure::passing(reason)),
-            order = follow_registration(&cx, &id) => Served::Ordered(order),
-            order = stable => Served::Ordered(order),
-            never = load => match never {},
-            never = adapters => match never {},
-            never = watching::keep_log_small(log, config.log_bytes) => match never {},
+        let gave_up = self.attempts.is_given_up().then(|| match pause {
+            None => format!("no further start can help: {}", failure.reason),
+            Some(_) => format!(
+                "given up here after {failures} failures in a row, tried again every {} s; the last: {}",
+                config.give_up_retry_s, failure.reason
+            ),
+        });
+        if let Some(gave_up) = gave_up.as_ref().filter(|_| pause.is_some()) {
+            self.cx.board.update(self.id(), |view| view.reason.clone_from(gave_up));
         }
+        self.show_attempts(gave_up.as_deref());
+        pause
     }
 
-    fn wanted(&self, engine: &Engine) -> Wanted {
-        Wanted {
-            model: self.assignment.model.clone(),
-            generation: self.assignment.generation,
-            address: engine.address.clone(),
-            pid: u32::try_from(engine.tree.pid()).unwrap_or_default(),
-            adapters: Vec::new(),
-        }
-    }
-
-    fn register(&self, engine: &Engine, adapters: Vec<String>) {
-        let wanted = Wanted { adapters, ..self.wanted(engine) };
-        self.cx.registry.change(|r| r.want(self.id(), wanted));
-    }
-
-    /// Deregisters, drains, ends.
-    async fn stop(&mut self, mut engine: Engine, reason: &str) {
-        let cx = self.cx.clone();
-        let begun = Instant::now();
-        let was_ready = self.life.state() == State::Ready;
-        self.move_to(State::Draining, reason);
-        tracing::info!(replica = self.id(), reason, "stopping engine");
-        cx.deregister(&self.assignment);
-        cx.registry.left(self.id(), cx.deregister).await;
-        if was_ready {
-            let outcome = tokio::select! {
-                outcome = stop::drain(&cx.probe, &engine.target, warm::drain_times(&cx)) => outcome,
-                _ = engine.tree.exited() => "ended by itself",
-                () = cx.hurry.cancelled() => "cut short by a second signal",
-            };
-            tracing::info!(replica = self.id(), outcome, "engine drained");
-        }
-        cx.put_down(self.id(), &mut engine.tree, cx.term()).await;
-        cx.metrics.stopped(begun.elapsed());
-        tracing::info!(replica = self.id(), "engine stopped; nothing of it is left");
-    }
-
-    /// Makes the failure visible, takes the engine out of routing at once, and ends what is left of it.
-    async fn fail(&mut self, mut engine: Engine, failure: &Failure) {
-        self.note_failed(engine.way, &failure.reason);
-        self.move_to(State::Failed, &failure.reason);
-        self.cx.deregister(&self.assignment);
-        self.cx.put_down(self.id(), &mut engine.tree, self.cx.orphan_term()).await;
+    /// What the control plane is told of failures; `gave_up`: why, if it is so.
+    pub(super) fn show_attempts(&self, gave_up: Option<&str>) {
+        let failures = self.attempts.failures();
         self.cx.board.update(self.id(), |view| {
-            (view.pid, view.port, view.load) = (0, 0, None);
-            view.address.clear();
-            view.reason.clone_from(&failure.reason);
+            (view.failures, view.gave_up) = (failures, gave_up.map(str::to_owned));
         });
     }
 
@@ -342,7 +240,7 @@ impl Supervisor {
         };
         match order {
             // What failed is started anew when it is wanted, and not in order to sleep.
-            Some(Order::Sleep) => Some(warm::ordered_awake(&mut orders).await).filter(|o| *o != Order::Run),
+            Some(Order::Sleep) => Some(ordered_awake(&mut orders).await).filter(|order| *order != Order::Run),
             order => order,
         }
     }
@@ -353,7 +251,7 @@ impl Supervisor {
         self.cx.board.remove(self.id());
     }
 
-    fn move_to(&mut self, state: State, reason: &str) {
+    pub(super) fn move_to(&mut self, state: State, reason: &str) {
         if let Err(illegal) = self.life.move_to(state) {
             tracing::error!(replica = self.id(), %illegal, "defect in the supervisor");
             debug_assert!(false, "{illegal}");
@@ -367,7 +265,7 @@ impl Supervisor {
     }
 
     /// The exit, and what the engine last wrote.
-    fn explain(&self, exit: Exit, log_from: u64) -> Failure {
+    pub(super) fn explain(&self, exit: Exit, log_from: u64) -> Failure {
         self.cx.metrics.exited(exit.label());
         let lines = logs::tail(&self.cx.state.log(self.id()), log_from, REASON_LINES);
         let hint = match readiness::says_port_taken(&lines) {
@@ -382,64 +280,20 @@ impl Supervisor {
         Failure::passing(format!("the engine {exit}{hint}; {quoted}"))
     }
 
-    fn reason(&self) -> String {
+    pub(super) fn reason(&self) -> String {
         let own = |view: &EngineView| view.assignment.replica_id == self.assignment.replica_id;
         self.cx.board.all().into_iter().find(own).map(|view| view.reason).unwrap_or_default()
     }
 
-    fn id(&self) -> &str {
+    pub(super) fn id(&self) -> &str {
         &self.assignment.replica_id
     }
 }
 
 /// The first order that is not "run". A reconciler that has gone leaves engines to the next agent.
-async fn ordered(orders: &mut watch::Receiver<Order>) -> Order {
+pub(super) async fn ordered(orders: &mut watch::Receiver<Order>) -> Order {
     match orders.wait_for(|order| *order != Order::Run).await {
         Ok(order) => order.clone(),
         Err(_) => Order::Keep,
-    }
-}
-
-/// Returns, with the reason, when an engine that should answer has not for too long.
-async fn until_silent(cx: &Context, target: &Target) -> String {
-    let (period, deadline) = (cx.config.liveness_ms, cx.config.liveness_timeout_ms);
-    let (period, deadline) = (Duration::from_millis(period), Duration::from_millis(deadline));
-    let reason =
-        watching::until_silent(&cx.probe, target, period, deadline, cx.config.liveness_failures).await;
-    cx.metrics.liveness_failures.inc();
-    reason
-}
-
-/// Puts load readings on the board; a figure that is missing is logged once.
-fn load_notes<'a>(cx: &'a Context, id: &'a str) -> impl FnMut(Result<Load, String>) + 'a {
-    let mut told = false;
-    move |reading| match reading {
-        Ok(load) => {
-            cx.metrics.scrapes_ok.inc();
-            cx.board.note_load(id, load, std::time::Instant::now());
-        }
-        Err(reason) => {
-            cx.metrics.scrapes_failed.inc();
-            if !std::mem::replace(&mut told, true) {
-                tracing::warn!(replica = id, reason, "an engine's load cannot be read");
-            }
-        }
-    }
-}
-
-/// Keeps the board's word on the registration, until the agent itself goes.
-async fn follow_registration(cx: &Context, replica_id: &str) -> Order {
-    let mut changes = cx.registry.changes();
-    loop {
-        let (registration, reason) = match cx.registry.standing(replica_id) {
-            Standing::None => ("", String::new()),
-            Standing::Waiting => ("waiting", String::new()),
-            Standing::Accepted => ("accepted", String::new()),
-            Standing::Refused(reason) => ("refused", format!("registration refused: {reason}")),
-        };
-        cx.board.update(replica_id, |view| (view.registration, view.reason) = (registration.into(), reason));
-        if changes.changed().await.is_err() {
-            return Order::Keep;
-        }
     }
 }

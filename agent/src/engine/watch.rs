@@ -2,15 +2,19 @@
 //! large.
 //!
 //! Four loops that the supervisor polls beside the engine's exit and its orders. Liveness is tolerant: a saturated vLLM
-//! can take 4 s to answer anything, and a restart costs a minute. An engine that answers and makes no progress is not
-//! found here.
+//! can take 4 s to answer anything, a restart costs a minute, and a check that failed while tokens were made does not count.
+//! An engine that answers and makes no progress is found in [`canary`](super::canary).
 
-use std::{convert::Infallible, path::Path, time::Duration};
+use std::{
+    convert::Infallible,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::{
-    load::Load,
+    load::Scrape,
     logs,
     probe::{Probe, Target},
 };
@@ -18,19 +22,26 @@ use super::{
 /// How often the size of a log is looked at.
 const LOG_PERIOD: Duration = Duration::from_secs(5);
 
-/// Returns, with the reason, when `failures` checks in a row have failed.
+/// Returns, with the reason, when `failures` checks in a row have failed and the engine got nowhere meanwhile:
+/// `moved_since(t)` says whether there was progress after `t`.
 pub(crate) async fn until_silent(
     probe: &Probe,
     target: &Target,
     period: Duration,
     deadline: Duration,
     failures: u32,
+    moved_since: impl Fn(Instant) -> bool,
 ) -> String {
     let mut in_a_row = 0;
     loop {
         tokio::time::sleep(period).await;
+        let began = Instant::now();
         match probe.health(target, deadline).await {
             Ok(()) => in_a_row = 0,
+            Err(reason) if moved_since(began) => {
+                in_a_row = 0;
+                tracing::debug!(reason, "an engine that makes progress does not answer its liveness check");
+            }
             Err(reason) => {
                 in_a_row += 1;
                 tracing::warn!(in_a_row, reason, "an engine's liveness check failed");
@@ -42,19 +53,24 @@ pub(crate) async fn until_silent(
     }
 }
 
-/// Reads the load every `period`, one reading at a time, and hands each outcome to `note`. Never returns.
+/// Reads `/metrics` every `period`, one reading at a time, and hands each outcome to `note`, with when it was begun. Never
+/// returns.
 pub(crate) async fn follow_load(
     probe: &Probe,
     target: &Target,
     period: Duration,
     deadline: Duration,
-    mut note: impl FnMut(Result<Load, String>),
+    mut note: impl FnMut(Result<Scrape, String>, Instant),
 ) -> Infallible {
+    if !target.says_load() {
+        return std::future::pending().await;
+    }
     let mut ticks = interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        note(probe.load(target, deadline).await);
+        let began = Instant::now();
+        note(probe.scrape(target, deadline).await, began);
     }
 }
 

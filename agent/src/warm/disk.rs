@@ -78,9 +78,14 @@ async fn check(warm: &WarmConfig, model_path: &str, size_gib: u64) -> Result<(),
     let disk = match looked {
         Ok(Ok(disk)) => disk,
         Ok(Err(error)) => {
-            return Err(format!("the folder {} (warm.models_dir) cannot be looked at: {error}", warm.models_dir));
+            return Err(format!(
+                "the folder {} (warm.models_dir) cannot be looked at: {error}",
+                warm.models_dir
+            ));
         }
-        Err(broken) => return Err(format!("looking at {} (warm.models_dir) broke: {broken}", warm.models_dir)),
+        Err(broken) => {
+            return Err(format!("looking at {} (warm.models_dir) broke: {broken}", warm.models_dir));
+        }
     };
     judge(&disk, model_path, size_gib, warm.spare_gib)
 }
@@ -130,7 +135,11 @@ mod tests {
         let folder = dir.path().to_str().unwrap().to_owned();
         let disk = look(&folder).unwrap();
         assert!(disk.total_bytes >= disk.free_bytes && disk.total_bytes > 0);
-        let warm = |models_dir: &str| WarmConfig { models_dir: models_dir.into(), spare_gib: 0, ..WarmConfig::default() };
+        let warm = |models_dir: &str| WarmConfig {
+            models_dir: models_dir.into(),
+            spare_gib: 0,
+            ..WarmConfig::default()
+        };
         let spec = EngineSpec { model_path: "org/m".into(), ..EngineSpec::default() };
         before_start(&warm(&folder), &spec).await.unwrap();
         before_start(&warm(""), &spec).await.unwrap();

@@ -105,7 +105,8 @@ impl Prefetcher {
 
     /// The whole set that the control plane wishes for.
     pub(crate) fn wish(&self, message: v1::Prefetches) {
-        let wish = |wish: v1::PrefetchWish| Wish { model: wish.model, spec: wish.spec.unwrap_or_default().into() };
+        let wish =
+            |wish: v1::PrefetchWish| Wish { model: wish.model, spec: wish.spec.unwrap_or_default().into() };
         let wishes: Vec<Wish> = message.wishes.into_iter().map(wish).collect();
         self.wishes.send_if_modified(|now| {
             let changed = *now != wishes;
@@ -230,10 +231,11 @@ impl Fetch {
         for n in 1..=tries {
             disk::before_fetch(&cx.warm, spec).await?;
             told("running", &format!("fetches {path} (try {n} of {tries}){failure}"));
-            match self.once(cx, spec, cancel, &|line| {
-                told("running", &format!("fetches {path} (try {n} of {tries}): {line}"));
-            })
-            .await
+            match self
+                .once(cx, spec, cancel, &|line| {
+                    told("running", &format!("fetches {path} (try {n} of {tries}): {line}"));
+                })
+                .await
             {
                 Ok(()) => return self.note(path),
                 Err(_) if cancel.is_cancelled() => return Err(cancelled()),

@@ -113,7 +113,10 @@ pub(crate) async fn hook(cx: &Context, assignment: &Assignment) -> Result<Option
         return Ok(None);
     };
     if !wanted.path.is_empty() && !is(&wanted.path, Path::is_dir).await? {
-        return Err(format!("the path {} (engines.{}.restore.path) is no folder here", wanted.path, spec.engine));
+        return Err(format!(
+            "the path {} (engines.{}.restore.path) is no folder here",
+            wanted.path, spec.engine
+        ));
     }
     if let Storage::File { path } = &wanted.storage
         && !is(path, Path::exists).await?
@@ -150,7 +153,9 @@ async fn resolve(secret: &SecretRef, secrets_dir: &str) -> Result<(&'static str,
             let path = format!("{}/{name}", secrets_dir.trim_end_matches('/'));
             match is(&path, |path| std::fs::File::open(path).is_ok() && path.is_file()).await? {
                 true => Ok((SECRET_FILE_VARIABLE, path)),
-                false => Err(format!("the secret {secret} is missing: {path} is no file that the agent can read")),
+                false => {
+                    Err(format!("the secret {secret} is missing: {path} is no file that the agent can read"))
+                }
             }
         }
     }
@@ -175,7 +180,8 @@ impl Hook {
         ]);
         let value = |name: &str| known.get(name).map(|value| (*value).to_owned());
         // Names that are not known were refused with the settings.
-        let argv = self.command.iter().map(|arg| filled(arg, value).unwrap_or_else(|_| arg.clone())).collect();
+        let argv =
+            self.command.iter().map(|arg| filled(arg, value).unwrap_or_else(|_| arg.clone())).collect();
         let mut env = launch.env;
         for (name, value) in &known {
             env.insert(format!("PENSTOCK_RESTORE_{}", name.to_uppercase()), (*value).to_owned());
@@ -214,7 +220,10 @@ mod tests {
             s.path = "/ckpt".into();
         });
         let said = wanted("vllm", &program(), Some(&said)).unwrap().unwrap();
-        assert_eq!((said.storage.to_string().as_str(), said.timeout), ("s3://bucket/x", Duration::from_secs(5)));
+        assert_eq!(
+            (said.storage.to_string().as_str(), said.timeout),
+            ("s3://bucket/x", Duration::from_secs(5))
+        );
         assert_eq!(said.secret, Some(SecretRef::File("key".into())));
         for none in [
             wanted("vllm", &program(), Some(&spec(|s| s.off = true))),
@@ -228,8 +237,16 @@ mod tests {
     #[test]
     fn what_does_not_agree_is_said_with_both_sides() {
         for (program, spec, part) in [
-            (program(), spec(|s| s.path = "/other".into()), "path is \"/other\" and this node's is \"/ckpt\""),
-            (program(), spec(|s| s.storage = "file:///other/x".into()), "does not lie under the path \"/ckpt\""),
+            (
+                program(),
+                spec(|s| s.path = "/other".into()),
+                "path is \"/other\" and this node's is \"/ckpt\"",
+            ),
+            (
+                program(),
+                spec(|s| s.storage = "file:///other/x".into()),
+                "does not lie under the path \"/ckpt\"",
+            ),
             (program(), spec(|s| s.storage = "ckpt".into()), "is no storage"),
             (program(), spec(|s| s.secret_ref = "hunter2".into()), "the secret_ref is not accepted"),
             (

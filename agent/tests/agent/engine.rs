@@ -3,6 +3,8 @@
 //! - `--completions-after FILE`: completions fail until FILE exists
 //! - `--health-while-not FILE`: hangs on every request once FILE exists
 //! - `--running FILE`: `/metrics` says that as many requests run as FILE holds
+//! - `--frozen-while FILE`: while FILE exists no token is made: completions hang, counters stand still, `/health` is 200
+//! - `--few-metrics`: `/metrics` has the load and nothing else
 //! - `--ignore-term`: SIGTERM does nothing
 //! - `--sleep-fails`: `/sleep` answers 500
 //! - `--wake-hangs`: `/wake_up` is never answered
@@ -19,7 +21,7 @@ use std::{
     process::{Command, Stdio},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::Duration,
@@ -83,6 +85,9 @@ fn stand_in_engine() {
         sleep_fails: args.iter().any(|a| a == "--sleep-fails"),
         wake_hangs: args.iter().any(|a| a == "--wake-hangs"),
         asleep: Arc::default(),
+        frozen_file: value("--frozen-while"),
+        few_metrics: args.iter().any(|a| a == "--few-metrics"),
+        tokens: Arc::default(),
     };
     println!("listening on {port}");
     for stream in TcpListener::bind((value("--host").unwrap(), port)).unwrap().incoming() {
@@ -90,6 +95,17 @@ fn stand_in_engine() {
         thread::spawn(move || drop(script.answer(stream.unwrap())));
     }
 }
+
+/// All of these count the completions.
+const COUNTERS: [&str; 7] = [
+    "time_to_first_token_seconds_count",
+    "time_to_first_token_seconds_sum",
+    "generation_tokens_total",
+    "prompt_tokens_total",
+    "iteration_tokens_total_count",
+    "request_success_total",
+    "inter_token_latency_seconds_count",
+];
 
 #[derive(Clone)]
 struct Script {
@@ -100,6 +116,9 @@ struct Script {
     sleep_fails: bool,
     wake_hangs: bool,
     asleep: Arc<AtomicBool>,
+    frozen_file: Option<String>,
+    few_metrics: bool,
+    tokens: Arc<AtomicU64>,
 }
 
 impl Script {
@@ -136,7 +155,9 @@ impl Script {
     fn route(&self, path: &str, body: &[u8]) -> (u16, String) {
         let model = &self.model;
         let asleep = self.asleep.load(Ordering::SeqCst);
-        if asleep && !["/is_sleeping", "/wake_up", "/collective_rpc"].contains(&path.split('?').next().unwrap()) {
+        if asleep
+            && !["/is_sleeping", "/wake_up", "/collective_rpc"].contains(&path.split('?').next().unwrap())
+        {
             println!("asked {path} while asleep");
         }
         match path {
@@ -161,6 +182,10 @@ impl Script {
             "/health" => (200, String::new()),
             "/v1/models" => (200, format!("{{\"data\":[{{\"id\":\"{model}\"}}]}}")),
             "/v1/completions" => {
+                while exists(&self.frozen_file) {
+                    thread::sleep(Duration::from_millis(20));
+                }
+                self.tokens.fetch_add(1, Ordering::Relaxed);
                 let request: serde_json::Value = serde_json::from_slice(body).unwrap();
                 let ready = !asleep && (self.completions_after.is_none() || exists(&self.completions_after));
                 match ready && request["model"] == model.as_str() && request["max_tokens"] == 1 {
@@ -171,19 +196,17 @@ impl Script {
             "/metrics" => {
                 let running =
                     self.running.as_ref().and_then(|f| fs::read_to_string(f).ok()).unwrap_or("0".into());
-                let text = format!(
-                    "vllm:num_requests_running{{engine=\"0\"}} {}\nvllm:num_requests_waiting{{engine=\"0\"}} 2\n\
+                let waiting = if running.trim() == "0" { 0 } else { 2 };
+                let mut text = format!(
+                    "vllm:num_requests_running{{engine=\"0\"}} {}\nvllm:num_requests_waiting{{engine=\"0\"}} {waiting}\n\
                      vllm:kv_cache_usage_perc{{engine=\"0\"}} 0.5\n",
                     running.trim()
                 );
-                (
-                    200,
-                    if running.trim() == "0" {
-                        text.replace("waiting{engine=\"0\"} 2", "waiting 0")
-                    } else {
-                        text
-                    },
-                )
+                let tokens = self.tokens.load(Ordering::Relaxed);
+                for name in COUNTERS.iter().filter(|_| !self.few_metrics) {
+                    text.push_str(&format!("vllm:{name}{{engine=\"0\"}} {tokens}\n"));
+                }
+                (200, text)
             }
             _ => (404, String::new()),
         }

@@ -77,6 +77,8 @@ async fn an_engine_that_stops_answering_is_replaced() {
     node.start().await;
     let first = number(&node.registered("m-0").await, "pid");
     fs::write(&hang, "").unwrap();
+    let draining = cp.hears_status("m-0", 0, |s| s.state == i32::from(EngineState::Draining)).await;
+    assert!(draining.reason.contains("3 liveness checks in a row failed"), "{}", draining.reason);
     let failed = cp.hears_status("m-0", 0, |s| s.state == i32::from(EngineState::Failed)).await;
     assert!(failed.reason.contains("3 liveness checks in a row failed"), "{}", failed.reason);
     fs::remove_file(&hang).unwrap();

@@ -8,10 +8,14 @@
 mod adoption;
 mod controlplane;
 mod engine;
+mod gpus;
 mod life;
+mod liveness;
 mod node;
+mod nvml;
 mod prefetch;
 mod process;
 mod restore;
+mod simulated_gpus;
 mod sleep;
 mod stop;

@@ -65,9 +65,10 @@ impl Node {
         engines.backoff_min_ms = 20;
         engines.backoff_max_ms = 200;
         let env = BTreeMap::from([(engine::ROLE.to_owned(), "1".to_owned())]);
-        engines
-            .programs
-            .insert("stand-in".into(), EngineProgram { command: engine::command(), env, ..EngineProgram::default() });
+        engines.programs.insert(
+            "stand-in".into(),
+            EngineProgram { command: engine::command(), env, ..EngineProgram::default() },
+        );
         let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
         Self { dir, config, agent: None, private: String::new(), client }
     }
@@ -126,6 +127,26 @@ impl Node {
     pub(crate) async fn get(&self, path: &str) -> (u16, String) {
         let response = self.client.get(format!("http://{}{path}", self.private)).send().await.unwrap();
         (response.status().as_u16(), response.text().await.unwrap())
+    }
+
+    /// A request with a body to the private server: status and body.
+    pub(crate) async fn send(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+        let request = self.client.request(method.parse().unwrap(), format!("http://{}{path}", self.private));
+        let response = request.body(body.to_owned()).send().await.unwrap();
+        (response.status().as_u16(), response.text().await.unwrap())
+    }
+
+    /// `GET /gpus`, once it satisfies `is`.
+    pub(crate) async fn gpus(&self, is: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let body: Value = serde_json::from_str(&self.get("/gpus").await.1).unwrap();
+            if is(&body) {
+                return body;
+            }
+            assert!(Instant::now() < deadline, "the GPUs are {body:#}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// Waits until a metric without labels is at least `least`.

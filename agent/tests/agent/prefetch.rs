@@ -15,8 +15,10 @@ use crate::{
 fn node(cp: &ControlPlane, script: &str) -> Node {
     let mut node = Node::new(cp);
     let script = script.replace("FETCHED", &node.path("fetched"));
-    let prefetch =
-        PrefetchProgram { command: ["sh", "-c", &script, "fetch", "{model_path}"].map(str::to_owned).to_vec(), timeout_s: 20 };
+    let prefetch = PrefetchProgram {
+        command: ["sh", "-c", &script, "fetch", "{model_path}"].map(str::to_owned).to_vec(),
+        timeout_s: 20,
+    };
     node.config.engines.programs.get_mut("stand-in").unwrap().prefetch = prefetch;
     node
 }
@@ -63,13 +65,20 @@ async fn two_replicas_share_one_fetch_and_later_starts_need_none() {
 #[tokio::test]
 async fn a_fetch_is_tried_again_and_its_failure_is_told() {
     let cp = ControlPlane::start().await;
-    let mut node = node(&cp, "echo \"$1\" >> FETCHED; test $(wc -l < FETCHED) -gt 4 || { echo no route to hub; exit 3; }");
+    let mut node = node(
+        &cp,
+        "echo \"$1\" >> FETCHED; test $(wc -l < FETCHED) -gt 4 || { echo no route to hub; exit 3; }",
+    );
     node.config.engines.backoff_min_ms = 20;
     node.config.engines.backoff_max_ms = 50;
     cp.assign(1, 2, vec![on_gpu("m-0", 7, 0)]).await;
     node.start().await;
     let failed = cp.hears_status("m-0", 0, |s| s.state == i32::from(EngineState::Failed)).await;
-    assert!(failed.reason.contains("model could not be fetched in 3 tries; the last try"), "{}", failed.reason);
+    assert!(
+        failed.reason.contains("model could not be fetched in 3 tries; the last try"),
+        "{}",
+        failed.reason
+    );
     assert!(failed.reason.contains("exited with code 3; last lines: no route to hub"), "{}", failed.reason);
     assert_eq!(node.registered("m-0").await["started"], "prefetched");
     assert_eq!(fetched(&node).len(), 5);
@@ -159,7 +168,8 @@ async fn what_is_wished_for_is_fetched_ahead_and_told_of() {
     let from = cp.heard().len();
     cp.wish(vec![wish("good")]).await;
     cp.hears("a report without it", from, |heard| {
-        let last = heard.iter().rev().find_map(|m| if let Message::Report(r) = m { Some(r) } else { None })?;
+        let last =
+            heard.iter().rev().find_map(|m| if let Message::Report(r) = m { Some(r) } else { None })?;
         (last.prefetches.iter().all(|p| p.model != "bad")).then_some(())
     })
     .await;

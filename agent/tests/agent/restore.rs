@@ -32,8 +32,7 @@ fn node(cp: &ControlPlane, hook: &[&str]) -> Node {
 fn good(node: &Node) -> Vec<String> {
     let script = format!("env | grep ^PENSTOCK_RESTORE_ > {}; exec \"$@\"", node.path("told"));
     let head = ["sh", "-c", &script, "hook"].map(str::to_owned);
-    let serve =
-        ["serve", "{path}", "--host", "{host}", "--port", "{port}", "--served-model-name", "{model}"];
+    let serve = ["serve", "{path}", "--host", "{host}", "--port", "{port}", "--served-model-name", "{model}"];
     head.into_iter().chain(engine::command()).chain(serve.map(str::to_owned)).collect()
 }
 

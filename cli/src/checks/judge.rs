@@ -201,10 +201,15 @@ fn nodes(facts: &Facts) -> Vec<Finding> {
             let fault = text(gpu, "fault");
             if !fault.is_empty() {
                 let why = format!("GPU {}: {fault}", text(gpu, "uuid"));
-                out.push(fail(
+                let advice = "it gets no engines; docs/gpus.md says what helps, and `nvidia-smi -q` more";
+                out.push(fail(&what, why, advice));
+            } else if matches!(text(gpu, "health"), "degraded" | "faulty") {
+                let why =
+                    format!("GPU {} is {}: {}", text(gpu, "uuid"), text(gpu, "health"), text(gpu, "reason"));
+                out.push(warn(
                     &what,
                     why,
-                    "it gets no engines; `nvidia-smi -q` and the kernel's log say more",
+                    "it is used where there is no healthy one; docs/gpus.md says what helps",
                 ));
             }
         }
@@ -312,7 +317,7 @@ fn proxies(facts: &Facts) -> Vec<Finding> {
     };
     if proxies.is_empty() {
         let advice = "start `penstock proxy` with discovery.controlplanes set; one that runs already serves its last tables";
-        return vec![fail("proxies", "no proxy is connected to this control plane", advice)];
+        return vec![fail("proxies", "no proxy is connected to any control plane", advice)];
     }
     let mut out = Vec::new();
     for proxy in proxies {

@@ -158,13 +158,15 @@ pub(crate) async fn proxies(remote: &Remote) -> Result<(), ApiError> {
 
 pub(super) fn proxy_table(proxies: &[Value]) -> String {
     let rows = proxies.iter().map(|p| {
-        ["node_id", "agent", "version_acked", "nacks", "last_nack"].map(|key| match p.get(key) {
-            None | Some(Value::Null) => String::new(),
-            Some(Value::String(text)) => text.clone(),
-            Some(other) => other.to_string(),
+        ["node_id", "agent", "controlplane", "version_acked", "nacks", "last_nack"].map(|key| {
+            match p.get(key) {
+                None | Some(Value::Null) => String::new(),
+                Some(Value::String(text)) => text.clone(),
+                Some(other) => other.to_string(),
+            }
         })
     });
-    table(["PROXY", "AGENT", "VERSION", "REFUSALS", "LAST REFUSAL"], rows)
+    table(["PROXY", "AGENT", "TOLD BY", "VERSION", "REFUSALS", "LAST REFUSAL"], rows)
 }
 
 /// Says both versions, or ours alone when the control plane cannot be asked: which is no failure of this command.

@@ -136,13 +136,18 @@ pub(crate) fn normal(kind: Kind, name: &str, spec: &Value) -> Result<Value, Fiel
 }
 
 fn deployment(DeploymentBody { replicas, spec, policy }: &DeploymentBody) -> Value {
-    let EngineSpec { engine, model_path, args, env, gpus_per_replica, resources, lora, warm } = spec;
-    json!({
+    let EngineSpec { engine, model_path, args, env, gpus_per_replica, resources, lora, options, warm } = spec;
+    let mut body = json!({
         "replicas": replicas, "engine": engine, "model_path": model_path, "args": args, "env": env,
         "gpus_per_replica": gpus_per_replica, "resources": resources, "lora": lora, "warm": warm,
         "placement": policy.placement, "rollout": policy.rollout, "disruption": policy.disruption,
         "autoscaling": policy.autoscaling,
-    })
+    });
+    // Those that are set: one that is not has no value that could be written out.
+    if let (Value::Object(body), Ok(Value::Object(options))) = (&mut body, serde_json::to_value(options)) {
+        body.extend(options);
+    }
+    body
 }
 
 /// The part of what the API shows of a thing that its spec could say; None: it is there by itself, nobody made it.
@@ -273,6 +278,7 @@ mod tests {
     #[test]
     fn what_the_api_shows_reads_as_the_spec_it_came_from() {
         let spec = json!({"replicas": 2, "engine": "sim", "resources": {"tensor_parallel": 2},
+            "max_model_len": 8192, "gpu_memory_utilization": 0.85, "seed": -1, "kv_events": true,
             "placement": {"tolerations": [{"key": "spot"}]}, "disruption": {"min_available": 1},
             "autoscaling": {"max": 4}, "lora": [{"name": "sql", "path": "/l"}],
             "warm": {"sleep": {"level": 1}, "restore": "off"}});

@@ -73,6 +73,7 @@ pub(super) async fn status(State(core): State<Arc<Core>>) -> Json<Value> {
         "endpoints_ready": ready,
         "nodes": view.nodes.len(),
         "held": core.reports.borrow().held,
+        "published": core.hub.snapshot().version.to_string(),
         "proxies": core.hub.subscribers().len(),
         "publish_held": core.hub.held().sentences(),
         "readyz": { "ready": reasons.is_empty(), "reasons": reasons },

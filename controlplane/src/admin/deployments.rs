@@ -264,7 +264,7 @@ fn shown(
     status: show::Status,
     adapters: &[show::AdapterShown],
 ) -> Value {
-    json!({
+    let mut shown = json!({
         "model": deployment.model,
         "replicas": deployment.replicas,
         "engine": deployment.spec.engine,
@@ -283,5 +283,11 @@ fn shown(
         "revision": revision,
         "adapters": adapters,
         "status": status,
-    })
+    });
+    // The typed fields that are set, beside the others.
+    let options = serde_json::to_value(&deployment.spec.options);
+    if let (Value::Object(shown), Ok(Value::Object(options))) = (&mut shown, options) {
+        shown.extend(options);
+    }
+    shown
 }

@@ -1,4 +1,4 @@
-//! `/api/v2/nodes` and `/api/v2/proxies`: who is connected, and how they do.
+//! `/api/v2/nodes`: which nodes there are, and how they do.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,12 +9,13 @@ use axum::{
     Json,
     extract::{Path, State, rejection::PathRejection},
 };
-use penstock_proto::{Version, v1};
-use serde_json::{Map, Value, json};
+use penstock_proto::v1;
+use serde_json::{Value, json};
 
 use super::{
     ask::{Params, Reply},
     error::ApiError,
+    gpus,
 };
 use crate::{
     core::Core,
@@ -22,7 +23,6 @@ use crate::{
     plan::NodeSeen,
     store::Revision,
     view::View,
-    xds::hub::Subscriber,
 };
 
 pub(super) async fn list(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {
@@ -79,16 +79,9 @@ fn shown(
     let assigned = view.by_node.get(name);
     let engines = assigned.map_or(0, |a| a.values().filter(|(_, a)| a.phase == Phase::Active).count());
     let node = present.map(|stored| &stored.value);
-    let live_gpus = live.filter(|live| live.connected && !live.gpus.is_empty()).map(|live| {
-        let gpus = live.gpus.iter().map(|gpu| {
-            json!({
-                "uuid": gpu.uuid, "name": gpu.name, "memory_total_mib": gpu.memory_total_mib,
-                "memory_used_mib": gpu.memory_used_mib, "utilization_percent": gpu.utilization_percent,
-                "temperature_c": gpu.temperature_c, "fault": gpu.fault,
-            })
-        });
-        gpus.collect::<Vec<_>>()
-    });
+    let live_gpus = live
+        .filter(|live| live.connected && !live.gpus.is_empty())
+        .map(|live| live.gpus.iter().map(gpus::shown).collect::<Vec<_>>());
     let seen_as = NodeSeen {
         zone: node.map_or("", |n| n.zone.as_str()),
         labels: node.map(|n| &n.labels),
@@ -106,6 +99,7 @@ fn shown(
         "region": node.map_or("", |n| &n.region),
         "labels": labels,
         "gpus": live_gpus.map(|gpus| json!(gpus)).or(node.map(|n| json!(n.gpus))).unwrap_or_else(|| json!([])),
+        "gpu_source": live.filter(|live| live.connected).and_then(|live| live.gpu_source.as_ref()).map(gpus::source),
         "agent_version": node.map_or("", |n| &n.agent_version),
         "advertise_host": node.map_or("", |n| &n.advertise_host),
         "engines": engines,
@@ -126,41 +120,4 @@ fn disk(disk: &v1::Disk) -> Value {
 
 fn prefetch(status: &v1::PrefetchStatus) -> Value {
     json!({ "model": status.model, "state": status.state, "reason": status.reason })
-}
-
-pub(super) async fn proxies(State(core): State<Arc<Core>>, params: Params) -> Result<Json<Value>, ApiError> {
-    let mut subscribers = core.hub.subscribers();
-    subscribers.sort_by(|a, b| (&a.peer.node_id, &a.address).cmp(&(&b.peer.node_id, &b.address)));
-    let items = subscribers.iter().map(|s| (format!("{} {}", s.peer.node_id, s.address), s));
-    let mut page = params.page("proxies", items, proxy)?;
-    page.0["version"] = core.hub.snapshot().version.to_string().into();
-    Ok(page)
-}
-
-fn proxy(subscriber: &Subscriber) -> Value {
-    let version = |version: Option<Version>| version.map(|v| v.to_string()).unwrap_or_default();
-    let types = subscriber.kinds.iter().map(|(kind, status)| {
-        let refused: Vec<&str> = status.refused.iter().map(AsRef::as_ref).collect();
-        let shown = json!({
-            "version_acked": version(status.acked),
-            "nacks": status.nacks,
-            "last_nack": status.nack_reason,
-            "refused": refused,
-        });
-        (kind.label().to_owned(), shown)
-    });
-    let last_nack = subscriber.kinds.iter().map(|(_, status)| &status.nack_reason).find(|r| !r.is_empty());
-    json!({
-        "node_id": subscriber.peer.node_id,
-        "agent": subscriber.peer.agent,
-        "zone": subscriber.peer.zone,
-        "peer": subscriber.address,
-        "protocol": subscriber.protocol,
-        "connected_s": subscriber.connected.elapsed().as_secs(),
-        "version_acked": version(subscriber.kinds.iter().filter_map(|(_, status)| status.acked).max()),
-        "version_synced": version(subscriber.synced),
-        "nacks": subscriber.kinds.iter().map(|(_, status)| status.nacks).sum::<u64>(),
-        "last_nack": last_nack.map_or("", |reason| reason.as_str()),
-        "types": types.collect::<Map<String, Value>>(),
-    })
 }

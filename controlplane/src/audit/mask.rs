@@ -1,23 +1,11 @@
 //! Takes secrets out of states before they are kept or shown: values of environment variables, and of arguments, whose names
 //! sound like a secret. Pure.
 
+use penstock_proto::engine::secret::{is_secret, masked_args};
 use serde_json::Value;
 
 /// What stands in a secret's place.
-pub const MASKED: &str = "***";
-/// Parts of names of secrets, in capitals.
-const SECRET: [&str; 6] = ["KEY", "TOKEN", "PASSWORD", "PASSWD", "SECRET", "CREDENTIAL"];
-
-fn is_secret(name: &str) -> bool {
-    let upper = name.to_ascii_uppercase();
-    SECRET.iter().any(|part| upper.contains(part))
-}
-
-/// Whether an argument's value is a secret: "--hf-token", but not "--tokenizer" or "--max-tokens".
-fn is_secret_argument(arg: &str) -> bool {
-    let Some(name) = arg.strip_prefix("--").map(|name| name.replace('_', "-")) else { return false };
-    is_secret(&name) && !name.contains("tokenizer") && !name.ends_with("-tokens")
-}
+pub use penstock_proto::engine::secret::MASKED;
 
 /// `state` with every secret in its `env` and `args`, at any depth, replaced by [`MASKED`].
 pub fn mask(state: &Value) -> Value {
@@ -54,21 +42,13 @@ fn walk(value: &mut Value) {
     }
 }
 
+/// Anything that is no string stays as it is, and is no argument.
 fn mask_args(args: &mut [Value]) {
-    let mut next_is_secret = false;
-    for arg in args {
-        let Some(text) = arg.as_str() else { continue };
-        let (name, value) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
-        if next_is_secret && !text.starts_with("--") {
-            *arg = MASKED.into();
-            next_is_secret = false;
-        } else if is_secret_argument(name) {
-            next_is_secret = value.is_none();
-            if value.is_some() {
-                *arg = format!("{name}={MASKED}").into();
-            }
-        } else {
-            next_is_secret = false;
+    let texts: Vec<&str> = args.iter().map(|arg| arg.as_str().unwrap_or_default()).collect();
+    let masked = masked_args(texts);
+    for (arg, masked) in args.iter_mut().zip(masked) {
+        if arg.is_string() {
+            *arg = masked.into();
         }
     }
 }

@@ -172,6 +172,7 @@ mod tests {
             resources: Default::default(),
             lora: vec![],
             warm: Default::default(),
+            options: Default::default(),
         };
         let assignment = |id: &str, phase| Assignment {
             replica_id: id.into(),
@@ -189,6 +190,7 @@ mod tests {
             next_ordinal: 2,
             assignments: vec![assignment("m-0", Phase::Active), assignment("m-1", Phase::Leaving)],
             scaled_to: None,
+            failures: None,
         };
         for (id, generation, node, address, expected) in [
             ("m-0", 5, "n", "h:1", "ok"),

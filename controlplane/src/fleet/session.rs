@@ -107,6 +107,7 @@ fn stored_gpu(gpu: &v1::Gpu) -> Gpu {
         name: gpu.name.clone(),
         memory_total_mib: gpu.memory_total_mib,
         fault: gpu.fault.clone(),
+        degraded: gpu.health == i32::from(v1::GpuHealth::Degraded),
         numa_node: gpu.numa_node,
         link_group: gpu.link_group.clone(),
     }
@@ -388,6 +389,7 @@ fn spec_on_wire(model: &str, spec: &EngineSpec) -> v1::EngineSpec {
         args: spec.args.clone(),
         env: spec.env.clone().into_iter().collect(),
         lora: spec.lora.iter().map(lora_on_wire).collect(),
+        options: (!spec.options.is_default()).then(|| (&spec.options).into()),
         ..v1::EngineSpec::default()
     };
     spec.warm.put_on(&mut wire);

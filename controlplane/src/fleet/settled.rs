@@ -101,6 +101,7 @@ mod tests {
             slug: "m".into(),
             next_ordinal: 1,
             scaled_to: None,
+            failures: None,
             assignments: vec![assignment],
         };
         placed.placement = Some(Stored { value, mod_revision: 1, lease: 0 });

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use penstock_proto::engine::EngineOptions;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -33,6 +34,9 @@ pub struct EngineSpec {
     /// LoRA adapters that each replica loads at its start.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lora: Vec<LoraAdapter>,
+    /// The typed fields; beside the others in JSON.
+    #[serde(flatten)]
+    pub options: EngineOptions,
     /// Sleep, restore, prefetch.
     #[serde(default, skip_serializing_if = "WarmSpec::is_default")]
     pub warm: WarmSpec,
@@ -112,6 +116,18 @@ pub struct Placement {
     /// How many replicas autoscaling wants; None: it has not spoken, or is off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scaled_to: Option<u32>,
+    /// Where its engines failed over and over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failures: Option<Failures>,
+}
+
+/// Nodes on which engines of one spec failed over and over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failures {
+    /// The spec: of another one the nodes say nothing.
+    pub spec: EngineSpec,
+    /// In the order in which they were noted.
+    pub nodes: Vec<String>,
 }
 
 impl Placement {
@@ -158,6 +174,9 @@ pub struct Gpu {
     /// Empty: usable. Else why not.
     #[serde(default)]
     pub fault: String,
+    /// Usable, and rather not used.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub degraded: bool,
     /// The NUMA node it hangs on, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub numa_node: Option<u32>,
@@ -223,5 +242,7 @@ mod tests {
         let back = serde_json::to_value(&deployment).expect("serializes");
         assert_eq!(back["engine"], "sim");
         assert!(back.get("spec").is_none());
+        assert_eq!(deployment.spec.options, EngineOptions::default(), "a record of before they existed");
+        assert!(back.get("max_model_len").is_none() && back.get("options").is_none());
     }
 }

@@ -11,7 +11,8 @@ pub mod validate;
 pub mod warm;
 
 pub use desired::{
-    Assignment, Deployment, EngineSpec, Gpu, LoraAdapter, Node, Phase, Placement, RegisteredEndpoint,
+    Assignment, Deployment, EngineSpec, Failures, Gpu, LoraAdapter, Node, Phase, Placement,
+    RegisteredEndpoint,
 };
 pub use observed::{EngineObserved, EngineState, NodeObserved};
 pub use policy::{NodePolicy, Policy};

@@ -64,6 +64,10 @@ pub struct EngineObserved {
     pub pid: u32,
     /// Starts after the first, for this generation.
     pub restarts: u32,
+    /// Failures in a row; None: its agent does not tell.
+    pub failures: Option<u32>,
+    /// Its agent gave it up there: why.
+    pub gave_up: Option<String>,
     /// Why it is in this state; may be empty.
     pub reason: String,
     /// It has said how it is loaded: the three figures mean something.
@@ -110,16 +114,14 @@ impl From<v1::EngineStatus> for EngineObserved {
             address: status.address,
             pid: status.pid,
             restarts: status.restarts,
+            failures: status.failures,
+            gave_up: status.gave_up.then_some(status.gave_up_reason),
             reason: status.reason,
             says_load,
             running: load.running,
             waiting: load.waiting,
             ttft: (load.ttft_ms, load.ttft_requests),
-            started: Started {
-                way: status.started,
-                ready_ms: status.ready_ms,
-                note: status.start_note,
-            },
+            started: Started { way: status.started, ready_ms: status.ready_ms, note: status.start_note },
             kv_used_ratio: if ratio.is_finite() { ratio.clamp(0.0, 1.0) } else { 0.0 },
         }
     }
@@ -140,6 +142,8 @@ pub struct NodeObserved {
     pub disk: Option<v1::Disk>,
     /// How far the models are that it should have.
     pub prefetches: Vec<v1::PrefetchStatus>,
+    /// Where they are read from; None: its agent does not say.
+    pub gpu_source: Option<v1::GpuSource>,
     /// Replicas that its present session was told to end, and when.
     pub withdrawn: BTreeMap<String, Instant>,
 }

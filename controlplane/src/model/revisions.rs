@@ -153,6 +153,7 @@ mod tests {
             resources: Resources::default(),
             lora: vec![],
             warm: Default::default(),
+            options: Default::default(),
         };
         Deployment { model: "m".into(), replicas: 3, spec, created_unix_s: 1, policy: Policy::default() }
     }

@@ -3,18 +3,15 @@
 //! Bodies are read into a [`Value`] first and checked field by field, because serde's own errors name neither the field
 //! nor what it would accept. Duplicate keys are refused: two readers of such a body could disagree about its meaning.
 
-use std::{collections::BTreeMap, fmt};
+use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-use super::{
-    desired::{EngineSpec, LoraAdapter},
-    policy::Policy,
-};
+use super::{desired::EngineSpec, policy::Policy};
 
+mod engine;
 mod policy;
-
 mod token;
 mod warm;
 
@@ -77,56 +74,17 @@ const FIELDS: [&str; 13] = [
     "autoscaling",
     "warm",
 ];
-/// Most GPUs of one replica: more than any one host has.
-const MAX_GPUS: u64 = 64;
-const MAX_ARGS: usize = 256;
 /// Most LoRA adapters of one deployment, and most that are taken from one engine.
 pub const MAX_ADAPTERS: usize = 256;
 const MAX_TEXT_BYTES: usize = 4_096;
 
-/// Arguments of `serve` that the agent sets itself.
-const OWNED_ARGS: [&str; 7] =
-    ["--port", "--host", "--served-model-name", "--api-key", "--model", "--uds", "--root-path"];
-
 /// Checks the body of a PUT.
 pub fn deployment_body(model: &str, body: &Value, max_replicas: u32) -> Result<DeploymentBody, FieldError> {
-    let fields = object(body, &FIELDS)?;
-    let asked = policy::resources(fields, MAX_GPUS)?;
-    let gpus = whole_in(fields, "gpus_per_replica", 1, MAX_GPUS)?;
-    if let Some((flat, nested)) = gpus.zip(asked.gpus).filter(|(flat, nested)| flat != nested) {
-        let message = format!("gpus_per_replica says {flat} and resources says {nested}: leave one out");
-        return Err(FieldError::new("resources.gpus", message));
-    }
-    let mut spec = EngineSpec {
-        engine: text(fields, "engine")?.unwrap_or("vllm").to_owned(),
-        model_path: text(fields, "model_path")?.unwrap_or(model).to_owned(),
-        args: args(fields)?,
-        env: env(fields)?,
-        gpus_per_replica: gpus.or(asked.gpus).unwrap_or(1),
-        resources: asked.resources,
-        lora: lora(model, fields)?,
-        warm: warm::warm(fields)?,
-    };
-    if let Some(size) = asked.tensor_parallel {
-        policy::with_tensor_parallel(&mut spec.args, size)?;
-    }
-    let known = |c: char| c.is_ascii_alphanumeric() || "_-".contains(c);
-    if spec.engine.is_empty() || spec.engine.len() > 64 || !spec.engine.chars().all(known) {
-        let wanted = "must name an entry of the agents' [engines] settings, such as \"vllm\" or \"sim\"";
-        return Err(FieldError::new("engine", format!("engine {wanted}; it is {:?}", spec.engine)));
-    }
-    let modules = |arg: &String| arg.replace('_', "-").starts_with("--lora-modules");
-    if !spec.lora.is_empty() && spec.args.iter().any(modules) {
-        let message = "lora and the argument --lora-modules exclude each other: name all adapters in lora";
-        return Err(FieldError::new("lora", message));
-    }
-    if spec.model_path.is_empty() || spec.model_path.starts_with('-') {
-        let wanted = "must be a model folder or id that does not start with '-'";
-        return Err(FieldError::new(
-            "model_path",
-            format!("model_path {wanted}; it is {:?}", spec.model_path),
-        ));
-    }
+    let typed = penstock_proto::engine::FIELDS.iter().map(|field| field.name);
+    let known: Vec<&str> = FIELDS.into_iter().chain(typed).collect();
+    let fields = object(body, &known)?;
+    let asked = policy::resources(fields, engine::MAX_GPUS)?;
+    let spec = engine::spec(model, fields, asked)?;
     let replicas = whole_in(fields, "replicas", 0, u64::from(max_replicas))?.unwrap_or(1);
     Ok(DeploymentBody { replicas, spec, policy: policy::policy(fields, max_replicas)? })
 }
@@ -246,80 +204,6 @@ pub(super) fn whole_in(
     })
 }
 
-fn args(fields: &Map<String, Value>) -> Result<Vec<String>, FieldError> {
-    let Some(value) = fields.get("args") else { return Ok(Vec::new()) };
-    let Some(items) = value.as_array().filter(|items| items.len() <= MAX_ARGS) else {
-        let wanted = format!("args must be an array of at most {MAX_ARGS} strings, not {}", kind(value));
-        return Err(FieldError::new("args", wanted));
-    };
-    let mut out = Vec::with_capacity(items.len());
-    for (n, item) in items.iter().enumerate() {
-        let arg = string(&format!("args[{n}]"), item)?;
-        // vLLM takes '_' for '-' in long options.
-        let option = arg.split('=').next().unwrap_or(arg).replace('_', "-");
-        if OWNED_ARGS.contains(&option.as_str()) {
-            let message = format!("args[{n}] is {option}, which the agent sets itself: leave it out");
-            return Err(FieldError::new("args", message));
-        }
-        out.push(arg.to_owned());
-    }
-    Ok(out)
-}
-
-fn lora(base: &str, fields: &Map<String, Value>) -> Result<Vec<LoraAdapter>, FieldError> {
-    let Some(value) = fields.get("lora") else { return Ok(Vec::new()) };
-    let Some(items) = value.as_array().filter(|items| items.len() <= MAX_ADAPTERS) else {
-        let wanted =
-            format!("lora must be an array of at most {MAX_ADAPTERS} objects {{\"name\", \"path\"}}");
-        return Err(FieldError::new("lora", wanted));
-    };
-    let mut out: Vec<LoraAdapter> = Vec::with_capacity(items.len());
-    for (n, item) in items.iter().enumerate() {
-        let at = format!("lora[{n}]");
-        let adapter = adapter(item).map_err(|error| error.inside(&at))?;
-        if adapter.name == base || out.iter().any(|before| before.name == adapter.name) {
-            let message =
-                format!("{at}.name is {:?}, which is taken by the model or by another", adapter.name);
-            return Err(FieldError::new(&format!("{at}.name"), message));
-        }
-        out.push(adapter);
-    }
-    Ok(out)
-}
-
-fn adapter(item: &Value) -> Result<LoraAdapter, FieldError> {
-    let fields = object(item, &["name", "path"])?;
-    let given = |field: &str| {
-        text(fields, field)?.ok_or_else(|| FieldError::new(field, format!("{field} is missing")))
-    };
-    let (name, path) = (given("name")?, given("path")?);
-    model_name(name).map_err(|error| FieldError::new("name", error.message))?;
-    if path.is_empty() || path.starts_with('-') {
-        let wanted = "path must be an adapter's folder or id that does not start with '-'";
-        return Err(FieldError::new("path", format!("{wanted}; it is {path:?}")));
-    }
-    Ok(LoraAdapter { name: name.to_owned(), path: path.to_owned() })
-}
-
-fn env(fields: &Map<String, Value>) -> Result<BTreeMap<String, String>, FieldError> {
-    let Some(value) = fields.get("env") else { return Ok(BTreeMap::new()) };
-    let Some(pairs) = value.as_object().filter(|pairs| pairs.len() <= MAX_ARGS) else {
-        let wanted = format!("env must be an object of at most {MAX_ARGS} strings, not {}", kind(value));
-        return Err(FieldError::new("env", wanted));
-    };
-    let mut out = BTreeMap::new();
-    for (name, value) in pairs {
-        let field = format!("env.{}", name.chars().take(64).collect::<String>());
-        let letters = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
-        if name.is_empty() || name.len() > 256 || !letters || name.starts_with(|c: char| c.is_ascii_digit()) {
-            let wanted = "a variable's name has letters, digits and '_' and does not start with a digit";
-            return Err(FieldError::new(&field, wanted));
-        }
-        out.insert(name.clone(), string(&field, value)?.to_owned());
-    }
-    Ok(out)
-}
-
 fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -427,7 +311,7 @@ mod tests {
             (value!({"model_path": "--help"}), "model_path", "start with '-'"),
             (value!({"args": "--x"}), "args", "array"),
             (value!({"args": ["--x", 1]}), "args[1]", "must be a string"),
-            (value!({"args": ["--port=1"]}), "args", "--port, which the agent sets"),
+            (value!({"args": ["--port=1"]}), "args", "args[0] \"--port\" is not accepted: the agent gives"),
             (value!({"args": ["--served_model_name", "x"]}), "args", "--served-model-name"),
             (value!({"env": []}), "env", "object"),
             (value!({"env": {"A": 1}}), "env.A", "must be a string"),

@@ -1,14 +1,16 @@
-//! The control planes that are linked to this one, and how far their proxies are.
+//! The control planes that are linked to this one, and how their proxies are.
 
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
+use penstock_proto::v1;
 use tokio::sync::watch;
 
 /// One that follows this control plane.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Follower {
     /// Its name in the election.
     pub id: String,
@@ -18,6 +20,8 @@ pub struct Follower {
     pub version: String,
     /// All its proxies have acknowledged what was published up to this revision of the store; None: it has not said.
     pub acknowledged: Option<u64>,
+    /// Its proxies, and when it said so; None: it has not said.
+    pub proxies: Option<(Arc<[v1::ProxyState]>, Instant)>,
 }
 
 /// See the module's text.
@@ -54,6 +58,13 @@ impl Followers {
         self.changes.send_modify(|count| *count += 1);
     }
 
+    /// Notes which proxies a follower has.
+    pub fn has(&self, number: u64, proxies: Vec<v1::ProxyState>, now: Instant) {
+        if let Some(follower) = self.lock().get_mut(&number) {
+            follower.proxies = Some((proxies.into(), now));
+        }
+    }
+
     /// Takes one away.
     pub fn leave(&self, number: u64) {
         self.lock().remove(&number);
@@ -86,7 +97,13 @@ mod tests {
     use super::*;
 
     fn follower(id: &str) -> Follower {
-        Follower { id: id.into(), zone: String::new(), version: "1".into(), acknowledged: None }
+        Follower {
+            id: id.into(),
+            zone: String::new(),
+            version: "1".into(),
+            acknowledged: None,
+            proxies: None,
+        }
     }
 
     #[test]

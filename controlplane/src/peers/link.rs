@@ -24,6 +24,10 @@ const RETRY: Duration = Duration::from_millis(200);
 const COALESCE: Duration = Duration::from_millis(10);
 /// How often what is waited for is told again: well within the time for which the leader believes it.
 const REPEAT: Duration = Duration::from_secs(5);
+/// Shortest pause between two lists of proxies: people read them.
+const LIST: Duration = Duration::from_secs(1);
+/// Most proxies in one list.
+const MOST_LISTED: usize = 10_000;
 /// Longest time for a link to open.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -79,10 +83,12 @@ async fn link(core: &Core, leader: &Leader) -> Result<(), Status> {
     tracing::info!(leader = leader.id, "linked to the leader");
     let (mut subscribers, mut snapshots) = (core.hub.changes(), core.hub.subscribe());
     let mut demands = core.demands.changes();
-    let (mut said, mut wanted) = (None, false);
+    let (mut said, mut wanted, mut listed) = (None, false, false);
     let mut pulse = tokio::time::interval(COALESCE);
     pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut repeat = tokio::time::interval(REPEAT);
+    let mut list = tokio::time::interval(LIST);
+    list.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let acknowledged = core.hub.acknowledged();
         if said != Some(acknowledged) {
@@ -100,7 +106,15 @@ async fn link(core: &Core, leader: &Leader) -> Result<(), Status> {
                     }
                 }
             }
-            changed = subscribers.changed() => changed.map_err(|_| stopping())?,
+            changed = subscribers.changed() => {
+                changed.map_err(|_| stopping())?;
+                listed = false;
+            }
+            _ = list.tick() => if !listed {
+                let proxies = core.hub.states(MOST_LISTED);
+                say(&up, Message::List(v1::ProxyList { proxies }))?;
+                listed = true;
+            },
             changed = snapshots.changed() => changed.map_err(|_| stopping())?,
             changed = demands.changed() => {
                 changed.map_err(|_| stopping())?;

@@ -129,7 +129,7 @@ async fn hello(core: &Core, inbound: &mut Streaming<v1::FollowerMessage>) -> Res
     if hello.id.is_empty() || hello.id.len() > MAX_SOURCE {
         return Err(Status::invalid_argument("a hello must carry an id of 1 to 256 bytes"));
     }
-    Ok(Follower { id: hello.id, zone: hello.zone, version: hello.version, acknowledged: None })
+    Ok(Follower { id: hello.id, zone: hello.zone, version: hello.version, acknowledged: None, proxies: None })
 }
 
 async fn serve(
@@ -151,6 +151,7 @@ async fn serve(
                 let Some(message) = message? else { return Ok(()) };
                 match message.message {
                     Some(Message::Proxies(proxies)) => core.followers.acknowledged(number, proxies.acknowledged),
+                    Some(Message::List(list)) => core.followers.has(number, list.proxies, Instant::now()),
                     // Its name, not what it says: a follower speaks for its own proxies only.
                     Some(Message::Demand(demand)) => {
                         take_demand(core, v1::Demand { source: id.to_owned(), ..demand })?;

@@ -1,7 +1,7 @@
 //! The GPUs of one node: what each still offers, and which of them a replica gets.
 //!
 //! A GPU belongs to one replica, unless all that use it share theirs (`share_gpu`): then it takes as many as its memory
-//! holds. Among GPUs that offer enough the smallest is taken, so that a small model does not sit on a large GPU; several
+//! holds. Degraded GPUs are taken only where healthy ones are too few. Among GPUs that offer enough the smallest is taken, so that a small model does not sit on a large GPU; several
 //! are taken out of one link group, else out of one NUMA node, where the agent reports such, and out of the tightest
 //! group that has enough, so that the wider ones stay whole.
 
@@ -67,6 +67,7 @@ pub(super) struct Slot<'a> {
     used_bytes: u64,
     numa_node: Option<u32>,
     link_group: &'a str,
+    degraded: bool,
     pub(super) held: Held,
 }
 
@@ -81,6 +82,7 @@ impl<'a> Slot<'a> {
             used_bytes: used_mib.saturating_mul(MIB),
             numa_node: gpu.numa_node,
             link_group: &gpu.link_group,
+            degraded: gpu.degraded,
             held,
         }
     }
@@ -128,12 +130,21 @@ pub(super) fn offering(slots: &[Slot<'_>], request: Request) -> usize {
     slots.iter().filter(|slot| slot.offers(request).is_some()).count()
 }
 
+/// Whether healthy ones alone would do.
+pub(super) fn is_sound(slots: &[Slot<'_>], request: Request) -> bool {
+    let sound = slots.iter().filter(|slot| !slot.degraded && slot.offers(request).is_some());
+    sound.take(request.gpus).count() == request.gpus
+}
+
 /// The positions of those that a replica gets.
 pub(super) fn pick(slots: &[Slot<'_>], request: Request) -> Option<Vec<usize>> {
     let offers = slots.iter().enumerate().filter_map(|(at, slot)| Some((at, slot, slot.offers(request)?)));
-    let offers: Vec<_> = offers.collect();
+    let mut offers: Vec<_> = offers.collect();
     if offers.len() < request.gpus {
         return None;
+    }
+    if is_sound(slots, request) {
+        offers.retain(|(_, slot, _)| !slot.degraded);
     }
     let mut links: BTreeMap<&str, usize> = BTreeMap::new();
     let mut numas: BTreeMap<u32, usize> = BTreeMap::new();
@@ -192,6 +203,7 @@ mod tests {
             name: String::new(),
             memory_total_mib: gib * 1024,
             fault: String::new(),
+            degraded: false,
             numa_node,
             link_group: link_group.into(),
         }
@@ -232,6 +244,17 @@ mod tests {
         let plain: Vec<Gpu> = gpus.iter().map(|g| Gpu { link_group: String::new(), ..g.clone() }).collect();
         let slots: Vec<_> = plain.iter().map(|g| Slot::new(g, 0, Held::Nobody)).collect();
         assert_eq!(pick(&slots, ask(2, 0, false)), Some(vec![0, 1]), "one NUMA node");
+    }
+
+    #[test]
+    fn a_degraded_gpu_is_taken_only_where_healthy_ones_are_too_few() {
+        let mut gpus = [gpu("a", 24, None, ""), gpu("b", 80, None, ""), gpu("c", 80, None, "")];
+        gpus[0].degraded = true;
+        let slots: Vec<_> = gpus.iter().map(|g| Slot::new(g, 0, Held::Nobody)).collect();
+        assert_eq!(pick(&slots, ask(1, 20, false)), Some(vec![1]), "not the smallest");
+        assert_eq!(pick(&slots, ask(2, 0, false)), Some(vec![1, 2]));
+        assert_eq!(pick(&slots, ask(3, 0, false)), Some(vec![0, 1, 2]));
+        assert!(is_sound(&slots, ask(2, 0, false)) && !is_sound(&slots, ask(3, 0, false)));
     }
 
     #[test]

@@ -19,6 +19,8 @@ use crate::model::{Deployment, EngineSpec, Phase, Placement};
 pub struct Memory {
     models: BTreeMap<String, Model>,
     zones: BTreeMap<String, String>,
+    /// By model and node: when an engine was last seen to fail there, or first heard to have done so.
+    failed: BTreeMap<String, BTreeMap<String, Instant>>,
     rebalanced: Option<Instant>,
 }
 
@@ -59,8 +61,8 @@ impl Memory {
         let progress = Progress { spec: deployment.spec.clone(), wanted: present, ready: ready.count() };
         let wanted = usize::try_from(present).unwrap_or(usize::MAX);
         // Paused is as wanted, whatever runs.
-        let settled = deployment.policy.rollout.paused
-            || (progress.ready == wanted && placed().count() == wanted);
+        let settled =
+            deployment.policy.rollout.paused || (progress.ready == wanted && placed().count() == wanted);
         let fresh = Model { window: Window::default(), present, progress: (progress.clone(), now) };
         let model = self.models.entry(deployment.model.clone()).or_insert(fresh);
         if model.progress.0 != progress {
@@ -94,9 +96,34 @@ impl Memory {
         ModelSeen { window: model.window, demand, unmoved_since: (!settled).then_some(model.progress.1) }
     }
 
+    /// The nodes on which a model's engines failed more than `avoid` ago; `fails` says where one is not ready now.
+    pub fn forgiven(
+        &mut self,
+        placement: &Placement,
+        fails: impl Fn(&str) -> bool,
+        avoid: Duration,
+        now: Instant,
+    ) -> BTreeSet<String> {
+        let Some(noted) = &placement.failures else {
+            self.failed.remove(&placement.model);
+            return BTreeSet::new();
+        };
+        let seen = self.failed.entry(placement.model.clone()).or_default();
+        seen.retain(|node, _| noted.nodes.contains(node));
+        for node in &noted.nodes {
+            let at = seen.entry(node.clone()).or_insert(now);
+            if fails(node) {
+                *at = now;
+            }
+        }
+        let old = seen.iter().filter(|(_, at)| now.saturating_duration_since(**at) >= avoid);
+        old.map(|(node, _)| node.clone()).collect()
+    }
+
     /// Forgets models that are not deployed any more.
     pub fn retain(&mut self, deployed: impl Fn(&str) -> bool) {
         self.models.retain(|name, _| deployed(name));
+        self.failed.retain(|name, _| deployed(name));
     }
 
     /// The zone in which each of the `lost` nodes was when it was `present` last, as far as this process has seen it.

@@ -7,7 +7,7 @@
 //!
 //! The pieces: `nodes.rs` says whether a node is for a replica at all, `gpus.rs` which of its GPUs, `placement.rs` which
 //! node, `explain.rs` why none; `scale.rs` how many replicas; `rollout.rs` takes one model's next step; `rebalance.rs`
-//! picks the one replica to move; `safety.rs` bounds it all; `report.rs` says what is not as wanted yet.
+//! picks the one replica to move; `failures.rs` notes where engines fail over and over; `safety.rs` bounds it all; `report.rs` says what is not as wanted yet.
 //!
 //! Invariants, each held by a property test: a plan of an achieved plan is empty; no GPU is given to two replicas that
 //! do not both share theirs, nor more memory than it has; voluntary changes never leave fewer ready replicas than
@@ -23,6 +23,7 @@
 //! replicas that span nodes; moving replicas to make room for others.
 
 mod explain;
+mod failures;
 mod gpus;
 pub mod memory;
 mod nodes;
@@ -72,6 +73,8 @@ pub struct Observed<'a> {
     pub engines: BTreeMap<&'a str, &'a EngineObserved>,
     /// Withdrawn replicas whose engine is known to have ended.
     pub gone: BTreeSet<&'a str>,
+    /// Nodes on which engines of a model failed so long ago that they may be tried again, by model.
+    pub forgiven: BTreeMap<&'a str, BTreeSet<String>>,
     /// What is known of models over time; a missing one has no history.
     pub models: BTreeMap<&'a str, ModelSeen>,
     /// How long the store has not been followed; zero while it is.
@@ -117,6 +120,8 @@ pub struct Rules {
     pub lost_grace: Duration,
     /// An engine that was started again so often without getting ready is placed elsewhere; 0: never.
     pub replace_after_restarts: u32,
+    /// A spec that failed on so many nodes, and is ready on none, is not placed on further ones; 0: it always is.
+    pub hold_after_nodes: u32,
     /// Most replicas that one plan starts.
     pub max_starts: usize,
     /// Most replicas that one plan stops.
@@ -200,6 +205,8 @@ pub struct Plan {
     pub held: Option<String>,
     /// Models whose rollout got nothing done for as long as they allow.
     pub stalled: BTreeSet<String>,
+    /// Models whose spec fails wherever it is placed.
+    pub failing: BTreeSet<String>,
     /// There was more to do than one plan may.
     pub is_capped: bool,
     /// The last generation given out, now.
@@ -215,6 +222,8 @@ struct Working<'a> {
     wanted: u32,
     /// What autoscaling waits for.
     scaling: Option<String>,
+    /// Its spec failed on so many nodes that it is not tried on more.
+    is_held: bool,
 }
 
 impl Working<'_> {
@@ -247,6 +256,10 @@ pub fn plan(desired: &Desired<'_>, observed: &Observed<'_>, rules: &Rules, now: 
     }
     for (name, model) in &mut models {
         set_wanted(name, model, context, may_act, &mut plan.actions);
+        if may_act {
+            failures::note(name, model, context);
+        }
+        model.is_held = failures::is_held(model, context);
     }
     let mut capacity = Capacity::new(observed, models.values().map(|m| m.placement.as_ref()));
     if may_act && observed.rebalance.is_some() {
@@ -259,6 +272,9 @@ pub fn plan(desired: &Desired<'_>, observed: &Observed<'_>, rules: &Rules, now: 
             step.take(&mut plan.actions, &mut plan.last_generation);
         }
         let outcome = step.outcome();
+        if outcome.is_held {
+            plan.failing.insert(name.to_owned());
+        }
         if report::is_stalled(&outcome, context, name) {
             plan.stalled.insert(name.to_owned());
         }
@@ -284,8 +300,14 @@ pub fn plan(desired: &Desired<'_>, observed: &Observed<'_>, rules: &Rules, now: 
 /// Every model that is wanted or still has a placement.
 fn working<'a>(desired: &Desired<'a>) -> BTreeMap<&'a str, Working<'a>> {
     let mut slugs: BTreeSet<String> = desired.placements.values().map(|p| p.slug.clone()).collect();
-    let model =
-        |deployment, placement| Working { deployment, placement, changed: false, wanted: 0, scaling: None };
+    let model = |deployment, placement| Working {
+        deployment,
+        placement,
+        changed: false,
+        wanted: 0,
+        scaling: None,
+        is_held: false,
+    };
     let mut models = BTreeMap::new();
     for (name, placement) in &desired.placements {
         let deployment = desired.deployments.get(name).copied();
@@ -301,6 +323,7 @@ fn working<'a>(desired: &Desired<'a>) -> BTreeMap<&'a str, Working<'a>> {
                 next_ordinal: 0,
                 assignments: Vec::new(),
                 scaled_to: None,
+                failures: None,
             };
             models.insert(*name, model(Some(*deployment), Cow::Owned(placement)));
         }

@@ -3,7 +3,7 @@
 //! Room is what the present nodes' healthy GPUs have left after every placed replica, leaving ones included: an engine
 //! that still drains still holds its memory. Among the nodes that may take the replica and have room, in this order: the
 //! one that keeps zones within `max_skew` (softly: a full zone never holds a replica back), that has fewest replicas of
-//! the model, that does not rather take none, whose GPU is the smallest that suffices, whose zone has fewest, that has
+//! the model, that does not rather take none, that needs no degraded GPU for it, whose GPU is the smallest that suffices, whose zone has fewest, that has
 //! most GPUs free; ties go by name, so that the same input gives the same plan.
 
 mod reserve;
@@ -43,6 +43,8 @@ struct Room<'a> {
     slots: Vec<Slot<'a>>,
     /// How many of them are nobody's.
     free: usize,
+    /// One of them is degraded.
+    is_degraded: bool,
 }
 
 impl Room<'_> {
@@ -134,7 +136,8 @@ impl<'a> Capacity<'a> {
                 Slot::new(gpu, node.used_mib.get(gpu.uuid.as_str()).copied().unwrap_or(0), held)
             };
             let slots = healthy.map(slot).collect();
-            let mut room = Room { node_id, node: node.clone(), zone, slots, free: 0 };
+            let is_degraded = node.gpus.iter().any(|gpu| gpu.degraded);
+            let mut room = Room { node_id, node: node.clone(), zone, slots, free: 0, is_degraded };
             room.count_free();
             capacity.rooms.push(room);
         }
@@ -193,7 +196,8 @@ impl<'a> Capacity<'a> {
             let in_zone = wish.in_zone.get(room.zone).copied().unwrap_or(0);
             let (on_node, reluctant) = (wish.on_node.get(at)?, wish.reluctant.get(at)?);
             let beyond = wish.beyond(in_zone + 1, fewest);
-            Some((beyond, *on_node, *reluctant, left_over, in_zone, usize::MAX - room.free, at))
+            let degraded = room.is_degraded && !gpus::is_sound(&room.slots, wish.request);
+            Some((beyond, *on_node, (*reluctant, degraded), left_over, in_zone, usize::MAX - room.free, at))
         };
         self.rooms.iter().enumerate().filter_map(|(at, room)| key(at, room)).min().map(|key| key.6)
     }

@@ -28,7 +28,9 @@ pub(super) fn mark_one(
     for (name, model) in models.iter() {
         let Some(deployment) = model.deployment.filter(|d| d.policy.placement.rebalance) else { continue };
         let stay = model.placement.assignments.iter().map(|a| a.node_id.as_str());
-        let wish = capacity.wish(deployment, stay, &BTreeSet::new());
+        let noted = model.placement.failures.iter().flat_map(|failures| &failures.nodes);
+        let failing: BTreeSet<&str> = noted.map(String::as_str).collect();
+        let wish = capacity.wish(deployment, stay, &failing);
         let excess = wish.excess();
         if excess == 0 || worst.is_some_and(|(most, ..)| most >= excess) {
             continue;

@@ -10,6 +10,9 @@ use crate::model::{Assignment, EngineState, Phase};
 /// Sentences about single replicas before the rest is only counted: a page, not a flood.
 const MAX_SENTENCES: usize = 20;
 
+/// Nodes that are named before the rest is only counted.
+const MAX_NODES: usize = 5;
+
 /// Everything about one model that is not as wanted yet.
 pub(super) fn sentences(outcome: &Outcome<'_>, context: Context<'_>, name: &str) -> Vec<String> {
     let mut out = Vec::new();
@@ -18,6 +21,15 @@ pub(super) fn sentences(outcome: &Outcome<'_>, context: Context<'_>, name: &str)
         let since = context.observed.models.get(name).and_then(|seen| seen.unmoved_since);
         let unmoved_s = since.map_or(0, |since| context.now.saturating_duration_since(since).as_secs());
         out.push(format!("is stalled: nothing got nearer to what is wanted for {unmoved_s} s"));
+    }
+    if let Some(failures) = placement.failures.as_ref().filter(|_| outcome.is_held) {
+        let (first, rest) = failures.nodes.split_at(failures.nodes.len().min(MAX_NODES));
+        let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+        out.push(format!(
+            "is held: its engines failed over and over on {}{more} and are ready nowhere; what serves stays, and no further \
+             node is tried: change the deployment or roll it back",
+            first.join(", ")
+        ));
     }
     out.extend(outcome.scaling.map(|waits| {
         let replicas =
@@ -102,7 +114,11 @@ fn about_replica(
     if member.asleep {
         let engine = context.observed.engines.get(id.as_str());
         let sleeps = engine.is_some_and(|e| e.generation == a.generation && e.state == EngineState::Asleep);
-        return Some(if sleeps { format!("{id} sleeps on {node}") } else { format!("{id} falls asleep on {node}") });
+        return Some(if sleeps {
+            format!("{id} sleeps on {node}")
+        } else {
+            format!("{id} falls asleep on {node}")
+        });
     }
     if member.ready {
         return about_old(a, member.why()?, outcome);

@@ -58,6 +58,8 @@ pub(super) struct Outcome<'a> {
     pub(super) blocked: Option<&'a Blocked>,
     /// Starts and stops that the caps put off.
     pub(super) held_back: usize,
+    /// Its spec fails wherever it is placed.
+    pub(super) is_held: bool,
     pub(super) scaling: Option<&'a str>,
     /// Replicas per zone, while they are further apart than was asked for.
     pub(super) uneven: Vec<(String, usize)>,
@@ -94,6 +96,7 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
             shortage: self.shortage.as_ref(),
             blocked: self.blocked.as_ref(),
             held_back: self.held_back,
+            is_held: self.model.is_held,
             scaling: self.model.scaling.as_deref(),
             uneven: self.uneven(),
         }
@@ -183,6 +186,9 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
         last_generation: &mut u64,
     ) {
         let missing = wanted.saturating_sub(self.present());
+        if self.waits_for_the_held() {
+            return;
+        }
         for placed in 0..missing {
             if !self.caps.start() {
                 self.held_back += missing - placed;
@@ -230,7 +236,7 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
         let (surge, unavailable) = (as_count(max_surge), as_count(max_unavailable));
         let good = self.standing_as(Standing::Good);
         let present = self.present();
-        if self.old().is_empty() || present < wanted {
+        if self.old().is_empty() || present < wanted || self.waits_for_the_held() {
             return;
         }
         let starting = good.iter().filter(|member| !member.ready).count();
@@ -341,7 +347,9 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
 
     /// What a new replica asks for; the spread counts those that will stay.
     fn wish(&self, deployment: &'d Deployment) -> Wish<'d> {
-        let (mut stay, mut failing) = (Vec::new(), BTreeSet::new());
+        let mut stay = Vec::new();
+        let noted = self.model.placement.failures.iter().flat_map(|failures| &failures.nodes);
+        let mut failing: BTreeSet<&str> = noted.map(String::as_str).collect();
         for member in self.members() {
             let Some(a) = self.model.placement.assignments.get(member.at) else { continue };
             match member.standing {
@@ -396,12 +404,18 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
 
     fn standing_as(&self, standing: Standing) -> Vec<Member> {
         // Good sleepers are nobody's to count on.
-        let counts = |member: &Member| member.standing == standing && !(member.asleep && standing == Standing::Good);
+        let counts =
+            |member: &Member| member.standing == standing && !(member.asleep && standing == Standing::Good);
         self.members().into_iter().filter(counts).collect()
     }
 
     fn old(&self) -> Vec<(Member, Why)> {
         self.members().into_iter().filter_map(|member| Some((member, member.why()?))).collect()
+    }
+
+    /// The spec fails wherever it is placed: those replicas that are tried now and then will tell when it does not any more.
+    fn waits_for_the_held(&self) -> bool {
+        self.model.is_held && !self.standing_as(Standing::Good).is_empty()
     }
 
     /// Replicas that are or will be of use: neither given up nor failing.

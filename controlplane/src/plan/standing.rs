@@ -86,13 +86,13 @@ impl Context<'_> {
         let member = |(at, a): (usize, &Assignment)| {
             let (asleep, ready) = (a.asleep, self.is_ready(a) && !a.asleep);
             let available = ready && !self.observed.drained.contains(a.replica_id.as_str());
-            let standing = self.standing(model, a, ready);
+            let standing = self.standing(model, a);
             Member { at, generation: a.generation, standing, ready, available, asleep }
         };
         active.map(member).collect()
     }
 
-    fn standing(&self, model: &Working<'_>, a: &Assignment, ready: bool) -> Standing {
+    fn standing(&self, model: &Working<'_>, a: &Assignment) -> Standing {
         if self.is_given_up(&a.node_id) {
             return Standing::Lost;
         }
@@ -111,22 +111,17 @@ impl Context<'_> {
             return Standing::Old(Why::Spec);
         }
         if a.asleep {
-            // A sleeper's restarts are of the time before it slept.
+            // A sleeper's failures are of the time before it slept.
             return if self.has_ended(a) { Standing::Old(Why::Ended) } else { Standing::Good };
         }
-        if !ready && self.keeps_failing(a) { Standing::Failing } else { Standing::Good }
+        // Where the spec is to blame, no other node is any better.
+        if !model.is_held && self.fails(a) { Standing::Failing } else { Standing::Good }
     }
 
     fn has_ended(&self, a: &Assignment) -> bool {
         let engine = self.observed.engines.get(a.replica_id.as_str());
         let ended = [EngineState::Failed, EngineState::Stopped];
         engine.is_some_and(|e| e.generation == a.generation && ended.contains(&e.state))
-    }
-
-    fn keeps_failing(&self, a: &Assignment) -> bool {
-        let limit = self.rules.replace_after_restarts;
-        let engine = self.observed.engines.get(a.replica_id.as_str());
-        limit > 0 && engine.is_some_and(|e| e.generation == a.generation && e.restarts >= limit)
     }
 
     fn has_bad_gpu(&self, assignment: &Assignment) -> bool {

@@ -43,7 +43,8 @@ impl Fleet {
                 env: BTreeMap::new(),
                 gpus_per_replica: 1,
                 lora: vec![],
-            warm: Default::default(),
+                warm: Default::default(),
+                options: Default::default(),
                 resources: Default::default(),
             };
             let value = Deployment {

@@ -24,3 +24,4 @@ pub mod server;
 pub mod session;
 pub mod snapshot;
 pub mod sotw;
+pub mod states;

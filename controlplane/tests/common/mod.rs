@@ -157,6 +157,7 @@ struct AgentSeen {
     assignments: Option<v1::Assignments>,
     registrations: Vec<v1::RegistrationResult>,
     deregistrations: Vec<v1::DeregistrationResult>,
+    wishes: Option<Vec<v1::PrefetchWish>>,
     ended: Option<Status>,
 }
 

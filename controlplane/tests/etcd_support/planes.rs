@@ -195,8 +195,9 @@ impl Planes {
         loop {
             let mut versions = Vec::new();
             for index in of {
-                let shown = self.call(*index, "GET", "/api/v2/proxies", None).await;
-                versions.push(shown.map(|(_, body)| body["version"].as_str().unwrap_or_default().to_owned()));
+                let shown = self.call(*index, "GET", "/api/v2/cluster/status", None).await;
+                versions
+                    .push(shown.map(|(_, body)| body["published"].as_str().unwrap_or_default().to_owned()));
             }
             if let Some(Some(first)) = versions.first()
                 && versions.iter().all(|version| version.as_ref() == Some(first))

@@ -22,7 +22,7 @@ pub(super) struct Metrics {
     preemptions: IntCounter,
     prefix_queries: IntCounter,
     prefix_hits: IntCounter,
-    /// Prompt tokens of started requests.
+    /// Prompt tokens of requests that have had their first token.
     pub(super) prompt_tokens: IntCounter,
     /// Of these, found in the cache.
     pub(super) prompt_tokens_cached: IntCounter,

@@ -77,7 +77,7 @@ async fn agent(grpc: String, node: u32, gpus: u32, registered: Registered) -> Re
         let message = tokio::select! {
             _ = ticks.tick() => {
                 let engines = engines.values().cloned().collect();
-                say(Out::Report(v1::NodeReport { engines, gpus: gpus.clone() })).await?;
+                say(Out::Report(v1::NodeReport { engines, gpus: gpus.clone(), ..Default::default() })).await?;
                 continue;
             }
             message = inbound.message() => message.map_err(|s| s.to_string())?,

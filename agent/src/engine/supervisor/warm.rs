@@ -12,6 +12,7 @@ use super::{Ended, Order, Served, Supervisor, ordered};
 use crate::{
     engine::{
         State,
+        attempts::Kind,
         context::Context,
         launch::{Beginning, Engine, Failure},
         stop::{self, DrainTimes},
@@ -47,7 +48,7 @@ impl Order {
 }
 
 /// The first order to end, in either way.
-pub(super) async fn ordered_to_end(orders: &mut watch::Receiver<Order>) -> Order {
+pub(in crate::engine) async fn ordered_to_end(orders: &mut watch::Receiver<Order>) -> Order {
     match orders.wait_for(|order| matches!(order, Order::Stop(_) | Order::Keep)).await {
         Ok(order) => order.clone(),
         Err(_) => Order::Keep,
@@ -55,7 +56,7 @@ pub(super) async fn ordered_to_end(orders: &mut watch::Receiver<Order>) -> Order
 }
 
 /// The first order that is not to sleep.
-pub(super) async fn ordered_awake(orders: &mut watch::Receiver<Order>) -> Order {
+pub(in crate::engine) async fn ordered_awake(orders: &mut watch::Receiver<Order>) -> Order {
     match orders.wait_for(|order| *order != Order::Sleep).await {
         Ok(order) => order.clone(),
         Err(_) => Order::Keep,
@@ -63,7 +64,7 @@ pub(super) async fn ordered_awake(orders: &mut watch::Receiver<Order>) -> Order 
 }
 
 /// How long an idle engine is given to become quiet.
-pub(super) fn drain_times(cx: &Context) -> DrainTimes {
+pub(in crate::engine) fn drain_times(cx: &Context) -> DrainTimes {
     let ms = Duration::from_millis;
     DrainTimes {
         settle: ms(cx.config.settle_ms),
@@ -75,7 +76,7 @@ pub(super) fn drain_times(cx: &Context) -> DrainTimes {
 
 impl Supervisor {
     /// Everything that comes before a process: what it is started by, its model on this node, room on the disk.
-    pub(super) async fn prepare(&mut self) -> Result<Beginning, Ended> {
+    pub(in crate::engine) async fn prepare(&mut self) -> Result<Beginning, Ended> {
         let (cx, since) = (self.cx.clone(), Instant::now());
         let note = self.warm.not_woken.take().unwrap_or_default();
         let mut beginning = Beginning { since, way: Way::Cold, note, hook: None };
@@ -101,7 +102,7 @@ impl Supervisor {
             Ok(Ok(false)) => {}
             Ok(Err(reason)) => {
                 self.move_to(State::Failed, &reason);
-                return Err(Ended::Failed(Failure::passing(reason)));
+                return Err(Ended::Failed(Failure::passing(reason), Kind::Other));
             }
         }
         Ok(beginning)
@@ -129,7 +130,7 @@ impl Supervisor {
     }
 
     /// What comes of an order while there is no process.
-    pub(super) fn ordered_unstarted(&mut self, order: &Order) -> Ended {
+    pub(in crate::engine) fn ordered_unstarted(&mut self, order: &Order) -> Ended {
         match order {
             Order::Keep | Order::Run => Ended::Kept,
             Order::Stop(_) => {
@@ -139,13 +140,13 @@ impl Supervisor {
             Order::Sleep => {
                 let reason = "it should sleep and does not run: it is started anew when it is wanted";
                 self.move_to(State::Failed, reason);
-                Ended::Failed(Failure { reason: reason.into(), permanent: true })
+                Ended::Failed(Failure { reason: reason.into(), permanent: true }, Kind::Permanent)
             }
         }
     }
 
     /// Tells whoever looks how it became ready.
-    pub(super) fn note_started(&self, engine: &Engine) {
+    pub(in crate::engine) fn note_started(&self, engine: &Engine) {
         let (way, took) = (engine.way, engine.since.elapsed());
         self.cx.metrics.became_ready(way, took);
         let started = Started { way: Some(way), took, note: engine.note.clone() };
@@ -153,7 +154,7 @@ impl Supervisor {
     }
 
     /// Takes in that an engine, or its start, failed in this way.
-    pub(super) fn note_failed(&mut self, way: Way, reason: &str) {
+    pub(in crate::engine) fn note_failed(&mut self, way: Way, reason: &str) {
         if matches!(self.life.state(), State::Starting | State::Loading) && way == Way::Restored {
             self.cx.metrics.warm_failed(way);
             self.warm.no_restore = Some(format!("the hook failed: {reason}"));
@@ -162,12 +163,12 @@ impl Supervisor {
     }
 
     /// The pause before the next life: none where a colder way is tried after a warmer one.
-    pub(super) fn pause(&mut self, pause: Option<Duration>) -> Option<Duration> {
+    pub(in crate::engine) fn pause(&mut self, pause: Option<Duration>) -> Option<Duration> {
         if std::mem::take(&mut self.warm.at_once) { Some(Duration::ZERO) } else { pause }
     }
 
     /// Puts the engine to sleep, and waits there for another order. None: it is to serve again.
-    pub(super) async fn sleep(&mut self, engine: &mut Engine) -> Option<Served> {
+    pub(in crate::engine) async fn sleep(&mut self, engine: &mut Engine) -> Option<Served> {
         match self.fall_asleep(engine).await {
             Fell::Asleep => {}
             Fell::Awake => return None,

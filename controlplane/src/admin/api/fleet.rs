@@ -6,7 +6,7 @@ use axum::{
 };
 
 use super::super::{
-    endpoints, node_policies, nodes, placements,
+    endpoints, node_policies, nodes, placements, proxies,
     table::{OPERATOR, Row, VIEWER},
 };
 
@@ -157,8 +157,8 @@ pub(super) fn rows() -> Vec<Row> {
             Method::GET,
             "/api/v2/proxies",
             "list_proxies",
-            "The proxies that are connected here.",
-            get(nodes::proxies),
+            "The proxies that are connected, to whichever control plane.",
+            get(proxies::proxies),
         )
         .paged()
         .gives("ProxyList"),

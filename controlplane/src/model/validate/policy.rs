@@ -100,38 +100,11 @@ pub(super) fn resources(fields: &Fields, max_gpus: u64) -> Result<ResourcesAsked
             let message = "share_gpu needs gpu_memory_bytes: what each replica takes of a GPU that it shares";
             return Err(FieldError::new("share_gpu", message));
         }
-        if let Some((gpus, tensor)) = gpus.zip(tensor_parallel).filter(|(gpus, tensor)| gpus % tensor != 0) {
-            let message = format!("gpus must be a multiple of tensor_parallel ({tensor}), and {gpus} is not");
-            return Err(FieldError::new("gpus", message));
-        }
         let resources = Resources { gpu_memory_bytes, share_gpu };
-        Ok(ResourcesAsked { resources, gpus: gpus.or(tensor_parallel), tensor_parallel })
+        Ok(ResourcesAsked { resources, gpus, tensor_parallel })
     };
     let known = ["gpus", "gpu_memory_bytes", "share_gpu", "tensor_parallel"];
     object(value, &known).and_then(read).map_err(|error| error.inside("resources"))
-}
-
-/// Sees to it that the engine gets the tensor-parallel size that its GPUs are for.
-pub(super) fn with_tensor_parallel(args: &mut Vec<String>, size: u32) -> Result<(), FieldError> {
-    let is_option = |arg: &str| arg == "--tensor-parallel-size" || arg == "-tp";
-    let mut given = None;
-    for (n, arg) in args.iter().enumerate() {
-        let (name, value) = arg.split_once('=').map_or((arg.as_str(), None), |(n, v)| (n, Some(v)));
-        if is_option(&name.replace('_', "-")) {
-            given = Some(value.or_else(|| args.get(n + 1).map(String::as_str)).unwrap_or_default());
-        }
-    }
-    match given {
-        None => args.push(format!("--tensor-parallel-size={size}")),
-        Some(value) if value == size.to_string() => {}
-        Some(value) => {
-            let value: String = value.chars().take(32).collect();
-            let message =
-                format!("args say a tensor-parallel size of {value:?}, resources.tensor_parallel {size}");
-            return Err(FieldError::new("resources.tensor_parallel", message));
-        }
-    }
-    Ok(())
 }
 
 fn spread(fields: &Fields) -> Result<SpreadPolicy, FieldError> {
@@ -358,17 +331,11 @@ mod tests {
             "autoscaling": {"min": 0, "max": 9, "target_ttft_ms": 800, "idle_to_zero_s": 900},
         });
         let body = deployment_body("m", &body, 10).expect("valid");
-        assert_eq!(
-            (body.spec.gpus_per_replica, body.spec.args.as_slice()),
-            (2, &["--tensor-parallel-size=2".to_owned()][..])
-        );
+        assert_eq!((body.spec.gpus_per_replica, body.spec.options.tensor_parallel), (2, Some(2)));
         assert_eq!(body.spec.resources.gpu_memory_bytes, 40 << 30);
         assert_eq!(body.policy.placement.tolerations[0].effect, Some(TaintEffect::NoExecute));
         assert!(body.policy.rollout.paused);
         assert_eq!(body.policy.autoscaling.expect("there").target_waiting, 4);
-        // What is shown can be put again.
-        let again = json!({"resources": {"tensor_parallel": 2}, "args": ["--tensor_parallel_size", "2"]});
-        assert_eq!(deployment_body("m", &again, 10).expect("valid").spec.args.len(), 2);
         for body in [json!({}), json!({"disruption": {"min_available": null}, "autoscaling": null})] {
             assert!(deployment_body("m", &body, 10).expect("valid").policy.is_default());
         }
@@ -414,14 +381,14 @@ mod tests {
                 "no_execute",
             ),
             (json!({"resources": {"gpus": 0}}), "resources.gpus", "from 1 to 64"),
-            (json!({"resources": {"gpus": 3, "tensor_parallel": 2}}), "resources.gpus", "multiple"),
+            (json!({"resources": {"gpus": 3, "tensor_parallel": 2}}), "resources.gpus", "needs 2"),
             (json!({"resources": {"share_gpu": true}}), "resources.share_gpu", "gpu_memory_bytes"),
             (json!({"resources": {"gpu_memory_bytes": "40G"}}), "resources.gpu_memory_bytes", "bytes"),
             (json!({"resources": {"gpus": 2}, "gpus_per_replica": 1}), "resources.gpus", "gpus_per_replica"),
             (
                 json!({"resources": {"tensor_parallel": 4}, "args": ["-tp", "2"]}),
-                "resources.tensor_parallel",
-                "\"2\"",
+                "args",
+                "the field tensor_parallel",
             ),
         ] {
             let error = deployment_body("m", &body, 10).expect_err(&body.to_string());

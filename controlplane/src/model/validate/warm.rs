@@ -45,7 +45,8 @@ fn part<'a>(fields: &'a Map<String, Value>, field: &str) -> Option<&'a Value> {
 fn sleep(value: &Value) -> Result<Sleep, FieldError> {
     let fields = object(value, &["level"])?;
     let missing = || {
-        let wanted = "level is missing: 1 keeps the weights in the host's memory, 2 drops them; or \"sleep\": \"off\"";
+        let wanted =
+            "level is missing: 1 keeps the weights in the host's memory, 2 drops them; or \"sleep\": \"off\"";
         FieldError::new("level", wanted)
     };
     Ok(Sleep { level: whole(fields, "level", 1, 2)?.ok_or_else(missing)? })
@@ -134,7 +135,11 @@ mod tests {
         ] {
             let error = deployment_body("m", &json!({"warm": body}), 10).expect_err(&body.to_string());
             assert_eq!(error.field, field, "{body}");
-            assert!(error.message.contains(part) && !error.message.contains("hunter2"), "{body}: {}", error.message);
+            assert!(
+                error.message.contains(part) && !error.message.contains("hunter2"),
+                "{body}: {}",
+                error.message
+            );
         }
     }
 }

@@ -100,7 +100,8 @@ impl Reserve {
             }
         }
         for need in needs {
-            let placed = (0..need.replicas).take_while(|_| self.place(&need, &mut rooms, caps, &mut made)).count();
+            let placed =
+                (0..need.replicas).take_while(|_| self.place(&need, &mut rooms, caps, &mut made)).count();
             if placed > 0 {
                 made.comes.push((need.model, placed));
             }

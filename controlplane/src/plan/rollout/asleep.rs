@@ -8,7 +8,8 @@ use super::{Action, Deployment, Member, Standing, Step};
 
 /// How many may sleep beside `wanted` that do not: with all awake there would be no more than the model may have.
 pub(super) fn most(wanted: usize, deployment: &Deployment) -> usize {
-    let to_zero = deployment.policy.autoscaling.as_ref().filter(|auto| auto.min == 0 && auto.idle_to_zero_s > 0);
+    let to_zero =
+        deployment.policy.autoscaling.as_ref().filter(|auto| auto.min == 0 && auto.idle_to_zero_s > 0);
     match (to_zero, deployment.spec.warm.sleep) {
         (Some(auto), Some(_)) => usize::try_from(auto.max).unwrap_or(usize::MAX).saturating_sub(wanted),
         _ => 0,

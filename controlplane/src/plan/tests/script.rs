@@ -98,6 +98,7 @@ impl World {
             ["report", id, state, "restarts", restarts, reason @ ..] => {
                 self.report(id, named(state), number(restarts), &reason.join(" "));
             }
+            ["give-up", id, reason @ ..] => self.give_up(id, &reason.join(" ")),
             ["report", id, state, reason @ ..] => self.report(id, named(state), 0, &reason.join(" ")),
             ["gpus", id] => return self.gpus(id),
             ["plan"] => return self.planned(),

@@ -8,12 +8,12 @@ use std::{
 use super::super::{Demand, Desired, Load, NodeSeen, Observed, Plan, Rules, memory::Memory, plan};
 use crate::model::{
     Deployment, EngineObserved, EngineSpec, EngineState, Gpu, NodePolicy, Phase, Placement, Policy,
-    RegisteredEndpoint,
-    policy::Resources,
-    warm::Sleep,
+    RegisteredEndpoint, policy::Resources, warm::Sleep,
 };
 
 pub(super) const GRACE: Duration = Duration::from_secs(30);
+/// How long nodes are avoided where engines failed.
+const AVOID: Duration = Duration::from_secs(600);
 const GIB: u64 = 1 << 30;
 
 pub(super) struct World {
@@ -61,6 +61,7 @@ impl Default for World {
             rules: Rules {
                 lost_grace: GRACE,
                 replace_after_restarts: 5,
+                hold_after_nodes: 3,
                 max_starts: 1_000,
                 max_stops: 1_000,
                 max_view_age: Duration::from_secs(60),
@@ -92,6 +93,16 @@ impl World {
             let demand = self.demands.get(name).copied();
             let seen = self.memory.model(deployment, placement, is_ready, &load, demand, now);
             observed.models.insert(name, seen);
+            if let Some(placement) = placement {
+                let fails = |node: &str| {
+                    let here = placement
+                        .assignments
+                        .iter()
+                        .filter(|a| a.node_id == node && a.phase == Phase::Active);
+                    here.into_iter().any(|a| !is_ready(&a.replica_id, a.generation))
+                };
+                observed.forgiven.insert(name, self.memory.forgiven(placement, fails, AVOID, now));
+            }
         }
         let present = self.nodes.iter().filter(|(_, n)| n.lost_since.is_none());
         let present = present.map(|(name, n)| (name.as_str(), n.zone.as_str()));
@@ -149,6 +160,7 @@ impl World {
             name: String::new(),
             memory_total_mib: 80 * 1024,
             fault: String::new(),
+            degraded: false,
             numa_node: None,
             link_group: String::new(),
         };
@@ -166,6 +178,7 @@ impl World {
             resources: Resources::default(),
             lora: vec![],
             warm: Default::default(),
+            options: Default::default(),
         };
         let before = self.deployments.get(model);
         let policy = before.map_or_else(Policy::default, |before| before.policy.clone());
@@ -187,7 +200,10 @@ impl World {
     pub(super) fn ready(&mut self, id: &str) {
         let all = self.placements.values().flat_map(|p| p.assignments.iter().map(move |a| (p, a)));
         let Some((placement, a)) = all.into_iter().find(|(_, a)| a.replica_id == id) else { return };
-        if a.phase == Phase::Leaving || a.asleep || self.nodes.get(&a.node_id).is_none_or(|n| n.lost_since.is_some()) {
+        if a.phase == Phase::Leaving
+            || a.asleep
+            || self.nodes.get(&a.node_id).is_none_or(|n| n.lost_since.is_some())
+        {
             return;
         }
         let endpoint = RegisteredEndpoint {
@@ -265,6 +281,8 @@ impl World {
             address: String::new(),
             pid: 0,
             restarts,
+            failures: None,
+            gave_up: None,
             reason: reason.to_owned(),
             says_load: false,
             running: 0,
@@ -274,6 +292,13 @@ impl World {
             started: Default::default(),
         };
         self.engines.insert(id.to_owned(), engine);
+    }
+
+    /// The replica's agent gives its engine up.
+    pub(super) fn give_up(&mut self, id: &str, reason: &str) {
+        self.report(id, EngineState::Failed, 1, reason);
+        let engine = self.engines.get_mut(id).unwrap();
+        (engine.failures, engine.gave_up) = (Some(1), Some(reason.to_owned()));
     }
 
     /// The memory that one replica of a model asks for on each GPU.

@@ -142,8 +142,6 @@ pub(super) async fn run(
     if let Some(max_tokens) = job.max_tokens {
         metrics.request_max_tokens.observe(max_tokens as f64);
     }
-    metrics.request_prompt_tokens.observe(job.prompt_tokens as f64);
-    metrics.prompt_tokens.inc_by(job.prompt_tokens);
     let now = Instant::now();
     let choices: Vec<Choice> = job
         .generations
@@ -257,9 +255,11 @@ impl Run<'_> {
         }
     }
 
-    /// Observes queue and prefill once the first token is out.
+    /// Observes prompt, queue and prefill once the first token is out: vLLM counts them then.
     fn observe_start(&mut self, choice: usize) {
         let metrics = &self.engine.metrics;
+        metrics.request_prompt_tokens.observe(self.prompt_tokens as f64);
+        metrics.prompt_tokens.inc_by(self.prompt_tokens);
         let Some(ticket) = &self.choices[choice].ticket else { return };
         if self.engine.options.prompt_tokens_details {
             self.cached = ticket.cached_tokens();

@@ -1,19 +1,15 @@
 //! P5, DR07, DR08: all control planes and etcd die under load, for a while, and come back only after every lease has run
 //! out. No request fails, before, meanwhile or after; a proxy that is restarted meanwhile serves.
 //!
-//! `PENSTOCK_DRILL_SECONDS=600 cargo nextest run -p penstock --test outage --no-capture` is the drill of docs/drills.md;
+//! `PENSTOCK_DRILL_SECONDS=600 cargo nextest run -p penstock --test fleet --no-capture outage` is the drill of docs/drills.md;
 //! without it the outage is short.
-
-#![allow(clippy::unwrap_used)]
-
-mod fleet;
-#[path = "../support/mod.rs"]
-mod support;
 
 use std::time::{Duration, Instant};
 
-use fleet::{Fleet, LONGEST};
-use support::load::{Load, until};
+use crate::{
+    processes::{Fleet, LONGEST, Process},
+    support::load::{Load, until},
+};
 
 /// With the default settings.
 const LEASE: Duration = Duration::from_secs(10);
@@ -31,7 +27,7 @@ async fn no_request_fails_while_everything_that_plans_is_gone_and_comes_back() {
     until("it serves", LONGEST, async || (load.done() > 20).then_some(())).await;
 
     let began = Instant::now();
-    fleet.controlplanes.iter_mut().for_each(fleet::Process::kill);
+    fleet.controlplanes.iter_mut().for_each(Process::kill);
     fleet.etcd.kill();
     fleet.proxies[1].kill();
     fleet.proxies[1].start();
@@ -48,7 +44,7 @@ async fn no_request_fails_while_everything_that_plans_is_gone_and_comes_back() {
     // The store is back long before anybody who renews leases: nodes and endpoints run out of it.
     fleet.etcd.start();
     tokio::time::sleep(LEASE + Duration::from_secs(3)).await;
-    fleet.controlplanes.iter_mut().for_each(fleet::Process::start);
+    fleet.controlplanes.iter_mut().for_each(Process::start);
     let done = (load.done(), restarted.done());
     until("all are registered again", LONGEST, async || {
         let status = fleet.ask(0, "/api/v2/cluster/status").await?;

@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::support::{client, load::until, penstock, pid};
+use crate::support::{client, load::until, penstock, pid};
 
 /// For a process to be up, or for the fleet to have settled, on a machine that is busy with other tests.
 pub(crate) const LONGEST: Duration = Duration::from_secs(90);
@@ -19,7 +19,7 @@ pub(crate) const LONGEST: Duration = Duration::from_secs(90);
 /// A process that ends with the test.
 pub(crate) struct Process {
     name: String,
-    make: Box<dyn Fn() -> Command + Send>,
+    make: Box<dyn Fn() -> Command + Send + Sync>,
     child: Option<Child>,
 }
 
@@ -30,7 +30,7 @@ impl Drop for Process {
 }
 
 impl Process {
-    fn new(name: &str, make: impl Fn() -> Command + Send + 'static) -> Self {
+    fn new(name: &str, make: impl Fn() -> Command + Send + Sync + 'static) -> Self {
         let mut process = Self { name: name.into(), make: Box::new(make), child: None };
         process.start();
         process
@@ -60,6 +60,48 @@ impl Process {
     pub(crate) fn stop(&mut self) {
         let ended = self.terminate();
         assert!(ended.is_some_and(|status| status.success()), "{}: {ended:?}", self.name);
+    }
+}
+
+/// Wrong clocks of processes, by name, through libfaketime (Debian's `faketime`). Their monotonic clocks are right, as they
+/// are on a machine whose date is wrong.
+#[derive(Clone)]
+pub(crate) struct Clocks {
+    library: PathBuf,
+    dir: PathBuf,
+}
+
+impl Clocks {
+    /// In a folder that outlives the processes. None, with the reason printed, where there is no libfaketime.
+    pub(crate) fn new(dir: &Path) -> Option<Self> {
+        let libraries = std::fs::read_dir("/usr/lib").unwrap().filter_map(Result::ok);
+        let mut at = libraries.map(|folder| folder.path().join("faketime/libfaketimeMT.so.1"));
+        let library = at.find(|file| file.exists());
+        if library.is_none() {
+            let reason = "no libfaketime (scripts/setup.sh test installs it): nothing was tested";
+            assert!(std::env::var_os("CI").is_none(), "{reason}");
+            println!("{reason}");
+        }
+        Some(Self { library: library?, dir: dir.into() })
+    }
+
+    /// Sets a process's clock, running or not: "+1h", "-1h", "+0".
+    pub(crate) fn set(&self, process: &str, offset: &str) {
+        let (file, new) = (self.file(process), self.dir.join("new"));
+        std::fs::write(&new, offset).unwrap();
+        std::fs::rename(new, file).unwrap();
+    }
+
+    fn file(&self, process: &str) -> PathBuf {
+        self.dir.join(format!("{process}.clock"))
+    }
+
+    fn worn_by(&self, command: &mut Command, process: &str) {
+        let file = self.file(process);
+        if file.exists() {
+            command.env("LD_PRELOAD", &self.library).env("FAKETIME_TIMESTAMP_FILE", file);
+            command.envs([("DONT_FAKE_MONOTONIC", "1"), ("FAKETIME_CACHE_DURATION", "1")]);
+        }
     }
 }
 
@@ -120,6 +162,11 @@ impl Drop for Fleet {
 impl Fleet {
     /// Two control planes, two proxies and an agent. None, with the reason printed, where there is no etcd.
     pub(crate) fn start() -> Option<Self> {
+        Self::start_with(None)
+    }
+
+    /// The same, with wrong clocks: of "controlplane-0", "controlplane-1" and "agent", if they were set.
+    pub(crate) fn start_with(clocks: Option<&Clocks>) -> Option<Self> {
         if Command::new("etcd").arg("--version").output().is_err() {
             println!("skipped: no etcd on this machine (apt-get install etcd-server)");
             return None;
@@ -143,10 +190,11 @@ impl Fleet {
             })
         };
         let controlplanes = (0..2).map(|index| {
-            let (at, ports) = (at.clone(), ports.clone());
+            let (at, ports, clocks) = (at.clone(), ports.clone(), clocks.cloned());
             Process::new("controlplane", move || {
                 let mut command = penstock();
                 command.arg("controlplane");
+                clocks.iter().for_each(|c| c.worn_by(&mut command, &format!("controlplane-{index}")));
                 command.arg("--http-listen").arg(format!("127.0.0.1:{}", ports.http[index]));
                 command.arg("--grpc-listen").arg(format!("127.0.0.1:{}", ports.grpc[index]));
                 command.arg("--etcd-endpoints").arg(format!("http://127.0.0.1:{}", ports.etcd[0]));
@@ -156,11 +204,12 @@ impl Fleet {
         let controlplanes: Vec<Process> = controlplanes.collect();
         let grpc = json!(ports.grpc.map(|port| format!("http://127.0.0.1:{port}"))).to_string();
         let agent = {
-            let (at, endpoints) = (at.clone(), grpc.clone());
+            let (at, endpoints, clocks) = (at.clone(), grpc.clone(), clocks.cloned());
             let port = ports.agent;
             Process::new("agent", move || {
                 let mut command = penstock();
                 command.arg("agent");
+                clocks.iter().for_each(|c| c.worn_by(&mut command, "agent"));
                 let sim = json!([env!("CARGO_BIN_EXE_penstock"), "engine-sim"]).to_string();
                 for (key, value) in [
                     ("NODE_ID", "node-1"),
@@ -219,7 +268,12 @@ impl Fleet {
 
     /// Deploys "m" and waits until both proxies serve it.
     pub(crate) async fn deploy(&self, replicas: u32) {
-        let url = format!("http://127.0.0.1:{}/api/v2/deployments/m", self.ports.http[0]);
+        self.deploy_by(0, replicas).await;
+    }
+
+    /// The same by one control plane.
+    pub(crate) async fn deploy_by(&self, plane: usize, replicas: u32) {
+        let url = format!("http://127.0.0.1:{}/api/v2/deployments/m", self.ports.http[plane]);
         let body = json!({"engine": "sim", "model_path": "x", "replicas": replicas});
         until("it is deployed", LONGEST, async || {
             let answer = client().put(&url).json(&body).send().await.ok()?;
