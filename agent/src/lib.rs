@@ -27,3 +27,4 @@ mod state;
 mod warm;
 
 pub use process::{Error, main, run};
+pub use warm::preflight::{Check, preflight};

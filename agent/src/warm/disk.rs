@@ -68,6 +68,14 @@ pub(crate) fn is_there(models_dir: &str, model_path: &str) -> bool {
     ["", "hub"].iter().any(|below| Path::new(models_dir).join(below).join(&cached).is_dir())
 }
 
+/// Room to spare, whatever is fetched.
+///
+/// # Errors
+/// What is missing, in words.
+pub(crate) async fn room(warm: &WarmConfig) -> Result<(), String> {
+    check(warm, "", 0).await
+}
+
 async fn check(warm: &WarmConfig, model_path: &str, size_gib: u64) -> Result<(), String> {
     if warm.models_dir.is_empty() {
         return Ok(());

@@ -4,10 +4,12 @@
 //! nothing, with the reason kept where the operator sees it. `docs/warm-starts.md` is the operator's side.
 //!
 //! The rooms: [`sleep`] (vLLM's sleep mode), [`restore`] (the hook), [`prefetch`] (models on this node's disks), [`disk`]
-//! (is there room for them). What a supervisor does with them is in `engine::supervisor::warm`.
+//! (is there room for them),
+//! [`preflight`] (all of that before anything runs). What a supervisor does with them is in `engine::supervisor::warm`.
 
 pub(crate) mod disk;
 pub(crate) mod prefetch;
+pub(crate) mod preflight;
 pub(crate) mod restore;
 pub(crate) mod sleep;
 

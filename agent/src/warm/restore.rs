@@ -109,14 +109,22 @@ pub(crate) fn timeout(cx: &Context, assignment: &Assignment) -> Option<Duration>
 pub(crate) async fn hook(cx: &Context, assignment: &Assignment) -> Result<Option<Hook>, String> {
     let spec = &assignment.spec;
     let Some(program) = cx.config.programs.get(&spec.engine) else { return Ok(None) };
-    let Some(wanted) = wanted(&spec.engine, &program.restore, spec.warm.restore.as_ref())? else {
-        return Ok(None);
-    };
+    checked(&spec.engine, &program.restore, spec.warm.restore.as_ref(), &cx.warm.secrets_dir).await
+}
+
+/// The hook that settings and deployment ask for, with all that has to be there for it looked at.
+///
+/// # Errors
+/// What is wrong or missing.
+pub(super) async fn checked(
+    engine: &str,
+    program: &RestoreProgram,
+    spec: Option<&RestoreSpec>,
+    secrets_dir: &str,
+) -> Result<Option<Hook>, String> {
+    let Some(wanted) = wanted(engine, program, spec)? else { return Ok(None) };
     if !wanted.path.is_empty() && !is(&wanted.path, Path::is_dir).await? {
-        return Err(format!(
-            "the path {} (engines.{}.restore.path) is no folder here",
-            wanted.path, spec.engine
-        ));
+        return Err(format!("the path {} (engines.{engine}.restore.path) is no folder here", wanted.path));
     }
     if let Storage::File { path } = &wanted.storage
         && !is(path, Path::exists).await?
@@ -125,7 +133,7 @@ pub(crate) async fn hook(cx: &Context, assignment: &Assignment) -> Result<Option
     }
     let secret = match &wanted.secret {
         None => None,
-        Some(secret) => Some(resolve(secret, &cx.warm.secrets_dir).await?),
+        Some(secret) => Some(resolve(secret, secrets_dir).await?),
     };
     let Wanted { command, storage, path, timeout, .. } = wanted;
     Ok(Some(Hook { command, storage, path, secret, timeout }))
