@@ -15,7 +15,7 @@ use penstock_proto::v1;
 use crate::{
     board::EngineView,
     engine::{State, load},
-    gpu::GpuReport,
+    gpu::{GpuKind, GpuReport},
     warm::Way,
 };
 
@@ -324,7 +324,12 @@ impl Metrics {
         self.gpus.set(i64::try_from(report.gpus.len()).unwrap_or(i64::MAX));
         self.gpus_faulty.set(count(v1::GpuHealth::Faulty));
         self.gpus_degraded.set(count(v1::GpuHealth::Degraded));
-        self.gpu_reading_age.set(whole(report.source(Instant::now()).reading_age_ms / 1_000));
+        // Where nothing is read, nothing gets old.
+        let age_ms = match report.kind {
+            GpuKind::None => 0,
+            _ => report.source(Instant::now()).reading_age_ms,
+        };
+        self.gpu_reading_age.set(whole(age_ms / 1_000));
         self.per_gpu().iter().for_each(|gauges| gauges.reset());
         for gpu in &report.gpus {
             let label = [gpu.uuid.as_str()];
@@ -375,7 +380,7 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{engine::records::tests::record, gpu::GpuKind};
+    use crate::engine::records::tests::record;
 
     #[test]
     fn each_gpu_has_its_series_while_it_is_there() {

@@ -1,5 +1,6 @@
 //! The private HTTP server: probes, metrics, and what runs here and why.
 //!
+//! `/engines/health` is 503 until every engine of this node is ready and routed to, and says which are not.
 //! `/livez` and `/healthz` say that the process answers. `/readyz` is 503 until a control plane has welcomed this agent
 //! once, and while it stops; a control plane that goes away later does not make it unready, since engines go on.
 
@@ -15,7 +16,12 @@ use axum::{
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::{board::EngineView, engine::context::Context, fleet::SessionStatus, gpu};
+use crate::{
+    board::EngineView,
+    engine::{State as EngineState, context::Context},
+    fleet::SessionStatus,
+    gpu,
+};
 
 /// What the server shows.
 #[derive(Clone)]
@@ -39,6 +45,7 @@ pub(crate) fn router(shown: Shown) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/engines", get(engines))
+        .route("/engines/health", get(engines_health))
         .with_state(shown)
         .merge(gpus)
 }
@@ -70,6 +77,26 @@ async fn metrics(State(shown): State<Shown>) -> Response {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
+}
+
+/// All or nothing, for whoever waits for the whole node; each engine's own state is in `/engines`.
+async fn engines_health(State(shown): State<Shown>) -> Response {
+    let engines = shown.cx.board.all();
+    let is_up = |view: &&EngineView| view.state == EngineState::Ready && view.registration == "accepted";
+    let waits = |view: &EngineView| {
+        json!({
+            "id": view.assignment.replica_id,
+            "state": view.state.name(),
+            "registration": view.registration,
+            "reason": view.told(),
+        })
+    };
+    let not_ready: Vec<Value> = engines.iter().filter(|view| !is_up(view)).map(waits).collect();
+    let (status, word) = match not_ready.is_empty() {
+        true => (StatusCode::OK, "ready"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "notready"),
+    };
+    (status, Json(json!({"status": word, "engines": engines.len(), "not_ready": not_ready}))).into_response()
 }
 
 async fn engines(State(shown): State<Shown>) -> Json<Value> {

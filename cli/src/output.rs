@@ -65,7 +65,9 @@ pub(crate) fn failed(error: &ApiError) -> ExitCode {
     say(&error.to_string());
     ExitCode::from(match error {
         ApiError::Usage(_) => USAGE,
-        ApiError::Unreachable { .. } | ApiError::ProxyUnreachable { .. } => UNREACHABLE,
+        ApiError::Unreachable { .. }
+        | ApiError::ProxyUnreachable { .. }
+        | ApiError::AgentUnreachable { .. } => UNREACHABLE,
         ApiError::NotFound(_) => NOT_FOUND,
         ApiError::Differs(_) => DIFFERS,
         ApiError::Refused { .. }

@@ -64,6 +64,7 @@ fn samples(schema: &Value, part: &Value) -> (Value, Value) {
     }
     match part["type"].as_str().unwrap() {
         "integer" => (part["maximum"].clone(), json!(part["maximum"].as_u64().unwrap() + 1)),
+        "number" => (part["maximum"].clone(), json!(part["maximum"].as_f64().unwrap() + 1.0)),
         "boolean" => (json!(true), json!("yes")),
         "string" => (json!("abc"), json!(7)),
         "array" => {
@@ -125,6 +126,9 @@ fn company(document: &mut Value) {
     let spec = &mut document["spec"];
     if spec.pointer("/resources/share_gpu") == Some(&json!(true)) {
         spec["resources"]["gpu_memory_bytes"] = json!(1);
+    }
+    if spec.pointer("/max_lora_rank").or(spec.pointer("/max_loras")).is_some() {
+        spec["lora"] = json!([{"name": "abc", "path": "abc"}]);
     }
     if spec.pointer("/autoscaling/idle_to_zero_s").is_some_and(|s| s != &json!(0)) {
         spec["autoscaling"]["min"] = json!(0);

@@ -69,6 +69,8 @@ pub enum GpuAction {
 pub struct GpuPolicyConfig {
     /// What a faulty GPU leads to: "pull" (its engines leave routing and end, nothing is placed on it) or "report".
     pub on_fault: String,
+    /// Share of requests that an engine on a degraded GPU gets, in percent of that of others; 100: the same.
+    pub degraded_weight_percent: u32,
     /// XIDs that make a GPU faulty, until an operator clears them or the machine boots.
     pub fault_xids: Vec<u32>,
     /// XIDs that make a GPU degraded, as long.
@@ -97,6 +99,7 @@ impl Default for GpuPolicyConfig {
     fn default() -> Self {
         Self {
             on_fault: "pull".into(),
+            degraded_weight_percent: 100,
             fault_xids: vec![48, 62, 64, 74, 79, 95, 119, 120, 140, 143],
             degrade_xids: vec![63, 92, 94, 121],
             application_xids: 20,
@@ -136,6 +139,12 @@ impl GpuConfig {
         if !["pull", "report"].contains(&policy.on_fault.as_str()) {
             return Err(format!("gpus.policy.on_fault is {:?}; accepted: pull, report", policy.on_fault));
         }
+        if !(1..=100).contains(&policy.degraded_weight_percent) {
+            return Err(format!(
+                "gpus.policy.degraded_weight_percent is {}; accepted: 1 to 100",
+                policy.degraded_weight_percent
+            ));
+        }
         match policy.fault_xids.iter().find(|xid| policy.degrade_xids.contains(xid)) {
             Some(xid) => Err(format!(
                 "gpus.policy.fault_xids and gpus.policy.degrade_xids both have {xid}; choose one"
@@ -164,6 +173,7 @@ mod tests {
         assert!(refused(|c| c.stale_ms = 0).contains("gpus.stale_ms is 0"));
         assert!(refused(|c| c.simulated_script = "x".into()).contains("a script is for \"simulated\""));
         assert!(refused(|c| c.policy.on_fault = "kill".into()).contains("accepted: pull, report"));
+        assert!(refused(|c| c.policy.degraded_weight_percent = 0).contains("accepted: 1 to 100"));
         assert!(refused(|c| c.policy.degrade_xids.push(79)).contains("both have 79"));
     }
 

@@ -39,15 +39,24 @@ pub(crate) struct Launch {
     pub(crate) env_removed: Vec<&'static str>,
 }
 
-/// An assignment that no retry can start; the sentence is for the operator.
+/// An assignment that cannot be started as it is; the sentence is for the operator.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct SpecError(String);
+#[error("{sentence}")]
+pub(crate) struct SpecError {
+    sentence: String,
+    /// No retry can start it: it is not what is installed on the node that is in its way.
+    pub(crate) permanent: bool,
+}
 
 impl SpecError {
     /// With its sentence.
     pub(super) fn new(sentence: impl Into<String>) -> Self {
-        Self(sentence.into())
+        Self { sentence: sentence.into(), permanent: true }
+    }
+
+    /// One that another version of the program would not have.
+    pub(super) fn of_version(sentence: String) -> Self {
+        Self { sentence, permanent: false }
     }
 }
 
@@ -131,24 +140,24 @@ pub(crate) fn launch(
         GpuKind::None => vec![SIMULATED_GPUS_VARIABLE],
     };
     if argv.iter().chain(env.values()).any(|text| text.contains('\0')) {
-        return Err(SpecError("an argument or variable holds a NUL character, which none can".into()));
+        return Err(SpecError::new("an argument or variable holds a NUL character, which none can"));
     }
     Ok((Launch { argv, env, env_removed }, notes))
 }
 
 fn unknown_engine(programs: &BTreeMap<String, EngineProgram>, name: &str) -> SpecError {
     let known = programs.keys().cloned().collect::<Vec<_>>().join(", ");
-    SpecError(format!(
+    SpecError::new(format!(
         "engine {name:?} is not known on this node; known are: {known} (agent settings [engines.NAME])"
     ))
 }
 
 pub(super) fn check_value(field: &str, value: &str) -> Result<(), SpecError> {
     if value.is_empty() {
-        return Err(SpecError(format!("{field} is empty")));
+        return Err(SpecError::new(format!("{field} is empty")));
     }
     if value.starts_with('-') {
-        return Err(SpecError(format!(
+        return Err(SpecError::new(format!(
             "{field} is {value:?}; it must not begin with '-', which would make it an option"
         )));
     }
@@ -157,7 +166,7 @@ pub(super) fn check_value(field: &str, value: &str) -> Result<(), SpecError> {
 
 fn check_variable(name: &str) -> Result<(), SpecError> {
     if name.is_empty() || name.contains(['=', '\0']) {
-        return Err(SpecError(format!(
+        return Err(SpecError::new(format!(
             "the environment variable name {name:?} must not be empty or contain '='"
         )));
     }

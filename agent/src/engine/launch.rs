@@ -169,7 +169,7 @@ pub(crate) async fn launch(
         version: versions::released(&version),
     };
     let (launch, notes) = command::launch(&cx.config.programs, assignment, place)
-        .map_err(|e| Failure { reason: e.to_string(), permanent: true })?;
+        .map_err(|e| Failure { permanent: e.permanent, reason: e.to_string() })?;
     if let Some(reason) = verify::lacks(cx, assignment, &launch.argv).await {
         return Err(Failure::passing(reason));
     }

@@ -114,7 +114,10 @@ impl Supervisor {
         };
         let silent = until_silent(&cx, &engine.target, |since| pulse.moved() >= since);
         let (period, deadline) = (ms(config.load_ms), ms(config.load_timeout_ms));
-        let notes = load_notes(&cx, &id, &pulse);
+        // Of other servers than vLLM nobody expects vLLM's figures.
+        let is_vllm =
+            config.programs.get(&self.assignment.spec.engine).is_some_and(|program| !program.is_exec());
+        let notes = load_notes(&cx, &id, &pulse, is_vllm);
         let load = watching::follow_load(&cx.probe, &engine.target, period, deadline, notes);
         let (wanted, name) = (self.wanted(engine), self.assignment.spec.served_model_name.clone());
         let note = |adapters| {
@@ -174,6 +177,7 @@ fn load_notes<'a>(
     cx: &'a Context,
     id: &'a str,
     pulse: &'a Pulse,
+    is_vllm: bool,
 ) -> impl FnMut(Result<Scrape, String>, Instant) + 'a {
     let (mut failed, mut missing) = (false, Vec::new());
     move |reading, began| match reading {
@@ -183,7 +187,7 @@ fn load_notes<'a>(
             if let Some(load) = pulse.read(&scrape, began) {
                 cx.board.note_load(id, load, Instant::now());
             }
-            if missing != scrape.missing {
+            if is_vllm && missing != scrape.missing {
                 tracing::warn!(replica = id, missing = ?scrape.missing, "figures that an engine's /metrics lacks");
                 missing.clone_from(&scrape.missing);
                 cx.board.update(id, |view| view.missing = scrape.missing);

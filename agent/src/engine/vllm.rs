@@ -54,7 +54,7 @@ pub(super) fn arguments(
     match place.version {
         Some(version) => {
             let niceties: &[&str] = if own_time { &[SHUTDOWN] } else { &[] };
-            let fitted = versions::fit(all, version, niceties).map_err(SpecError::new)?;
+            let fitted = versions::fit(all, version, niceties).map_err(SpecError::of_version)?;
             (arguments, notes) = (fitted.arguments, fitted.notes);
         }
         None => arguments.extend(all),

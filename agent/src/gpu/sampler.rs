@@ -157,7 +157,21 @@ impl Sampler {
             self.judged(card, verdict)
         });
         let gpus: Vec<v1::Gpu> = gpus.collect();
+        self.cx.registry.weigh(self.weights(&gpus));
         self.publish(gpus, driver, tried);
+    }
+
+    /// Engines on degraded GPUs, where the policy gives them less than a full share of requests.
+    fn weights(&self, gpus: &[v1::Gpu]) -> BTreeMap<String, u32> {
+        let percent = self.config.policy.degraded_weight_percent;
+        if percent >= 100 {
+            return BTreeMap::new();
+        }
+        let degraded = gpus.iter().filter(|gpu| gpu.health == i32::from(v1::GpuHealth::Degraded));
+        let degraded: BTreeSet<&str> = degraded.map(|gpu| gpu.uuid.as_str()).collect();
+        let assignments = self.cx.board.all().into_iter().map(|view| view.assignment);
+        let slow = assignments.filter(|a| a.gpu_uuids.iter().any(|uuid| degraded.contains(uuid.as_str())));
+        slow.map(|assignment| (assignment.replica_id, percent)).collect()
     }
 
     fn publish(&self, gpus: Vec<v1::Gpu>, driver: Driver, tried: Instant) {

@@ -66,6 +66,8 @@ enum Entry {
 #[derive(Debug, Default)]
 pub(crate) struct Registrations {
     entries: BTreeMap<String, Entry>,
+    /// Shares of requests in percent of engines that get less than a full one.
+    weights: BTreeMap<String, u32>,
 }
 
 impl Registrations {
@@ -89,6 +91,22 @@ impl Registrations {
         }
         self.entries
             .insert(replica_id.into(), Entry::Leaving { model: model.into(), generation, asked: None });
+    }
+
+    /// Which engines get less than a full share of requests, in percent. False: that is what was known.
+    fn weigh(&mut self, weights: BTreeMap<String, u32>) -> bool {
+        if self.weights == weights {
+            return false;
+        }
+        for (replica_id, entry) in &mut self.entries {
+            if let Entry::Wanted(_, link) = entry
+                && self.weights.get(replica_id) != weights.get(replica_id)
+            {
+                *link = Link::Untold;
+            }
+        }
+        self.weights = weights;
+        true
     }
 
     /// A new session knows nothing of what the last one was told.
@@ -131,6 +149,7 @@ impl Registrations {
                             address: wanted.address.clone(),
                             pid: wanted.pid,
                             adapters: wanted.adapters.clone(),
+                            weight_percent: self.weights.get(replica_id).copied(),
                         }));
                     }
                 }
@@ -211,6 +230,13 @@ impl Registry {
         let result = change(&mut self.lock());
         self.changes.send_modify(|count| *count = count.wrapping_add(1));
         result
+    }
+
+    /// Which engines get less than a full share of requests, in percent. Wakes nobody when that is known.
+    pub(crate) fn weigh(&self, weights: BTreeMap<String, u32>) {
+        if self.lock().weigh(weights) {
+            self.changes.send_modify(|count| *count = count.wrapping_add(1));
+        }
     }
 
     /// What to send now; see [`Registrations::due`]. Wakes nobody: it is the woken who ask.

@@ -112,3 +112,25 @@ async fn waiting_for_a_confirmation_ends_with_it_with_the_session_or_with_the_de
     assert!(waiting.await.unwrap());
     assert!(registry.left("never known", Duration::ZERO).await);
 }
+
+#[test]
+fn another_share_is_told_again_and_the_same_is_not() {
+    let (mut r, now) = (Registrations::default(), Instant::now());
+    r.want("a", wanted(1));
+    r.want("b", wanted(1));
+    let told = |r: &mut Registrations| -> Vec<(String, Option<u32>)> {
+        let due = r.due(now, RETRY).into_iter();
+        due.filter_map(|m| match m {
+            v1::agent_message::Message::Register(m) => Some((m.replica_id, m.weight_percent)),
+            _ => None,
+        })
+        .collect()
+    };
+    assert_eq!(told(&mut r), [("a".to_owned(), None), ("b".to_owned(), None)]);
+    assert!(r.weigh(BTreeMap::from([("a".to_owned(), 50)])));
+    assert_eq!(told(&mut r), [("a".to_owned(), Some(50))]);
+    assert!(!r.weigh(BTreeMap::from([("a".to_owned(), 50)])));
+    assert_eq!(told(&mut r), []);
+    assert!(r.weigh(BTreeMap::new()));
+    assert_eq!(told(&mut r), [("a".to_owned(), None)]);
+}

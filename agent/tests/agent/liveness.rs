@@ -52,7 +52,7 @@ async fn an_engine_that_answers_and_makes_no_token_is_dumped_ended_and_replaced(
             "wedged: no progress",
             "=== GET /health\n200",
             "=== end of its log\n",
-            "\nlistening on",
+            "listening on ",
             &format!("=== process {first}\n"),
             "VmRSS:",
             &format!("asked about {first}"),
@@ -151,7 +151,7 @@ async fn a_crash_loop_is_given_up_and_what_can_never_start_at_once() {
 async fn an_engine_that_was_stopped_and_one_whose_server_was_are_ended() {
     let cp = ControlPlane::start().await;
     let mut node = Node::new(&cp);
-    node.config.engines.term_ms = 60_000;
+    (node.config.engines.term_ms, node.config.engines.drain_ms) = (60_000, 300);
     cp.assign(1, 2, vec![assignment("m-0", 7, &[])]).await;
     node.start().await;
     let first = number(&node.registered("m-0").await, "pid");

@@ -32,6 +32,11 @@ pub(crate) enum ApiError {
         "cannot reach the proxy at {url} (from {origin}): {reason}\nIs it running? --proxy URL names its private port."
     )]
     ProxyUnreachable { url: String, origin: String, reason: String },
+    /// An agent's private port did not answer.
+    #[error(
+        "cannot reach the agent at {url} (from {origin}): {reason}\nIs it running? --agent URL names its private port."
+    )]
+    AgentUnreachable { url: String, origin: String, reason: String },
     /// 404.
     #[error("{0}")]
     NotFound(String),
@@ -76,6 +81,9 @@ pub(crate) struct DeploymentSpec {
     pub(crate) gpus_per_replica: Option<u32>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) lora: Vec<LoraAdapter>,
+    /// Typed fields.
+    #[serde(flatten)]
+    pub(crate) fields: serde_json::Map<String, Value>,
 }
 
 /// A LoRA adapter of a deployment.
@@ -192,6 +200,7 @@ pub(crate) struct Node {
     pub(crate) state: String,
     pub(crate) zone: String,
     pub(crate) gpus: Vec<Value>,
+    pub(crate) programs: Vec<Value>,
     pub(crate) agent_version: String,
     pub(crate) engines: u32,
     pub(crate) role: String,

@@ -110,6 +110,13 @@ pub(crate) enum Command {
     Endpoints(EndpointsArgs),
     /// Nodes: machines with GPUs, each with an agent
     Nodes(Remote),
+    /// GPUs of all nodes: how they are, and why one is not used
+    Gpus(Remote),
+    /// One GPU, on its own node
+    Gpu {
+        #[command(subcommand)]
+        command: GpuCommand,
+    },
     /// Proxies that subscribe to this control plane, and the version each has
     Proxies(Remote),
     /// Versions of this program and of the control plane
@@ -257,6 +264,9 @@ pub(crate) struct DeployArgs {
     /// LoRA adapter that each engine loads, repeatable; clients ask for it by NAME
     #[arg(long = "lora", value_name = "NAME=PATH", value_parser = name_and_value)]
     pub(crate) lora: Vec<(String, String)>,
+    /// Typed field of the deployment, repeatable: --set max_model_len=8192; docs/engines.md lists them
+    #[arg(long = "set", value_name = "FIELD=VALUE", value_parser = name_and_value)]
+    pub(crate) fields: Vec<(String, String)>,
     #[command(flatten)]
     pub(crate) wait: Wait,
     #[command(flatten)]

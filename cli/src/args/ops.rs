@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum, ValueHint};
 
-use super::{Remote, Server, Wait};
+use super::{Format, Remote, Server, Wait};
 use crate::apply::plan::{Prune, prune};
 
 /// `penstock apply`
@@ -332,6 +332,29 @@ pub(crate) struct LogsArgs {
     pub(crate) lines: u32,
     #[command(flatten)]
     pub(crate) remote: Remote,
+}
+
+/// `penstock gpu`
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum GpuCommand {
+    /// Put a GPU back into use after its XIDs or ECC errors were seen to (a reset, a replacement)
+    Clear(ClearGpuArgs),
+}
+
+/// `penstock gpu clear`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ClearGpuArgs {
+    /// Its uuid, as `penstock gpus` shows it
+    pub(crate) uuid: String,
+    /// Private port of its node's agent [default: that of the `penstock up` on --data-dir, else http://127.0.0.1:18092]
+    #[arg(long, value_name = "URL", value_hint = ValueHint::Url)]
+    pub(crate) agent: Option<String>,
+    /// Data directory of the `penstock up` to talk to [default: ~/.local/share/penstock]
+    #[arg(long, value_name = "DIR", env = "PENSTOCK_DATA_DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// How to print: a sentence, or the agent's answer as JSON or YAML
+    #[arg(long, short, value_name = "FORMAT", default_value = "table")]
+    pub(crate) output: Format,
 }
 
 /// `penstock cluster`

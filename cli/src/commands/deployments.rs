@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde_json::Value;
+
 use super::{connect, views, wait};
 use crate::{
     api::{ApiError, DeploymentSpec, LoraAdapter},
@@ -23,6 +25,7 @@ pub(crate) async fn deploy(args: &DeployArgs) -> Result<(), ApiError> {
             .iter()
             .map(|(name, path)| LoraAdapter { name: name.clone(), path: path.clone() })
             .collect(),
+        fields: args.fields.iter().map(|(name, text)| (name.clone(), value(text))).collect(),
     };
     let mut reply = server.deploy(&args.model, &spec).await?;
     if args.wait.wait {
@@ -30,6 +33,14 @@ pub(crate) async fn deploy(args: &DeployArgs) -> Result<(), ApiError> {
     }
     show(args.remote.output, &reply.json, || views::deployment_table(&[reply.value]))?;
     Ok(())
+}
+
+/// A number, true or false as such, and anything else as the text it is.
+fn value(text: &str) -> Value {
+    match serde_json::from_str(text) {
+        Ok(value @ (Value::Number(_) | Value::Bool(_))) => value,
+        _ => text.into(),
+    }
 }
 
 pub(crate) async fn scale(args: &ScaleArgs) -> Result<(), ApiError> {

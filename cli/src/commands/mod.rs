@@ -7,6 +7,7 @@ mod deployments;
 mod describe;
 mod explain;
 mod get;
+mod gpus;
 mod nodes;
 mod place;
 mod prefetch;
@@ -60,6 +61,8 @@ async fn run(command: Command) -> Result<(), ApiError> {
         Command::Models(remote) => views::models(&remote).await,
         Command::Endpoints(args) => views::endpoints(&args).await,
         Command::Nodes(remote) => views::nodes(&remote).await,
+        Command::Gpus(remote) => gpus::list(&remote).await,
+        Command::Gpu { command } => gpus::run(&command).await,
         Command::Proxies(remote) => views::proxies(&remote).await,
         Command::Version(remote) => views::version(&remote).await,
         Command::Deploy(args) => deployments::deploy(&args).await,

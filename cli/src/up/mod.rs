@@ -100,6 +100,12 @@ pub(crate) fn last_proxy(data_dir: Option<&Path>) -> Option<(String, String)> {
     Some((format!("http://{}", summary.proxy_private), file))
 }
 
+/// The same for its agent's private port.
+pub(crate) fn last_agent(data_dir: Option<&Path>) -> Option<(String, String)> {
+    let (summary, file) = last_summary(data_dir)?;
+    Some((format!("http://{}", summary.agent_private), file))
+}
+
 fn last_summary(data_dir: Option<&Path>) -> Option<(Summary, String)> {
     let root: PathBuf = datadir::default_or(data_dir).ok()?;
     let file = datadir::summary(&root);

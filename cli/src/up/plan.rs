@@ -77,7 +77,9 @@ impl Plan {
             args: self.engine_args.clone(),
             env: self.engine_env.clone(),
             gpus_per_replica: Some(1),
-            lora: Vec::new(), // adapters come with --engine-arg, or by `penstock deploy`
+            // These come with --engine-arg, or by `penstock deploy`.
+            lora: Vec::new(),
+            fields: serde_json::Map::new(),
         }
     }
 

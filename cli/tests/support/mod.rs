@@ -8,6 +8,7 @@
 
 pub(crate) mod load;
 pub(crate) mod netns;
+pub(crate) mod nodes;
 
 use std::{
     io::{BufRead, BufReader, Read},

@@ -82,6 +82,7 @@ fn shown(
     let live_gpus = live
         .filter(|live| live.connected && !live.gpus.is_empty())
         .map(|live| live.gpus.iter().map(gpus::shown).collect::<Vec<_>>());
+    let programs = live.map(|live| live.programs.iter().map(program).collect::<Vec<_>>());
     let seen_as = NodeSeen {
         zone: node.map_or("", |n| n.zone.as_str()),
         labels: node.map(|n| &n.labels),
@@ -100,6 +101,7 @@ fn shown(
         "labels": labels,
         "gpus": live_gpus.map(|gpus| json!(gpus)).or(node.map(|n| json!(n.gpus))).unwrap_or_else(|| json!([])),
         "gpu_source": live.filter(|live| live.connected).and_then(|live| live.gpu_source.as_ref()).map(gpus::source),
+        "programs": programs.unwrap_or_default(),
         "agent_version": node.map_or("", |n| &n.agent_version),
         "advertise_host": node.map_or("", |n| &n.advertise_host),
         "engines": engines,
@@ -120,4 +122,14 @@ fn disk(disk: &v1::Disk) -> Value {
 
 fn prefetch(status: &v1::PrefetchStatus) -> Value {
     json!({ "model": status.model, "state": status.state, "reason": status.reason })
+}
+
+fn program(program: &v1::EngineProgram) -> Value {
+    json!({
+        "name": program.name,
+        "kind": program.kind,
+        "version": program.version,
+        "problem": program.problem,
+        "supports": program.supports,
+    })
 }

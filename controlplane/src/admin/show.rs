@@ -30,6 +30,9 @@ pub(super) struct EndpointShown {
     pub(super) ready_ms: u64,
     /// Why not in a warmer way that was asked for.
     pub(super) start_note: String,
+    pub(super) engine_version: String,
+    pub(super) kv_events_address: String,
+    pub(super) notes: Vec<String>,
 }
 
 /// One LoRA adapter of a deployment.
@@ -132,6 +135,9 @@ fn shown(
         started: engine.map(|e| e.started.way.clone()).unwrap_or_default(),
         ready_ms: engine.map_or(0, |e| e.started.ready_ms),
         start_note: engine.map(|e| e.started.note.clone()).unwrap_or_default(),
+        engine_version: engine.map(|e| e.engine_version.clone()).unwrap_or_default(),
+        kv_events_address: engine.map(|e| e.kv_events_address.clone()).unwrap_or_default(),
+        notes: engine.map(|e| e.notes.clone()).unwrap_or_default(),
     }
 }
 
@@ -151,6 +157,8 @@ fn state(
         (Phase::Active, Some(_), _) if model.drains.contains(&a.replica_id) => {
             ("draining", "an operator drains it".into())
         }
+        // What its agent says of a ready one: figures that it does not tell, for one.
+        (Phase::Active, Some(_), Some(e)) if e.state == EngineState::Ready => ("ready", said()),
         (Phase::Active, Some(_), _) => ("ready", String::new()),
         (Phase::Active, None, _) if !present => ("lost", "its node is lost".into()),
         // It may still drain, or be on its way.

@@ -103,6 +103,10 @@ pub async fn register(core: &Core, node: &Node, asked: &v1::Registration) -> Res
             node_id: node.node_id.clone(),
             zone: node.zone.clone(),
             adapters: adapters(&asked.adapters),
+            weight_percent: asked
+                .weight_percent
+                .filter(|percent| *percent < 100)
+                .map(|percent| percent.max(1)),
         };
         let value = serde_json::to_vec(&endpoint)
             .map_err(|e| Refusal::new("store_error", format!("not registered: {e}")))?;
@@ -207,7 +211,7 @@ mod tests {
                 generation,
                 address: address.into(),
                 pid: 1,
-                adapters: vec![],
+                ..Default::default()
             };
             let outcome = judge(Some(&placement), node, &asked).map_or_else(|r| r.outcome, |_| "ok");
             assert_eq!(outcome, expected, "{id} {generation} {node} {address}");

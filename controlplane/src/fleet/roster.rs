@@ -79,6 +79,12 @@ impl Roster {
         seat
     }
 
+    /// Notes what a node's Hello says of its programs, until its first report.
+    pub fn greeted(&self, node_id: &str, programs: Vec<v1::EngineProgram>) {
+        let mut inner = self.inner();
+        Arc::make_mut(inner.nodes.entry(node_id.to_owned()).or_default()).programs = programs;
+    }
+
     /// Takes a session's seat away, unless a newer one has it.
     pub fn disconnect(&self, node_id: &str, seat: &Seat) {
         let mut inner = self.inner();
@@ -105,6 +111,7 @@ impl Roster {
         (node.engines, node.gpus, node.reported_at) = (engines, report.gpus, Some(now));
         (node.disk, node.prefetches) = (report.disk, report.prefetches);
         node.gpu_source = report.gpu_source;
+        node.programs = report.programs;
         drop(inner);
         if changed {
             self.bump();

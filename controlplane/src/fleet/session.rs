@@ -78,6 +78,7 @@ async fn serve(
 ) -> Result<(), Status> {
     let node = describe(&hello);
     let seat = core.roster.connect(&node.node_id, hello.gpus);
+    core.roster.greeted(&node.node_id, hello.programs);
     let result = async {
         let lease = arrive(core, &node).await.map_err(|e| Status::unavailable(e.to_string()))?;
         tracing::info!(node_id = node.node_id, lease, "an agent is connected");

@@ -158,6 +158,9 @@ pub struct RegisteredEndpoint {
     /// LoRA adapters it has loaded, by name, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<String>,
+    /// Of a full share of requests; None: all of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight_percent: Option<u32>,
 }
 
 /// A GPU as far as placement cares; live figures are not stored.

@@ -81,6 +81,12 @@ pub struct EngineObserved {
     /// Mean time to the first token over the last half minute, in milliseconds, and of how many requests; 0 requests: not
     /// known.
     pub ttft: (u32, u32),
+    /// What its program called its version; may be empty.
+    pub engine_version: String,
+    /// host:port at which it publishes KV events; empty: it does not.
+    pub kv_events_address: String,
+    /// What is to be known of how it was started.
+    pub notes: Vec<String>,
     /// How it became ready last.
     pub started: Started,
 }
@@ -122,6 +128,9 @@ impl From<v1::EngineStatus> for EngineObserved {
             waiting: load.waiting,
             ttft: (load.ttft_ms, load.ttft_requests),
             started: Started { way: status.started, ready_ms: status.ready_ms, note: status.start_note },
+            engine_version: status.engine_version,
+            kv_events_address: status.kv_events_address,
+            notes: status.notes,
             kv_used_ratio: if ratio.is_finite() { ratio.clamp(0.0, 1.0) } else { 0.0 },
         }
     }
@@ -144,6 +153,8 @@ pub struct NodeObserved {
     pub prefetches: Vec<v1::PrefetchStatus>,
     /// Where they are read from; None: its agent does not say.
     pub gpu_source: Option<v1::GpuSource>,
+    /// Its engines' programs, as far as it has told.
+    pub programs: Vec<v1::EngineProgram>,
     /// Replicas that its present session was told to end, and when.
     pub withdrawn: BTreeMap<String, Instant>,
 }

@@ -312,7 +312,7 @@ mod tests {
             (value!({"args": "--x"}), "args", "array"),
             (value!({"args": ["--x", 1]}), "args[1]", "must be a string"),
             (value!({"args": ["--port=1"]}), "args", "args[0] \"--port\" is not accepted: the agent gives"),
-            (value!({"args": ["--served_model_name", "x"]}), "args", "--served-model-name"),
+            (value!({"args": ["--served_model_name", "x"]}), "args", "the deployment's model name is served"),
             (value!({"env": []}), "env", "object"),
             (value!({"env": {"A": 1}}), "env.A", "must be a string"),
             (value!({"env": {"1A": "x"}}), "env.1A", "digit"),

@@ -83,6 +83,7 @@ impl Fleet {
             node_id: format!("node-{n}"),
             zone: String::new(),
             adapters: vec![],
+            weight_percent: None,
         };
         let model = self.model(pool);
         model.generations.insert(endpoint.replica_id.clone(), 1);

@@ -107,6 +107,7 @@ fn on_wire(endpoint: &crate::model::RegisteredEndpoint, state: v1::EndpointState
         zone: endpoint.zone.clone(),
         node_id: endpoint.node_id.clone(),
         adapters: endpoint.adapters.clone(),
+        weight_percent: endpoint.weight_percent,
     }
 }
 

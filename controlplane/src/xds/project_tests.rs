@@ -34,6 +34,7 @@ pub(crate) fn model(name: &str, deployed: bool, endpoints: &[&str]) -> Arc<Model
         node_id: "n".into(),
         zone: String::new(),
         adapters: vec![],
+        weight_percent: None,
     };
     Arc::new(ModelView {
         deployment: deployed.then_some(Stored { value: deployment, mod_revision: 1, lease: 0 }),

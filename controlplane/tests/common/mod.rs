@@ -278,6 +278,7 @@ impl Agent {
             address: address.into(),
             pid: 4242,
             adapters: adapters.iter().map(|name| (*name).to_owned()).collect(),
+            ..Default::default()
         };
         self.send(agent_message::Message::Register(registration)).await;
         wait("a registration's result", async || self.seen.lock().unwrap().registrations.get(before).cloned())

@@ -289,6 +289,16 @@ mod tests {
     }
 
     #[test]
+    fn the_document_has_every_field_and_everything_that_is_refused() {
+        let document = include_str!("../../../docs/engines.md");
+        let refused = COMMON.iter().chain(&OPTIONS).chain(&COMMON_VARIABLES).chain(&VARIABLES);
+        let fields = FIELDS.iter().flat_map(|field| [field.name, field.option]);
+        for name in refused.map(|refused| refused.name).chain(fields) {
+            assert!(document.contains(&format!("`{name}`")), "docs/engines.md does not speak of {name}");
+        }
+    }
+
+    #[test]
     fn every_reason_is_a_part_of_a_sentence() {
         for refused in COMMON.iter().chain(&OPTIONS).chain(&COMMON_VARIABLES).chain(&VARIABLES) {
             assert!(refused.reason.len() > 15 && !refused.reason.ends_with('.'), "{refused:?}");

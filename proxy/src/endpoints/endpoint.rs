@@ -46,6 +46,8 @@ pub struct Endpoint {
     pub zone: String,
     /// LoRA adapters it has loaded, by name.
     pub adapters: BTreeSet<String>,
+    /// Of a full share of requests, 1 to 100.
+    pub weight_percent: u32,
     /// Prebuilt: a pool key that never varies, so that connections are reused.
     pub peer: HttpPeer,
     pub(super) live: Arc<Live>,
@@ -95,6 +97,7 @@ impl Endpoint {
             draining: false,
             zone: String::new(),
             adapters: BTreeSet::new(),
+            weight_percent: 100,
             peer,
             live,
             told: Arc::default(),

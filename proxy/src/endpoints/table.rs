@@ -254,6 +254,7 @@ impl EndpointTable {
             Endpoint::new(&wire.id, &wire.address, resolved, wire.generation, &self.upstream, live);
         endpoint.draining = draining;
         endpoint.adapters = wire.adapters.iter().cloned().collect();
+        endpoint.weight_percent = wire.weight_percent.unwrap_or(100).clamp(1, 100);
         endpoint.zone.clone_from(&wire.zone);
         endpoint.told = Arc::clone(wire);
         Some(Arc::new(endpoint))

@@ -38,6 +38,7 @@ struct EndpointView<'a> {
     health: Value,
     inflight: u32,
     adapters: &'a BTreeSet<String>,
+    weight_percent: u32,
     reported: Option<Value>,
 }
 
@@ -52,6 +53,7 @@ fn view(endpoint: &Endpoint, now_ms: u64) -> EndpointView<'_> {
         health: health::describe(endpoint, now_ms),
         inflight: endpoint.inflight(),
         adapters: &endpoint.adapters,
+        weight_percent: endpoint.weight_percent,
         reported: endpoint.reported(now_ms).map(|report| {
             json!({
                 "running": report.running,

@@ -66,6 +66,12 @@ pub fn weight(age_ms: u64, slow_start_ms: u64) -> u32 {
     u32::try_from(floor + grown).unwrap_or(FULL_WEIGHT)
 }
 
+/// What is left of a weight for an endpoint that gets only so many percent of a full share; at least 1.
+pub fn share(weight: u32, percent: u32) -> u32 {
+    let share = u64::from(weight) * u64::from(percent.min(100)) / 100;
+    u32::try_from(share).unwrap_or(weight).max(1)
+}
+
 /// How busy an endpoint would be with one request more, in thousandths of a request; smaller is better. An endpoint of
 /// half the weight counts as twice as busy.
 pub fn score(load: u32, weight: u32) -> u64 {
@@ -110,6 +116,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn a_share_lowers_a_weight_and_never_takes_all_of_it() {
+        assert_eq!(share(FULL_WEIGHT, 100), FULL_WEIGHT);
+        assert_eq!(share(FULL_WEIGHT, 25), FULL_WEIGHT / 4);
+        assert_eq!((share(10, 1), share(FULL_WEIGHT, 0)), (1, 1));
+        assert!(score(3, share(FULL_WEIGHT, 50)) == 2 * score(3, FULL_WEIGHT), "twice as busy");
+    }
 
     const REPORT: Report = Report { load: 10, own: 4, measured_ms: 1_000 };
 

@@ -222,7 +222,10 @@ fn view(endpoint: &Endpoint, now_ms: u64, with: &PickRules) -> View {
         key: endpoint.key(with.key),
         load: load::estimate(own, report.as_ref(), now_ms, with.load_stale_ms),
         own,
-        weight: load::weight(endpoint.age_ms(now_ms), with.slow_start_ms),
+        weight: load::share(
+            load::weight(endpoint.age_ms(now_ms), with.slow_start_ms),
+            endpoint.weight_percent,
+        ),
         near: with.zone.is_empty() || endpoint.zone == with.zone,
     }
 }

@@ -215,6 +215,7 @@ impl World {
             node_id: a.node_id.clone(),
             zone: String::new(),
             adapters: vec![],
+            weight_percent: None,
         };
         self.registered.insert(id.to_owned(), endpoint);
     }
@@ -238,6 +239,7 @@ impl World {
                     node_id: a.node_id.clone(),
                     zone: String::new(),
                     adapters: vec![],
+                    weight_percent: None,
                 };
                 self.registered.insert(a.replica_id.clone(), endpoint);
             }
@@ -290,6 +292,9 @@ impl World {
             kv_used_ratio: 0.0,
             ttft: (0, 0),
             started: Default::default(),
+            engine_version: String::new(),
+            kv_events_address: String::new(),
+            notes: vec![],
         };
         self.engines.insert(id.to_owned(), engine);
     }
