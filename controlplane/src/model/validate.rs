@@ -13,8 +13,9 @@ use super::{desired::EngineSpec, policy::Policy};
 mod engine;
 mod policy;
 mod token;
+mod warm;
 
-pub use policy::{node_body, node_policy_body, reason_body, rollback_body, wake_body};
+pub use policy::{node_body, node_policy_body, prefetch_body, reason_body, rollback_body, wake_body};
 pub use token::{TokenBody, token_body, token_name};
 
 /// A field that was refused.
@@ -58,7 +59,7 @@ pub struct PatchBody {
     pub paused: Option<bool>,
 }
 
-const FIELDS: [&str; 12] = [
+const FIELDS: [&str; 13] = [
     "replicas",
     "engine",
     "model_path",
@@ -71,6 +72,7 @@ const FIELDS: [&str; 12] = [
     "rollout",
     "disruption",
     "autoscaling",
+    "warm",
 ];
 /// Most LoRA adapters of one deployment, and most that are taken from one engine.
 pub const MAX_ADAPTERS: usize = 256;

@@ -53,6 +53,7 @@ pub(super) fn spec(model: &str, fields: &Fields, asked: ResourcesAsked) -> Resul
         resources: asked.resources,
         lora: lora(model, fields)?,
         options,
+        warm: super::warm::warm(fields)?,
     };
     let said = gpus.map(|n| ("gpus_per_replica", n)).or(asked.gpus.map(|n| ("resources.gpus", n)));
     spec.gpus_per_replica = gpus_of(&spec, said)?;
