@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use crate::{
     assignment::Assignment,
     engine::{State, load::Load, records::Origin, ttft::Window},
+    warm::Started,
 };
 
 /// One engine, as others see it.
@@ -42,6 +43,8 @@ pub(crate) struct EngineView {
     pub(crate) first_tokens: Window,
     /// What was executed, without secrets.
     pub(crate) command: Vec<String>,
+    /// How it became ready last.
+    pub(crate) started: Started,
     /// What its program is, and what is to be known of how it was started.
     pub(crate) origin: Origin,
     /// Failures in a row.
@@ -67,6 +70,7 @@ impl EngineView {
             load: None,
             first_tokens: Window::default(),
             command: vec![],
+            started: Started::default(),
             origin: Origin::default(),
             failures: 0,
             gave_up: None,
@@ -107,6 +111,9 @@ impl EngineView {
             restarts: self.restarts,
             reason: self.told(),
             load,
+            started: self.started.way.map(|way| way.name().to_owned()).unwrap_or_default(),
+            ready_ms: u64::try_from(self.started.took.as_millis()).unwrap_or(u64::MAX),
+            start_note: self.started.note.clone(),
             engine_version: self.origin.version.clone(),
             kv_events_address: self.origin.kv_events_address.clone(),
             notes: self.origin.notes.clone(),

@@ -237,6 +237,7 @@ impl Fleet {
             Some(In::Deregistration(result)) => {
                 registry.change(|r| r.left(&result));
             }
+            Some(In::Prefetches(wishes)) => self.cx.prefetch.wish(wishes),
             Some(In::Welcome(_)) | None => {
                 tracing::warn!("the control plane sent a message that has no place here")
             }
@@ -276,6 +277,12 @@ impl Fleet {
             gpu_source: Some(gpus.source(now)),
             gpus: gpus.gpus,
             programs: self.cx.programs.shown(),
+            disk: self.cx.prefetch.disk().map(|disk| v1::Disk {
+                folder: disk.folder,
+                free_bytes: disk.free_bytes,
+                total_bytes: disk.total_bytes,
+            }),
+            prefetches: self.cx.prefetch.statuses(),
         }
     }
 

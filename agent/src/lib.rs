@@ -24,5 +24,7 @@ mod process;
 mod reconcile;
 mod registrations;
 mod state;
+mod warm;
 
 pub use process::{Error, main, run};
+pub use warm::preflight::{Check, preflight};

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     assignment::Assignment,
     state::{stem, write_atomically},
+    warm::Way,
 };
 
 /// What is known of an engine's process.
@@ -34,6 +35,12 @@ pub(crate) struct Record {
     /// It has been ready, so proxies may be sending it requests.
     #[serde(default)]
     pub(crate) ready: bool,
+    /// It was put to sleep and not woken since; set before it is asked to, so that an agent that ends meanwhile leaves word.
+    #[serde(default)]
+    pub(crate) asleep: bool,
+    /// How it was started.
+    #[serde(default)]
+    pub(crate) way: Way,
     /// Where this life's output begins in the log.
     pub(crate) log_from: u64,
     /// What was executed, for the operator; without secrets.
@@ -121,6 +128,7 @@ pub(crate) mod tests {
                 generation: 1,
                 spec: EngineSpec::default(),
                 gpu_uuids: vec![],
+                asleep: false,
             },
             port: 1,
             pid,
@@ -128,6 +136,8 @@ pub(crate) mod tests {
             boot_id: "boot".into(),
             restarts: 0,
             ready: false,
+            asleep: false,
+            way: Way::Cold,
             log_from: 0,
             command: vec![],
             origin: Origin::default(),

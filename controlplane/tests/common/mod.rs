@@ -157,6 +157,7 @@ struct AgentSeen {
     assignments: Option<v1::Assignments>,
     registrations: Vec<v1::RegistrationResult>,
     deregistrations: Vec<v1::DeregistrationResult>,
+    wishes: Option<Vec<v1::PrefetchWish>>,
     ended: Option<Status>,
 }
 
@@ -318,6 +319,7 @@ async fn read(mut inbound: Streaming<v1::ControllerMessage>, seen: Arc<Mutex<Age
                 Message::Assignments(assignments) => seen.assignments = Some(assignments),
                 Message::Registration(result) => seen.registrations.push(result),
                 Message::Deregistration(result) => seen.deregistrations.push(result),
+                Message::Prefetches(wishes) => seen.wishes = Some(wishes.wishes),
             },
             Ok(None) => return seen.ended = Some(Status::ok("it was closed")),
             Err(status) => return seen.ended = Some(status),
