@@ -338,7 +338,7 @@ impl Metrics {
                     gauges.with_label_values(&label).set(value);
                 }
             };
-            let errors = gpu.errors.clone().unwrap_or_default();
+            let errors = gpu.errors.unwrap_or_default();
             let others = gpu.processes.iter().filter(|process| process.replica_id.is_empty());
             let others = others.filter_map(|process| process.used_mib).sum::<u64>();
             let slowed = |reason: &String| {

@@ -211,7 +211,7 @@ async fn run_with(
     if let Err(error) = nix::sys::prctl::set_child_subreaper(true) {
         tracing::warn!(%error, "cannot become a child subreaper: orphans of engines go to init");
     }
-    let opened = gpu::open(&config.gpus, &node_id).map_err(Error::System)?;
+    let opened = gpu::open(&config.gpus, &node_id, state.root()).map_err(Error::System)?;
     let (report, gpus) = gpu::handle(&opened);
     let cx = Arc::new(context(&config, state.clone(), gpus, hurry)?);
     let sampler = gpu::Sampler::new(cx.clone(), opened, &config.gpus, report);

@@ -18,4 +18,5 @@ mod process;
 mod restore;
 mod simulated_gpus;
 mod sleep;
+mod spec;
 mod stop;

@@ -157,24 +157,10 @@ pub(crate) fn shown_spec(kind: Kind, shown: &Value) -> Option<Value> {
         Kind::Route if shown.get("implicit") == Some(&Value::Bool(true)) => return None,
         Kind::Route | Kind::Deployment => shown,
     };
-    let own: &[&str] = match kind {
-        Kind::Route => &["targets", "fallbacks"],
-        Kind::NodePolicy => &["cordoned", "maintenance", "reason", "taints", "labels", "role", "prefetch"],
-        Kind::Deployment => &[
-            "replicas",
-            "engine",
-            "model_path",
-            "args",
-            "env",
-            "gpus_per_replica",
-            "resources",
-            "lora",
-            "placement",
-            "rollout",
-            "disruption",
-            "autoscaling",
-            "warm",
-        ],
+    let own = match kind {
+        Kind::Route => vec!["targets", "fallbacks"],
+        Kind::NodePolicy => vec!["cordoned", "maintenance", "reason", "taints", "labels", "role", "prefetch"],
+        Kind::Deployment => validate::deployment_fields(),
     };
     let fields = shown.as_object()?.iter().filter(|(field, _)| own.contains(&field.as_str()));
     Some(Value::Object(fields.map(|(field, value)| (field.clone(), bare(value))).collect()))

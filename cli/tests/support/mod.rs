@@ -28,7 +28,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// For all engines to be ready, on a machine that is busy with other tests.
-const READY: Duration = Duration::from_secs(120);
+const READY: Duration = Duration::from_secs(400);
 /// For a clean stop.
 const STOPPED: Duration = Duration::from_secs(60);
 

@@ -78,11 +78,15 @@ const FIELDS: [&str; 13] = [
 pub const MAX_ADAPTERS: usize = 256;
 const MAX_TEXT_BYTES: usize = 4_096;
 
+/// Every field of the body of a PUT.
+pub fn deployment_fields() -> Vec<&'static str> {
+    let typed = penstock_proto::engine::FIELDS.iter().map(|field| field.name);
+    FIELDS.into_iter().chain(typed).collect()
+}
+
 /// Checks the body of a PUT.
 pub fn deployment_body(model: &str, body: &Value, max_replicas: u32) -> Result<DeploymentBody, FieldError> {
-    let typed = penstock_proto::engine::FIELDS.iter().map(|field| field.name);
-    let known: Vec<&str> = FIELDS.into_iter().chain(typed).collect();
-    let fields = object(body, &known)?;
+    let fields = object(body, &deployment_fields())?;
     let asked = policy::resources(fields, engine::MAX_GPUS)?;
     let spec = engine::spec(model, fields, asked)?;
     let replicas = whole_in(fields, "replicas", 0, u64::from(max_replicas))?.unwrap_or(1);
