@@ -25,8 +25,18 @@ async fn each_way_to_be_ready_takes_its_time_and_the_warm_ones_take_less() {
     let penstock = env!("CARGO_BIN_EXE_penstock");
     let restored = RESTORE_MS.to_string();
     let hook = json!([
-        penstock, "engine-sim", "serve", "{model_path}", "--host", "{host}", "--port", "{port}",
-        "--served-model-name", "{model}", "--sim-load-ms", restored
+        penstock,
+        "engine-sim",
+        "serve",
+        "{model_path}",
+        "--host",
+        "{host}",
+        "--port",
+        "{port}",
+        "--served-model-name",
+        "{model}",
+        "--sim-load-ms",
+        restored
     ]);
     let fetch = json!(["sh", "-c", format!("sleep {}", FETCH_MS / 1_000), "fetch", "{model_path}"]);
     let (hook, fetch) = (hook.to_string(), fetch.to_string());
@@ -95,7 +105,8 @@ fn note(ways: &mut Vec<(String, String, u64)>, endpoint: &Value, how: &str, way:
 async fn deploy(up: &Up, model: &str, more: Value) {
     let url = format!("http://{}/api/v2/deployments/{model}", up.address("controlplane"));
     let load = LOAD_MS.to_string();
-    let mut body = json!({"engine": "sim", "model_path": model, "replicas": 1, "args": ["--sim-load-ms", load]});
+    let mut body =
+        json!({"engine": "sim", "model_path": model, "replicas": 1, "args": ["--sim-load-ms", load]});
     body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     let made = client().put(&url).json(&body).send().await.unwrap();
     assert_eq!(made.status(), 201, "{:?}", made.text().await);
