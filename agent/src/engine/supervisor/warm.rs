@@ -140,7 +140,7 @@ impl Supervisor {
             Order::Sleep => {
                 let reason = "it should sleep and does not run: it is started anew when it is wanted";
                 self.move_to(State::Failed, reason);
-                Ended::Failed(Failure { reason: reason.into(), permanent: true }, Kind::Permanent)
+                Ended::Failed(Failure::passing(reason), Kind::Other)
             }
         }
     }
