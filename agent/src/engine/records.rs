@@ -34,8 +34,9 @@ pub(crate) struct Record {
     /// It has been ready, so proxies may be sending it requests.
     #[serde(default)]
     pub(crate) ready: bool,
-    /// Where this life's output begins in the log.
-    pub(crate) log_from: u64,
+    /// The folder of its cgroup; empty: it has none.
+    #[serde(default)]
+    pub(crate) cgroup: String,
     /// What was executed, for the operator; without secrets.
     pub(crate) command: Vec<String>,
     /// What its program is, and what is to be known of how it was started.
@@ -128,7 +129,7 @@ pub(crate) mod tests {
             boot_id: "boot".into(),
             restarts: 0,
             ready: false,
-            log_from: 0,
+            cgroup: String::new(),
             command: vec![],
             origin: Origin::default(),
         }

@@ -8,11 +8,16 @@
 mod adoption;
 mod controlplane;
 mod engine;
+mod exits;
+mod foreign;
 mod gpus;
 mod life;
 mod liveness;
+mod logs;
 mod node;
 mod nvml;
 mod process;
+mod replay;
 mod simulated_gpus;
 mod stop;
+mod trees;
