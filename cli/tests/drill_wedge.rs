@@ -100,7 +100,8 @@ async fn an_engine_that_freezes_every_stream_is_replaced() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_engine_that_makes_a_token_now_and_then_is_left_alone() {
-    let (nodes, ready) = deployed(1, &["--max-num-seqs=1", "--sim-itl-ms=1600", "--sim-jitter-percent=0"]).await;
+    let (nodes, ready) =
+        deployed(1, &["--max-num-seqs=1", "--sim-itl-ms=1600", "--sim-jitter-percent=0"]).await;
     let load = Load::on(&nodes.url(), "m", 3, 4);
     until("requests have ended", LONGEST, async || (load.done() >= 3).then_some(())).await;
     let now = nodes.endpoints().await.unwrap();

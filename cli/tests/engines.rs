@@ -64,7 +64,8 @@ async fn engine(up: &Up, model: &str) -> Value {
 }
 
 fn command(engine: &Value) -> String {
-    let words: Vec<&str> = engine["command"].as_array().unwrap().iter().map(|w| w.as_str().unwrap()).collect();
+    let words: Vec<&str> =
+        engine["command"].as_array().unwrap().iter().map(|w| w.as_str().unwrap()).collect();
     words.join(" ")
 }
 
@@ -82,7 +83,8 @@ async fn chat(up: &Up, model: &str) -> String {
 fn ready(up: &Up, model: &str, before: u64) -> Value {
     eventually(&format!("a ready engine of {model}"), Duration::from_secs(90), || {
         let mut of_model = up.endpoints().into_iter().filter(|e| e["model"] == model);
-        of_model.find(|e| e["state"] == "ready" && e["pid"].as_u64().is_some_and(|pid| pid != before && pid > 0))
+        of_model
+            .find(|e| e["state"] == "ready" && e["pid"].as_u64().is_some_and(|pid| pid != before && pid > 0))
     })
 }
 
@@ -126,7 +128,10 @@ async fn typed_fields_reach_the_engine_and_its_version_is_told() {
     let (_, told) = apply(&up, dir.path(), &manifest(spec));
     assert!(told.contains("unchanged"), "{told}");
     for (spec, part) in [
-        (json!({"max_model_len": 1, "args": ["--max_model_len=2"]}), "args[0] says again what the field max_model_len says"),
+        (
+            json!({"max_model_len": 1, "args": ["--max_model_len=2"]}),
+            "args[0] says again what the field max_model_len says",
+        ),
         (json!({"tensor_parallel": 2, "gpus_per_replica": 1}), "make them equal"),
         (json!({"args": ["--config", "x.yaml"]}), "a file could say everything"),
         (json!({"env": {"VLLM_SERVER_DEV_MODE": "1"}}), "spec.env.VLLM_SERVER_DEV_MODE"),
@@ -176,7 +181,10 @@ async fn any_server_with_openais_api_runs_by_a_template() {
     }
 
     // What the template does not say is refused where it is tried, with the field, and not run into a crash loop.
-    let impossible = manifest("t", json!({"engine": "tiny", "dtype": "half", "rollout": {"max_surge": 0, "max_unavailable": 1}}));
+    let impossible = manifest(
+        "t",
+        json!({"engine": "tiny", "dtype": "half", "rollout": {"max_surge": 0, "max_unavailable": 1}}),
+    );
     let file = dir.path().join("impossible.yaml");
     std::fs::write(&file, impossible.to_string()).unwrap();
     assert_eq!(up.run(&["apply", "-f", file.to_str().unwrap()]).status.code(), Some(0));

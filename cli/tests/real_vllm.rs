@@ -109,9 +109,13 @@ fn start(folder: &str) -> Up {
     let folder = PathBuf::from(folder);
     assert!(folder.join("venv/bin/vllm").exists(), "{}: run scripts/vllm_cpu.sh there", folder.display());
     let model = folder.join("tiny");
-    let flags = ["--load-format=dummy", "--enforce-eager", "--seed=1", "--max-model-len=2048", "--max-num-seqs=32"];
+    let flags =
+        ["--load-format=dummy", "--enforce-eager", "--seed=1", "--max-model-len=2048", "--max-num-seqs=32"];
     let flags = flags.iter().chain(&["--dtype=bfloat16"]).map(|flag| format!("--engine-arg={flag}"));
-    let mut args: Vec<String> = ["--ready-timeout-s", "390", "--engine", "vllm", "--engines", "1", "--vllm-dir"].map(str::to_owned).into();
+    let mut args: Vec<String> =
+        ["--ready-timeout-s", "390", "--engine", "vllm", "--engines", "1", "--vllm-dir"]
+            .map(str::to_owned)
+            .into();
     args.extend([folder.display().to_string(), "--model-dir".into(), model.display().to_string()]);
     args.extend(flags);
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
@@ -149,14 +153,21 @@ async fn vllm_is_started_killed_stopped_drained_and_nothing_is_left() {
     kill(pid(leader), Signal::SIGKILL).unwrap();
     let killed = Instant::now();
     eventually("the orphans' end", LONG, || group(leader).is_empty().then_some(()));
-    tell(began, &format!("API server killed with -9: its orphans were gone {:.1} s later", killed.elapsed().as_secs_f64()));
+    tell(
+        began,
+        &format!(
+            "API server killed with -9: its orphans were gone {:.1} s later",
+            killed.elapsed().as_secs_f64()
+        ),
+    );
     eventually("its port to be free", LONG, || port_is_free(&first).then_some(()));
     let first = replaced(&up, &first);
     tell(began, &format!("its replacement was ready {:.1} s after the kill", killed.elapsed().as_secs_f64()));
 
     // A stopped core: /health goes on to say that all is well.
     let leader = number(&second, "pid");
-    let core = group(leader).into_iter().find(|(_, process)| process.name.starts_with("VLLM::Engine")).unwrap().0;
+    let core =
+        group(leader).into_iter().find(|(_, process)| process.name.starts_with("VLLM::Engine")).unwrap().0;
     kill(pid(core), Signal::SIGSTOP).unwrap();
     let stopped = Instant::now();
     tokio::time::sleep(Duration::from_secs(2)).await;
@@ -167,11 +178,20 @@ async fn vllm_is_started_killed_stopped_drained_and_nothing_is_left() {
         let reason = now["reason"].as_str().unwrap_or_default().to_owned();
         (now["state"] != "ready" && reason.contains("wedged")).then_some(reason)
     });
-    tell(began, &format!("EngineCore stopped, /health said {health}: found after {:.1} s", stopped.elapsed().as_secs_f64()));
+    tell(
+        began,
+        &format!(
+            "EngineCore stopped, /health said {health}: found after {:.1} s",
+            stopped.elapsed().as_secs_f64()
+        ),
+    );
     println!("          {wedged}");
     eventually("its end", LONG, || group(leader).is_empty().then_some(()));
     let second = replaced(&up, &second);
-    tell(began, &format!("its replacement was ready {:.1} s after the stop", stopped.elapsed().as_secs_f64()));
+    tell(
+        began,
+        &format!("its replacement was ready {:.1} s after the stop", stopped.elapsed().as_secs_f64()),
+    );
     let outcomes = load.end().await;
     let failed: Vec<_> = outcomes.iter().filter_map(|outcome| outcome.result.as_ref().err()).collect();
     println!("          load meanwhile: {} requests, {} failed", outcomes.len(), failed.len());
@@ -193,14 +213,24 @@ async fn vllm_is_started_killed_stopped_drained_and_nothing_is_left() {
     run(&up, &["scale", MODEL, "--replicas", "1"]);
     let scaled = Instant::now();
     let left = [&first, &second].map(|e| number(e, "pid"));
-    let gone = eventually("the end of one", LONG, || left.iter().find(|leader| group(**leader).is_empty()).copied());
-    tell(began, &format!("scaled to one: the other's last process ended after {:.1} s", scaled.elapsed().as_secs_f64()));
+    let gone =
+        eventually("the end of one", LONG, || left.iter().find(|leader| group(**leader).is_empty()).copied());
+    tell(
+        began,
+        &format!(
+            "scaled to one: the other's last process ended after {:.1} s",
+            scaled.elapsed().as_secs_f64()
+        ),
+    );
     assert!(chat(&up, true).await.ends_with("data: [DONE]\n\n"));
     let last = left.into_iter().find(|leader| *leader != gone).unwrap();
     let ending = Instant::now();
     up.stop();
     assert!(group(last).is_empty());
-    tell(began, &format!("SIGTERM of `up`: all ended after {:.1} s, nothing is left", ending.elapsed().as_secs_f64()));
+    tell(
+        began,
+        &format!("SIGTERM of `up`: all ended after {:.1} s, nothing is left", ending.elapsed().as_secs_f64()),
+    );
     let lost = before.saturating_sub(available_mib());
     assert!(lost < 500, "{lost} MiB of memory did not come back");
 }

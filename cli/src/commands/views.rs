@@ -139,9 +139,8 @@ pub(super) fn node_table(nodes: &[Node]) -> String {
 
 /// The programs that said their version: "sim 0.32.0, vllm 0.32.0". Why others did not is in `penstock describe node`.
 fn programs(node: &Node) -> String {
-    let text = |program: &Value, key: &str| {
-        program.get(key).and_then(Value::as_str).unwrap_or_default().to_owned()
-    };
+    let text =
+        |program: &Value, key: &str| program.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     let known = node.programs.iter().filter(|program| !text(program, "version").is_empty());
     let known: Vec<String> = known.map(|p| format!("{} {}", text(p, "name"), text(p, "version"))).collect();
     known.join(", ")

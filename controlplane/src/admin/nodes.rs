@@ -82,6 +82,16 @@ fn shown(
     let live_gpus = live
         .filter(|live| live.connected && !live.gpus.is_empty())
         .map(|live| live.gpus.iter().map(gpus::shown).collect::<Vec<_>>());
+    let foreign = live.filter(|live| live.connected).map(|live| {
+        let processes = live.foreign.iter().map(|process| {
+            json!({
+                "pid": process.pid, "kind": process.kind, "model": process.model, "user": process.user,
+                "age_s": process.age_s, "rss_mib": process.rss_mib, "port": process.port,
+                "gpu_uuids": process.gpu_uuids, "state_dir": process.state_dir,
+            })
+        });
+        processes.collect::<Vec<_>>()
+    });
     let programs = live.map(|live| live.programs.iter().map(program).collect::<Vec<_>>());
     let seen_as = NodeSeen {
         zone: node.map_or("", |n| n.zone.as_str()),
@@ -111,6 +121,7 @@ fn shown(
         "taints": policy.map(|p| json!(p.taints)).unwrap_or_else(|| json!([])),
         "reason": policy.map_or("", |p| &p.reason),
         "policy": policy.map(|p| json!(p)),
+        "foreign": foreign.unwrap_or_default(),
     })
 }
 
