@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use penstock_proto::{Version, engine::EngineOptions, v1};
 use serde::{Deserialize, Serialize};
 
+use crate::warm::WarmSpec;
+
 /// One engine that this node should run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Assignment {
@@ -21,6 +23,17 @@ pub(crate) struct Assignment {
     pub(crate) spec: EngineSpec,
     /// The GPUs it may use.
     pub(crate) gpu_uuids: Vec<String>,
+    /// It shall sleep.
+    #[serde(default)]
+    pub(crate) asleep: bool,
+}
+
+impl Assignment {
+    /// Whether both are for one engine, whatever it shall do: serve or sleep.
+    pub(crate) fn same_engine(&self, other: &Self) -> bool {
+        let key = |a: &Self| (a.generation, a.replica_id.clone(), a.model.clone());
+        key(self) == key(other) && self.spec == other.spec && self.gpu_uuids == other.gpu_uuids
+    }
 }
 
 /// What to run.
@@ -39,6 +52,9 @@ pub(crate) struct EngineSpec {
     /// LoRA adapters to load, as (name, path).
     #[serde(default)]
     pub(crate) lora: Vec<(String, String)>,
+    /// How it may be started other than from nothing.
+    #[serde(default)]
+    pub(crate) warm: WarmSpec,
     /// The typed fields. Not written where none is set, so that records of agents of before read as they were.
     #[serde(default, skip_serializing_if = "EngineOptions::is_default")]
     pub(crate) options: EngineOptions,
@@ -81,21 +97,29 @@ impl Desired {
 
 impl From<v1::Assignment> for Assignment {
     fn from(message: v1::Assignment) -> Self {
-        let spec = message.spec.unwrap_or_default();
         Self {
             model: message.model,
             replica_id: message.replica_id,
             generation: message.generation,
-            spec: EngineSpec {
-                engine: spec.engine,
-                model_path: spec.model_path,
-                served_model_name: spec.served_model_name,
-                args: spec.args,
-                env: spec.env.into_iter().collect(),
-                lora: spec.lora.into_iter().map(|adapter| (adapter.name, adapter.path)).collect(),
-                options: spec.options.map(EngineOptions::from).unwrap_or_default(),
-            },
+            spec: message.spec.unwrap_or_default().into(),
             gpu_uuids: message.gpu_uuids,
+            asleep: message.asleep,
+        }
+    }
+}
+
+impl From<v1::EngineSpec> for EngineSpec {
+    fn from(spec: v1::EngineSpec) -> Self {
+        let warm = WarmSpec::of(&spec);
+        Self {
+            engine: spec.engine,
+            model_path: spec.model_path,
+            served_model_name: spec.served_model_name,
+            args: spec.args,
+            env: spec.env.into_iter().collect(),
+            lora: spec.lora.into_iter().map(|adapter| (adapter.name, adapter.path)).collect(),
+            options: spec.options.map(EngineOptions::from).unwrap_or_default(),
+            warm,
         }
     }
 }

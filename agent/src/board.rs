@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use crate::{
     assignment::Assignment,
     engine::{State, causes::Cause, load::Load, records::Origin, ttft::Window},
+    warm::Started,
 };
 
 /// How an engine's main process last ended unasked, or could not be started.
@@ -67,6 +68,8 @@ pub(crate) struct EngineView {
     pub(crate) command: Vec<String>,
     /// How it ended the last time, for this generation.
     pub(crate) last_exit: Option<LastExit>,
+    /// How it became ready last.
+    pub(crate) started: Started,
     /// What its program is, and what is to be known of how it was started.
     pub(crate) origin: Origin,
     /// Failures in a row.
@@ -93,6 +96,7 @@ impl EngineView {
             first_tokens: Window::default(),
             command: vec![],
             last_exit: None,
+            started: Started::default(),
             origin: Origin::default(),
             failures: 0,
             gave_up: None,
@@ -134,6 +138,9 @@ impl EngineView {
             reason: self.told(),
             load,
             last_exit: self.last_exit.as_ref().map(|exit| exit.on_wire(now)),
+            started: self.started.way.map(|way| way.name().to_owned()).unwrap_or_default(),
+            ready_ms: u64::try_from(self.started.took.as_millis()).unwrap_or(u64::MAX),
+            start_note: self.started.note.clone(),
             engine_version: self.origin.version.clone(),
             kv_events_address: self.origin.kv_events_address.clone(),
             notes: self.origin.notes.clone(),

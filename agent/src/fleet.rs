@@ -257,6 +257,7 @@ impl Fleet {
             Some(In::Deregistration(result)) => {
                 registry.change(|r| r.left(&result));
             }
+            Some(In::Prefetches(wishes)) => self.cx.prefetch.wish(wishes),
             Some(In::Welcome(_) | In::Log(_)) | None => {
                 tracing::warn!("the control plane sent a message that has no place here")
             }
@@ -297,6 +298,12 @@ impl Fleet {
             gpus: gpus.gpus,
             foreign: self.cx.foreign.all(),
             programs: self.cx.programs.shown(),
+            disk: self.cx.prefetch.disk().map(|disk| v1::Disk {
+                folder: disk.folder,
+                free_bytes: disk.free_bytes,
+                total_bytes: disk.total_bytes,
+            }),
+            prefetches: self.cx.prefetch.statuses(),
         }
     }
 

@@ -30,5 +30,7 @@ mod reconcile;
 mod registrations;
 mod state;
 mod tail;
+mod warm;
 
 pub use process::{Error, main, run};
+pub use warm::preflight::{Check, preflight};

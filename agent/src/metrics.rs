@@ -6,8 +6,8 @@
 use std::time::{Duration, Instant};
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 use penstock_proto::v1;
@@ -16,6 +16,7 @@ use crate::{
     board::EngineView,
     engine::{State, causes::Cause, load},
     gpu::{GpuKind, GpuReport},
+    warm::Way,
 };
 
 /// The agent's metrics.
@@ -79,7 +80,8 @@ pub(crate) struct Metrics {
     pub(crate) scrapes_failed: IntCounter,
     /// SIGKILLs that were needed.
     pub(crate) kills: IntCounter,
-    ready_seconds: Histogram,
+    ready_seconds: HistogramVec,
+    warm_failures: IntCounterVec,
     stop_seconds: Histogram,
 }
 
@@ -122,6 +124,28 @@ impl Metrics {
             &["cause"],
         )?;
         registry.register(Box::new(exits.clone()))?;
+        // A woken simulator is ready in milliseconds, a large model from cold storage in twenty minutes.
+        let opts = HistogramOpts::new(
+            "penstock_agent_engine_ready_seconds",
+            "Time from an engine's start, or its waking, to its first completion, by the way it was started.",
+        );
+        let buckets = [0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0];
+        let ready_seconds = HistogramVec::new(opts.buckets(buckets.to_vec()), &["way"])?;
+        registry.register(Box::new(ready_seconds.clone()))?;
+        let warm_failures = IntCounterVec::new(
+            Opts::new(
+                "penstock_agent_warm_failures_total",
+                "Warm ways that failed, so that an engine was ended or started cold, by way.",
+            ),
+            &["way"],
+        )?;
+        registry.register(Box::new(warm_failures.clone()))?;
+        for way in Way::ALL {
+            ready_seconds.with_label_values(&[way.name()]);
+        }
+        for way in [Way::Prefetched, Way::Restored, Way::Woken] {
+            warm_failures.with_label_values(&[way.name()]);
+        }
         let per_gpu = |name: &str, help: &str| -> Result<IntGaugeVec, prometheus::Error> {
             let gauges = IntGaugeVec::new(Opts::new(format!("penstock_agent_{name}"), help), &["gpu"])?;
             registry.register(Box::new(gauges.clone()))?;
@@ -234,12 +258,8 @@ impl Metrics {
                 "Readings of an engine's /metrics that failed or lacked a figure.",
             )?,
             kills: counter("engine_kills_total", "Engines whose processes needed SIGKILL.")?,
-            // A simulator is ready in well under a second, a large model from cold storage in twenty minutes.
-            ready_seconds: histogram(
-                "engine_ready_seconds",
-                "Time from an engine's start to its first completion.",
-                &[0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0],
-            )?,
+            ready_seconds,
+            warm_failures,
             // From "nothing to drain" to the longest drain and both signals' time.
             stop_seconds: histogram(
                 "engine_stop_seconds",
@@ -266,9 +286,14 @@ impl Metrics {
         self.gpu_xids.with_label_values(&[if of_hardware { hardware } else { application }]).inc();
     }
 
-    /// An engine became ready this long after its start.
-    pub(crate) fn became_ready(&self, took: Duration) {
-        self.ready_seconds.observe(took.as_secs_f64());
+    /// An engine became ready in this way, this long after its start.
+    pub(crate) fn became_ready(&self, way: Way, took: Duration) {
+        self.ready_seconds.with_label_values(&[way.name()]).observe(took.as_secs_f64());
+    }
+
+    /// A warm way failed.
+    pub(crate) fn warm_failed(&self, way: Way) {
+        self.warm_failures.with_label_values(&[way.name()]).inc();
     }
 
     /// An engine that was told to stop took this long.
@@ -326,7 +351,7 @@ impl Metrics {
                     gauges.with_label_values(&label).set(value);
                 }
             };
-            let errors = gpu.errors.clone().unwrap_or_default();
+            let errors = gpu.errors.unwrap_or_default();
             let others = gpu.processes.iter().filter(|process| process.replica_id.is_empty());
             let others = others.filter_map(|process| process.used_mib).sum::<u64>();
             let slowed = |reason: &String| {
@@ -395,7 +420,8 @@ mod tests {
             "penstock_agent_assignments_stale_total 0",
             "penstock_agent_engine_canaries_total{outcome=\"answered\"} 0",
             "penstock_agent_engine_metric_missing{metric=\"vllm:num_requests_running\"} 0",
-            "penstock_agent_engine_ready_seconds_count 0",
+            "penstock_agent_engine_ready_seconds_count{way=\"woken\"} 0",
+            "penstock_agent_warm_failures_total{way=\"restored\"} 0",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} not in\n{text}");
         }

@@ -36,6 +36,13 @@ pub(crate) enum Step {
         /// Why, for the operator.
         reason: String,
     },
+    /// Tell the replica's supervisor to put its engine to sleep, or to wake it.
+    Rest {
+        /// Which.
+        replica_id: String,
+        /// To sleep.
+        asleep: bool,
+    },
     /// Nothing yet: the assignment waits.
     Wait {
         /// Which.
@@ -51,14 +58,21 @@ pub(crate) fn plan(
     running: &BTreeMap<String, Running>,
     faults: &BTreeMap<String, String>,
 ) -> Vec<Step> {
-    let stops = running.values().filter(|r| !r.stopping).filter_map(|r| stop(desired, &r.assignment, faults));
+    let stops =
+        running.values().filter(|r| !r.stopping).filter_map(|r| change(desired, &r.assignment, faults));
     let starts = desired.assignments.iter().filter_map(|wanted| start(desired, wanted, running, faults));
     stops.chain(starts).collect()
 }
 
-fn stop(desired: &Desired, running: &Assignment, faults: &BTreeMap<String, String>) -> Option<Step> {
+fn change(desired: &Desired, running: &Assignment, faults: &BTreeMap<String, String>) -> Option<Step> {
     let reason = match desired.get(&running.replica_id) {
-        Some(wanted) if wanted == running => unusable(faults, &running.gpu_uuids)?,
+        Some(wanted) if wanted.same_engine(running) => match unusable(faults, &running.gpu_uuids) {
+            Some(reason) => reason,
+            None => {
+                let (replica_id, asleep) = (running.replica_id.clone(), wanted.asleep);
+                return (asleep != running.asleep).then_some(Step::Rest { replica_id, asleep });
+            }
+        },
         Some(wanted) if wanted.generation == running.generation => "its assignment has changed".to_owned(),
         Some(wanted) => format!("generation {} replaces {}", wanted.generation, running.generation),
         None => "it is no longer assigned to this node".to_owned(),
@@ -75,7 +89,10 @@ fn start(
     if running.contains_key(&wanted.replica_id) {
         return None;
     }
-    let leaving = |r: &&Running| r.stopping || desired.get(&r.assignment.replica_id) != Some(&r.assignment);
+    let leaving = |r: &&Running| {
+        let wanted = desired.get(&r.assignment.replica_id);
+        r.stopping || !wanted.is_some_and(|wanted| wanted.same_engine(&r.assignment))
+    };
     let shares_a_gpu = |r: &&Running| r.assignment.gpu_uuids.iter().any(|gpu| wanted.gpu_uuids.contains(gpu));
     let holder = running.values().filter(leaving).find(shares_a_gpu);
     let leaves = holder.map(|r| format!("waits for {} to leave its GPU", r.assignment.replica_id));
@@ -99,6 +116,7 @@ mod tests {
             generation,
             spec: EngineSpec::default(),
             gpu_uuids: vec![gpu.into()],
+            asleep: false,
         }
     }
 
@@ -175,6 +193,21 @@ mod tests {
         ));
     }
 
+    #[test]
+    fn sleep_and_wake_are_orders_and_no_restarts() {
+        let awake = assignment("a", 1, "g0");
+        let asleep = Assignment { asleep: true, ..awake.clone() };
+        let rest = |asleep| Step::Rest { replica_id: "a".into(), asleep };
+        let steps = |wanted: &Assignment, now: &Assignment| {
+            plan(&desired(std::slice::from_ref(wanted)), &running(&[(now.clone(), false)]), &BTreeMap::new())
+        };
+        assert_eq!(steps(&asleep, &awake), [rest(true)]);
+        assert_eq!(steps(&awake, &asleep), [rest(false)]);
+        assert_eq!(steps(&asleep, &asleep), []);
+        let newer = Assignment { generation: 2, ..awake };
+        assert!(matches!(steps(&newer, &asleep).as_slice(), [Step::Stop { .. }]), "a rollout ends a sleeper");
+    }
+
     /// Applies steps as the reconciler would; a stopping engine goes away between two rounds.
     fn apply(steps: Vec<Step>, running: &mut BTreeMap<String, Running>) {
         running.retain(|_, r| !r.stopping);
@@ -190,6 +223,11 @@ mod tests {
                         engine.stopping = true;
                     }
                 }
+                Step::Rest { replica_id, asleep } => {
+                    if let Some(engine) = running.get_mut(&replica_id) {
+                        engine.assignment.asleep = asleep;
+                    }
+                }
                 Step::Wait { .. } => {}
             }
         }
@@ -199,13 +237,16 @@ mod tests {
         #[test]
         fn any_change_settles_in_three_rounds_on_exactly_what_is_wanted(
             before in proptest::collection::btree_map("[a-e]", (0u64..3, "[g-i]", any::<bool>()), 0..5),
-            after in proptest::collection::btree_map("[a-e]", (0u64..3, "[g-i]"), 0..5),
+            after in proptest::collection::btree_map("[a-e]", (0u64..3, "[g-i]", any::<bool>()), 0..5),
         ) {
             let engines: Vec<_> =
                 before.iter().map(|(id, (generation, gpu, stopping))| (assignment(id, *generation, gpu), *stopping)).collect();
             let mut now = running(&engines);
             let wanted: Vec<_> =
-                after.iter().map(|(id, (generation, gpu))| assignment(id, *generation, gpu)).collect();
+                after.iter().map(|(id, (generation, gpu, asleep))| Assignment {
+                    asleep: *asleep,
+                    ..assignment(id, *generation, gpu)
+                }).collect();
             let wanted = desired(&wanted);
             for _ in 0..3 {
                 apply(plan(&wanted, &now, &healthy()), &mut now);

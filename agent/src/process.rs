@@ -29,7 +29,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    assignment::Desired,
+    assignment::{Assignment, Desired},
     board::Board,
     directory::Directory,
     engine::{
@@ -42,7 +42,7 @@ use crate::{
         probe::Probe,
         procfs,
         programs::Programs,
-        records::Records,
+        records::{Record, Records},
         verdict::Memories,
     },
     fleet::{Fleet, Identity, SessionStatus},
@@ -55,6 +55,7 @@ use crate::{
     reconcile::{OnShutdown, Reconciler},
     registrations::Registry,
     state::{StateDir, StateError, stem},
+    warm::prefetch::{self, Prefetcher},
 };
 
 /// How long a starting agent waits for its predecessor, which may just be ending its last engine.
@@ -222,7 +223,7 @@ async fn run_with(
     if let Err(error) = nix::sys::prctl::set_child_subreaper(true) {
         tracing::warn!(%error, "cannot become a child subreaper: orphans of engines go to init");
     }
-    let opened = gpu::open(&config.gpus, &node_id).map_err(Error::System)?;
+    let opened = gpu::open(&config.gpus, &node_id, state.root()).map_err(Error::System)?;
     let (report, gpus) = gpu::handle(&opened);
     let cx = Arc::new(context(&config, state.clone(), gpus, hurry)?);
     let sampler = gpu::Sampler::new(cx.clone(), opened, &config.gpus, report);
@@ -248,6 +249,7 @@ async fn run_with(
 
     let tasks = TaskTracker::new();
     let (stop_fleet, stop_http) = (CancellationToken::new(), CancellationToken::new());
+    tasks.spawn(prefetch::ahead(fleet.cx.clone(), stop_fleet.clone()));
     tasks.spawn(programs.follow(stop_fleet.clone()));
     tasks.spawn(fleet.run(stop_fleet.clone()));
     tasks.spawn(janitor::run(cx.clone(), stop_fleet.clone()));
@@ -280,6 +282,8 @@ fn context(
 ) -> Result<Context, Error> {
     Ok(Context {
         config: config.engines.clone(),
+        warm: config.warm.clone(),
+        prefetch: Prefetcher::new(&config.warm),
         gpu_config: config.gpus.clone(),
         deregister: Duration::from_millis(config.controlplane.deregister_ms),
         records: Records::new(state.engines()),
@@ -327,7 +331,8 @@ async fn clear_away(cx: &Context) -> Survey {
 
 /// Where the stored assignments are lost, what runs is what was wanted.
 fn recorded(left: &Survey) -> Desired {
-    let assignments = left.alive.iter().map(|record| record.assignment.clone()).collect();
+    let assignment = |r: &Record| Assignment { asleep: r.asleep, ..r.assignment.clone() };
+    let assignments = left.alive.iter().map(assignment).collect();
     Desired { assignments, ..Desired::default() }
 }
 

@@ -75,7 +75,8 @@ impl Reconciler {
         let gpus = cx.gpus.changes();
         let mut reconciler = Self { cx, known, gpus, hold, engines, tasks, ids };
         for record in alive {
-            reconciler.start(record.assignment);
+            // As it is; whether that is wanted still is for the first round to say.
+            reconciler.start(Assignment { asleep: record.asleep, ..record.assignment });
         }
         reconciler
     }
@@ -98,7 +99,7 @@ impl Reconciler {
         for engine in self.engines.values() {
             // An engine that is being stopped already is stopped in either case.
             engine.orders.send_if_modified(|now| match now {
-                Order::Run => {
+                Order::Run | Order::Sleep => {
                     *now = order.clone();
                     true
                 }
@@ -140,6 +141,7 @@ impl Reconciler {
                 Step::Wait { assignment, reason } => self.cx.board.put(EngineView::new(assignment, &reason)),
                 Step::Start(assignment) => self.start(assignment),
                 Step::Stop { replica_id, reason } => self.stop(&replica_id, reason),
+                Step::Rest { replica_id, asleep } => self.rest(&replica_id, asleep),
             }
         }
     }
@@ -160,12 +162,19 @@ impl Reconciler {
     }
 
     fn start(&mut self, assignment: Assignment) {
-        let (orders, receiver) = watch::channel(Order::Run);
+        let (orders, receiver) = watch::channel(Order::of(assignment.asleep));
         let supervisor = Supervisor::new(self.cx.clone(), assignment.clone(), receiver);
         let task = self.tasks.spawn(supervisor.run());
         let id = assignment.replica_id.clone();
         self.ids.insert(task.id(), id.clone());
         self.engines.insert(id, Supervised { assignment, orders, stopping: false });
+    }
+
+    fn rest(&mut self, replica_id: &str, asleep: bool) {
+        if let Some(engine) = self.engines.get_mut(replica_id) {
+            engine.assignment.asleep = asleep;
+            engine.orders.send_replace(Order::of(asleep));
+        }
     }
 
     fn stop(&mut self, replica_id: &str, reason: String) {

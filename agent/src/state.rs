@@ -4,6 +4,7 @@
 //! STATE_DIR/agent.lock           held while an agent runs; holds its pid
 //!           assignments.json     the last accepted assignments
 //!           engines/STEM.json    one record per engine (see `engine::records`)
+//!           prefetch/STEM.json   one mark per model that was fetched (see `warm::prefetch`)
 //!           logs/STEM.log        one log per engine, and STEM.previous.log
 //! ```
 //!
@@ -86,6 +87,11 @@ impl StateDir {
     /// Where engine records are.
     pub(crate) fn engines(&self) -> PathBuf {
         self.root.join("engines")
+    }
+
+    /// Where the marks of fetched models are; made with the first.
+    pub(crate) fn prefetches(&self) -> PathBuf {
+        self.root.join("prefetch")
     }
 
     /// Where engine logs are.

@@ -55,7 +55,7 @@ async fn replaced(nodes: &Nodes, former: &Value) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_engine_whose_core_was_stopped_is_replaced_and_its_streams_end_with_an_error() {
+async fn an_engine_whose_core_stops_in_the_middle_of_streams_is_replaced_and_they_end_with_an_error() {
     let (nodes, ready) = deployed(2, &[]).await;
     let load = Load::on(&nodes.url(), "m", 8, 40);
     until("it serves", LONGEST, async || (load.done() > 20).then_some(())).await;
@@ -81,11 +81,11 @@ async fn an_engine_whose_core_was_stopped_is_replaced_and_its_streams_end_with_a
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_engine_that_freezes_every_stream_is_replaced() {
+async fn an_engine_that_answers_no_request_any_more_is_replaced() {
     let (nodes, ready) = deployed(1, &[]).await;
     let address = text(&ready[0], "address");
-    let freeze = json!({"kind": "freeze", "after_tokens": 0});
-    let told = client().post(format!("http://{address}/sim/faults")).json(&freeze).send().await.unwrap();
+    let hang = json!({"kind": "hang"});
+    let told = client().post(format!("http://{address}/sim/faults")).json(&hang).send().await.unwrap();
     assert!(told.status().is_success());
     let request = json!({"model": "m", "stream": true, "max_tokens": 40, "prompt": "hi"});
     let answer = client().post(format!("{}/v1/completions", nodes.url())).json(&request).send();
@@ -93,7 +93,7 @@ async fn an_engine_that_freezes_every_stream_is_replaced() {
     let dump = replaced(&nodes, &ready[0]).await;
     assert!(dump.contains("=== GET /health\n200") && dump.contains("vllm:generation_tokens_total"), "{dump}");
     let answer = answer.await.unwrap();
-    // Its request was not begun: another engine answers it, or it ends in words.
+    // The engine that follows answers it, or it ends in words.
     assert!(answer.contains("\"error\"") || answer.ends_with("data: [DONE]\n\n"), "{answer}");
     nodes.stop();
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use crate::gpus::{GpuAction, GpuConfig, GpuPolicyConfig};
-use crate::{logging::LogConfig, tls::TlsConfig};
+use crate::{logging::LogConfig, tls::TlsConfig, warm::WarmConfig};
 
 /// More files of one log than this help nobody.
 const MAX_LOG_FILES: u32 = 100;
@@ -34,6 +34,8 @@ pub struct AgentConfig {
     pub controlplane: FleetConfig,
     /// Where the node's GPUs are read from.
     pub gpus: GpuConfig,
+    /// Sleep, restore, prefetch.
+    pub warm: WarmConfig,
     /// How engines are started, watched and stopped, and the programs that are known by name.
     pub engines: EnginesConfig,
 }
@@ -51,6 +53,7 @@ impl Default for AgentConfig {
             private: AgentPrivateConfig::default(),
             controlplane: FleetConfig::default(),
             gpus: GpuConfig::default(),
+            warm: WarmConfig::default(),
             engines: EnginesConfig::default(),
         }
     }
@@ -294,6 +297,7 @@ impl AgentConfig {
         let fleet = &self.controlplane;
         fleet.tls.validate_endpoints("controlplane.tls", "controlplane.endpoints", &fleet.endpoints)?;
         self.validate_times()?;
+        self.warm.validate()?;
         self.engines.programs.iter().try_for_each(|(name, program)| program.validate(name))
     }
 

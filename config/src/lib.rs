@@ -16,9 +16,11 @@ mod load;
 pub mod logging;
 mod programs;
 pub mod proxy;
+pub mod storage;
 mod store;
 mod tls;
 mod tree;
+pub mod warm;
 
 pub use announce::announce;
 pub use load::{ConfigError, environment, load};

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::warm::{PrefetchProgram, RestoreProgram};
+
 /// `[engines.NAME]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -28,6 +30,10 @@ pub struct EngineProgram {
     pub metrics: String,
     /// Of kind "exec": the arguments for a typed field of a deployment, by the field's name, with {value} in them.
     pub options: BTreeMap<String, Vec<String>>,
+    /// Starts an engine of this name from a checkpoint.
+    pub restore: RestoreProgram,
+    /// Fetches a model before an engine of this name is started.
+    pub prefetch: PrefetchProgram,
 }
 
 impl Default for EngineProgram {
@@ -43,6 +49,8 @@ impl Default for EngineProgram {
             ready_path: String::new(),
             metrics: "vllm".into(),
             options: BTreeMap::new(),
+            restore: RestoreProgram::default(),
+            prefetch: PrefetchProgram::default(),
         }
     }
 }
@@ -60,6 +68,8 @@ impl EngineProgram {
 
     pub(crate) fn validate(&self, name: &str) -> Result<(), String> {
         let key = |field: &str| format!("engines.{name}.{field}");
+        self.restore.validate(name)?;
+        self.prefetch.validate(name)?;
         crate::agent::one_of(&key("kind"), &self.kind, &["vllm", "exec"])?;
         crate::agent::one_of(&key("metrics"), &self.metrics, &["vllm", "none"])?;
         if self.command.first().is_none_or(String::is_empty) {

@@ -166,7 +166,7 @@ impl Metrics {
                 "plan_actions_total",
                 "Decisions of the plan.",
                 "action",
-                &["place", "withdraw", "forget", "scale", "move"],
+                &["place", "withdraw", "forget", "scale", "move", "sleep", "wake"],
             )?,
             plan_stalled: gauge(&r, "plan_stalled", "Models whose rollout is stalled.")?,
             plan_failing: gauge(

@@ -227,7 +227,7 @@ fn load(
     let mut load = Load::default();
     let mut first_tokens = Vec::new();
     let active = model.placement.iter().flat_map(|stored| &stored.value.assignments);
-    for a in active.filter(|a| a.phase == Phase::Active) {
+    for a in active.filter(|a| a.phase == Phase::Active && !a.asleep) {
         let ready = model.endpoints.get(&a.replica_id).is_some_and(|e| e.generation == a.generation);
         if !ready {
             continue;
@@ -372,6 +372,14 @@ fn announce(core: &Core, action: &Action) {
         Action::Scale { model, from, to, reason } => {
             tracing::info!(model, from, to, reason, "scaled");
             "scale"
+        }
+        Action::Sleep { replica_id, node_id } => {
+            tracing::info!(replica_id, node_id, "put to sleep");
+            "sleep"
+        }
+        Action::Wake { replica_id, node_id } => {
+            tracing::info!(replica_id, node_id, "woken");
+            "wake"
         }
         Action::Move { replica_id, node_id, reason } => {
             tracing::info!(replica_id, node_id, reason, "to be moved");

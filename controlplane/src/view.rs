@@ -48,7 +48,7 @@ pub struct ModelView {
     pub endpoints: BTreeMap<String, Arc<RegisteredEndpoint>>,
     /// Replicas that an operator drains.
     pub drains: BTreeSet<String>,
-    /// Generation of each active assignment, by replica.
+    /// Generation of each active assignment that is to serve, by replica: not of those that shall sleep.
     pub generations: BTreeMap<String, u64>,
 }
 
@@ -240,7 +240,7 @@ impl Builder {
         };
         let after = by_id(&placement);
         let model = self.model(name);
-        let active = after.values().filter(|a| a.phase == Phase::Active);
+        let active = after.values().filter(|a| a.phase == Phase::Active && !a.asleep);
         model.generations = active.map(|a| (a.replica_id.clone(), a.generation)).collect();
         let before = by_id(&std::mem::replace(&mut model.placement, placement));
         for (id, assignment) in before.iter().filter(|(id, a)| after.get(*id) != Some(*a)) {

@@ -15,6 +15,7 @@ use super::{exec, versions::Version, vllm};
 use crate::{
     assignment::{Assignment, EngineSpec},
     gpu::GpuKind,
+    warm::sleep,
 };
 
 /// Names the replica on every process of its engine, so that strays can be found.
@@ -121,6 +122,7 @@ pub(crate) fn launch(
 
     let mut env: BTreeMap<String, String> = program.env.clone();
     env.extend(spec.env.clone());
+    env.extend(sleep::environment(spec));
     env.insert(REPLICA_VARIABLE.into(), assignment.replica_id.clone());
     env.insert(STATE_DIR_VARIABLE.into(), place.state_dir.into());
     let uuids = assignment.gpu_uuids.join(",");

@@ -17,6 +17,7 @@ fn assignment() -> Assignment {
             ..EngineSpec::default()
         },
         gpu_uuids: vec!["GPU-a".into(), "GPU-b".into()],
+        asleep: false,
     }
 }
 

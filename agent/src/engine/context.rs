@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use penstock_config::agent::{EnginesConfig, GpuConfig};
+use penstock_config::{
+    agent::{EnginesConfig, GpuConfig},
+    warm::WarmConfig,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -11,13 +14,17 @@ use super::{
 };
 use crate::{
     assignment::Assignment, board::Board, foreign::Foreign, gpu, metrics::Metrics, registrations::Registry,
-    state::StateDir,
+    state::StateDir, warm::prefetch::Prefetcher,
 };
 
 /// One per agent.
 pub(crate) struct Context {
     /// `[engines]`
     pub(crate) config: EnginesConfig,
+    /// `[warm]`
+    pub(crate) warm: WarmConfig,
+    /// Models that are fetched.
+    pub(crate) prefetch: Prefetcher,
     /// `[gpus]`
     pub(crate) gpu_config: GpuConfig,
     /// Longest wait for the answer to a deregistration.

@@ -7,8 +7,8 @@ use tokio::time::{Instant, sleep};
 use super::{
     State, dump,
     launch::{Engine, Failure},
-    stop::{self, DrainTimes},
-    supervisor::Supervisor,
+    stop,
+    supervisor::{Supervisor, drain_times},
 };
 
 impl Supervisor {
@@ -22,15 +22,8 @@ impl Supervisor {
         cx.deregister(&self.assignment);
         cx.registry.left(self.id(), cx.deregister).await;
         if was_ready {
-            let ms = Duration::from_millis;
-            let times = DrainTimes {
-                settle: ms(cx.config.settle_ms),
-                longest: ms(cx.config.drain_ms),
-                poll: ms(cx.config.load_ms),
-                reading: ms(cx.config.load_timeout_ms),
-            };
             let outcome = tokio::select! {
-                outcome = stop::drain(&cx.probe, &engine.target, times) => outcome,
+                outcome = stop::drain(&cx.probe, &engine.target, drain_times(&cx)) => outcome,
                 _ = engine.tree.exited() => "ended by itself",
                 () = cx.hurry.cancelled() => "cut short by a second signal",
             };
@@ -46,6 +39,7 @@ impl Supervisor {
     pub(super) async fn end_hung(&mut self, mut engine: Engine, reason: &str) -> Failure {
         let cx = self.cx.clone();
         let was_ready = self.life.state() == State::Ready;
+        self.note_failed(engine.way, reason);
         self.move_to(State::Draining, reason);
         tracing::error!(replica = self.id(), reason, "ending an engine that hangs");
         cx.deregister(&self.assignment);
@@ -68,6 +62,7 @@ impl Supervisor {
 
     /// Makes the failure visible, takes the engine out of routing at once, and ends what is left of it.
     pub(super) async fn fail(&mut self, mut engine: Engine, failure: &Failure) {
+        self.note_failed(engine.way, &failure.reason);
         self.move_to(State::Failed, &failure.reason);
         self.cx.deregister(&self.assignment);
         self.cx.put_down(self.id(), &mut engine.tree, self.cx.orphan_term()).await;

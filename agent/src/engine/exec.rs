@@ -184,6 +184,7 @@ mod tests {
                 ..EngineSpec::default()
             },
             gpu_uuids: vec!["GPU-a".into(), "GPU-b".into()],
+            asleep: false,
         }
     }
 

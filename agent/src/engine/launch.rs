@@ -1,6 +1,6 @@
 //! How a life begins: with a new process, or with one that an earlier agent left running.
 
-use std::io;
+use std::{io, time::Duration};
 
 use penstock_proto::engine::secret::masked_args;
 use tokio::time::Instant;
@@ -17,7 +17,14 @@ use super::{
     records::{Origin, Record},
     verdict, verify, versions,
 };
-use crate::{assignment::Assignment, state::stem};
+use crate::{
+    assignment::Assignment,
+    state::stem,
+    warm::{
+        Way,
+        restore::{self, Hook},
+    },
+};
 
 /// What an engine listens on when it listens on every address.
 const EVERYWHERE: &str = "0.0.0.0";
@@ -34,16 +41,46 @@ pub(crate) struct Engine {
     pub(crate) target: Target,
     /// Its server, as proxies reach it: host:port.
     pub(crate) address: String,
+    /// It sleeps, or was told to.
+    pub(crate) asleep: bool,
+    /// How it is started.
+    pub(crate) way: Way,
+    /// Why not in a warmer way.
+    pub(crate) note: String,
+    /// Longest time from now to its first completion.
+    pub(crate) ready_within: Duration,
     /// It has been ready under an earlier agent.
     pub(crate) was_ready: bool,
     /// Starts after the first.
     pub(crate) restarts: u32,
-    /// When this agent started or found it.
+    /// When this agent began to start it, found it, or began to wake it.
     pub(crate) since: Instant,
     /// What was executed, without secrets.
     pub(crate) command: Vec<String>,
     /// What it was started from.
     pub(crate) origin: Origin,
+}
+
+/// What a start has besides its assignment.
+#[derive(Debug)]
+pub(crate) struct Beginning {
+    /// When it began.
+    pub(crate) since: Instant,
+    /// How it is started.
+    pub(crate) way: Way,
+    /// Why not in a warmer way; may be empty.
+    pub(crate) note: String,
+    /// Starts it in place of the engine's own command.
+    pub(crate) hook: Option<Hook>,
+}
+
+/// How a running engine came about.
+struct Begun {
+    since: Instant,
+    way: Way,
+    note: String,
+    /// None: `engines.ready_s`.
+    within: Option<Duration>,
 }
 
 /// Why an engine does not run, and whether starting it again can help.
@@ -83,7 +120,7 @@ pub(crate) async fn take_over(cx: &Context, assignment: &Assignment) -> Option<E
         }
         return None;
     };
-    if record.assignment != *assignment {
+    if !record.assignment.same_engine(assignment) {
         tracing::warn!(replica = id, pid = record.pid, "ending an engine of another assignment");
         cx.deregister(&record.assignment);
         cx.put_down(id, &mut tree, cx.term()).await;
@@ -95,14 +132,23 @@ pub(crate) async fn take_over(cx: &Context, assignment: &Assignment) -> Option<E
     let extra = [(first, count), (rpc_port, 1)].into_iter().filter(|(port, count)| *port > 0 && *count > 0);
     let extra = extra.map(|(port, count)| cx.ports.hold(port, count)).collect();
     let lease = cx.ports.hold(record.port, 1);
-    Some(engine(cx, tree, lease, extra, record))
+    // One that was being restored is given the hook's time, and what follows a hook that fails.
+    let way = if record.way == Way::Restored && !record.ready { Way::Restored } else { Way::Adopted };
+    let within = restore::timeout(cx, assignment).filter(|_| way == Way::Restored);
+    let begun = Begun { since: Instant::now(), way, note: String::new(), within };
+    Some(engine(cx, tree, lease, extra, record, begun))
 }
 
 /// Starts a process for the assignment. The record is written before it and after it, so that none is lost.
 ///
 /// # Errors
 /// Why there is no process.
-pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32) -> Result<Engine, Failure> {
+pub(crate) async fn launch(
+    cx: &Context,
+    assignment: &Assignment,
+    restarts: u32,
+    beginning: Beginning,
+) -> Result<Engine, Failure> {
     let id = &assignment.replica_id;
     let gpus = {
         let gpus = cx.gpus.borrow();
@@ -136,6 +182,12 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
     for note in &notes {
         tracing::warn!(replica = id, note, "an engine is started otherwise than it was asked for");
     }
+    let Beginning { since, way, note, hook } = beginning;
+    let within = hook.as_ref().map(|hook| hook.timeout);
+    let launch = match hook {
+        Some(hook) => hook.instead_of(launch, assignment, &cx.config.bind_host, ports.lease.port()),
+        None => launch,
+    };
     let shown = masked_args(&launch.argv);
     let (lease, extra, origin) = ports.with_origin(cx, version, notes);
 
@@ -151,6 +203,8 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
         restarts,
         ready: false,
         cgroup: String::new(),
+        asleep: false,
+        way,
         command: shown,
         origin,
     };
@@ -172,7 +226,7 @@ pub(crate) async fn launch(cx: &Context, assignment: &Assignment, restarts: u32)
         return Err(unrecorded(error));
     }
     tracing::info!(replica = id, pid = record.pid, port = record.port, "engine started");
-    Ok(engine(cx, tree, lease, extra, record))
+    Ok(engine(cx, tree, lease, extra, record, Begun { since, way, note, within }))
 }
 
 /// What is left of the time between SIGTERM and SIGKILL when the engine has a second to end itself in.
@@ -229,7 +283,14 @@ pub(crate) fn note_ready(cx: &Context, replica_id: &str) {
     }
 }
 
-fn engine(cx: &Context, tree: Tree, lease: PortLease, extra: Vec<PortLease>, record: Record) -> Engine {
+fn engine(
+    cx: &Context,
+    tree: Tree,
+    lease: PortLease,
+    extra: Vec<PortLease>,
+    record: Record,
+    begun: Begun,
+) -> Engine {
     let program = cx.config.programs.get(&record.assignment.spec.engine);
     Engine {
         target: Target::new(&cx.config.bind_host, lease.port()).of(program),
@@ -237,9 +298,13 @@ fn engine(cx: &Context, tree: Tree, lease: PortLease, extra: Vec<PortLease>, rec
         tree,
         lease,
         _extra: extra,
-        was_ready: record.ready,
+        asleep: record.asleep,
+        way: begun.way,
+        note: begun.note,
+        ready_within: begun.within.unwrap_or(Duration::from_secs(cx.config.ready_s)),
+        was_ready: record.ready && !record.asleep,
         restarts: record.restarts,
-        since: Instant::now(),
+        since: begun.since,
         command: record.command,
         origin: record.origin,
     }

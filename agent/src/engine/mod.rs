@@ -7,6 +7,9 @@
 //!      └────────────┴──────────┴────────────┴──► Failed ──► Starting (after a pause) | Stopped
 //! ```
 //!
+//! An engine that may sleep goes from Ready to Asleep, is woken into Loading, and is stopped or fails like any other; one that
+//! an earlier agent left sleeping goes there from Loading.
+//!
 //! Pure: the supervisor owns a [`Life`] and moves it; nothing else can. Invariants: an engine is Ready only after a real
 //! completion; Stopped is the end, and is reached only when no process of the engine is left; a Failed engine is visible
 //! as such until its next start. An engine that hangs (wedged, silent, never ready) is Draining while it is taken out of
@@ -68,21 +71,31 @@ pub(crate) enum State {
     Stopped,
     /// It ended, or could not be started; `reason` says why. It is started again after a pause where that can help.
     Failed,
+    /// It runs without its GPU memory, registered nowhere, and can be woken.
+    Asleep,
 }
 
 impl State {
     /// All of them.
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Starting, Self::Loading, Self::Ready, Self::Draining, Self::Stopped, Self::Failed];
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Starting,
+        Self::Loading,
+        Self::Ready,
+        Self::Draining,
+        Self::Stopped,
+        Self::Failed,
+        Self::Asleep,
+    ];
 
     /// Whether the move is legal.
     pub(crate) fn may_become(self, next: Self) -> bool {
-        use State::{Draining, Failed, Loading, Ready, Starting, Stopped};
+        use State::{Asleep, Draining, Failed, Loading, Ready, Starting, Stopped};
         matches!(
             (self, next),
             (Starting, Loading | Failed | Stopped)
-                | (Loading, Ready | Draining | Failed)
-                | (Ready, Draining | Failed)
+                | (Loading, Ready | Asleep | Draining | Failed)
+                | (Ready, Asleep | Draining | Failed)
+                | (Asleep, Loading | Draining | Failed)
                 | (Draining, Stopped | Failed)
                 | (Failed, Starting | Stopped)
         )
@@ -97,6 +110,7 @@ impl State {
             Self::Draining => "draining",
             Self::Stopped => "stopped",
             Self::Failed => "failed",
+            Self::Asleep => "asleep",
         }
     }
 }
@@ -116,6 +130,7 @@ impl From<State> for v1::EngineState {
             State::Draining => Self::Draining,
             State::Stopped => Self::Stopped,
             State::Failed => Self::Failed,
+            State::Asleep => Self::Asleep,
         }
     }
 }
@@ -194,6 +209,13 @@ mod tests {
         let into_starting: Vec<_> =
             State::ALL.into_iter().filter(|s| s.may_become(State::Starting)).collect();
         assert_eq!(into_starting, [State::Failed]);
+    }
+
+    #[test]
+    fn a_sleeper_serves_only_after_it_has_loaded_again() {
+        assert!(State::Ready.may_become(State::Asleep) && State::Asleep.may_become(State::Loading));
+        let from_sleep: Vec<_> = State::ALL.into_iter().filter(|s| State::Asleep.may_become(*s)).collect();
+        assert_eq!(from_sleep, [State::Loading, State::Draining, State::Failed]);
     }
 
     #[test]

@@ -240,6 +240,38 @@ impl Probe {
         Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
+    /// POST on one of the engine's own paths is answered with 200.
+    ///
+    /// # Errors
+    /// What came instead, for the operator.
+    pub(crate) async fn post(
+        &self,
+        target: &Target,
+        path: &str,
+        body: Option<&Value>,
+        deadline: Duration,
+    ) -> Result<(), String> {
+        let mut request = self.client.post(format!("{}{path}", target.base));
+        if let Some(body) = body {
+            request = request.header("content-type", "application/json").body(body.to_string());
+        }
+        self.ask(request, path, deadline).await.map(drop)
+    }
+
+    /// The JSON that GET on one of the engine's own paths is answered with.
+    ///
+    /// # Errors
+    /// What came instead, for the operator.
+    pub(crate) async fn json(
+        &self,
+        target: &Target,
+        path: &str,
+        deadline: Duration,
+    ) -> Result<Value, String> {
+        let request = self.client.get(format!("{}{path}", target.base));
+        json_of(&self.ask(request, path, deadline).await?, path)
+    }
+
     async fn ask(
         &self,
         request: reqwest::RequestBuilder,

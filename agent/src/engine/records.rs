@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     assignment::Assignment,
     state::{stem, write_atomically},
+    warm::Way,
 };
 
 /// What is known of an engine's process.
@@ -37,6 +38,12 @@ pub(crate) struct Record {
     /// The folder of its cgroup; empty: it has none.
     #[serde(default)]
     pub(crate) cgroup: String,
+    /// It was put to sleep and not woken since; set before it is asked to, so that an agent that ends meanwhile leaves word.
+    #[serde(default)]
+    pub(crate) asleep: bool,
+    /// How it was started.
+    #[serde(default)]
+    pub(crate) way: Way,
     /// What was executed, for the operator; without secrets.
     pub(crate) command: Vec<String>,
     /// What its program is, and what is to be known of how it was started.
@@ -122,6 +129,7 @@ pub(crate) mod tests {
                 generation: 1,
                 spec: EngineSpec::default(),
                 gpu_uuids: vec![],
+                asleep: false,
             },
             port: 1,
             pid,
@@ -130,6 +138,8 @@ pub(crate) mod tests {
             restarts: 0,
             ready: false,
             cgroup: String::new(),
+            asleep: false,
+            way: Way::Cold,
             command: vec![],
             origin: Origin::default(),
         }

@@ -17,7 +17,7 @@ use super::{
     probe::Target,
     progress::Limits,
     readiness::{self, Question},
-    supervisor::{Order, Served, Supervisor, ordered},
+    supervisor::{Order, Served, Supervisor, ordered, ordered_to_end},
     watch as watching,
 };
 use crate::registrations::{Standing, Wanted};
@@ -28,12 +28,15 @@ impl Supervisor {
         if let Some(served) = self.load(engine).await {
             return served;
         }
-        self.cx.metrics.became_ready(engine.since.elapsed());
+        self.note_started(engine);
         self.attempts.got_ready();
         self.show_attempts(None);
         launch::note_ready(&self.cx, self.id());
         self.move_to(State::Ready, "");
         tracing::info!(replica = self.id(), pid = engine.tree.pid(), base_url = %engine.target, "engine ready");
+        if *self.orders.borrow() == Order::Sleep {
+            return Served::Ordered(Order::Sleep);
+        }
         // The list was just there to be read: without it now, the next look finds the adapters.
         let name = &self.assignment.spec.served_model_name;
         let adapters = self.cx.probe.adapters(&engine.target, name).await.unwrap_or_default();
@@ -65,14 +68,19 @@ impl Supervisor {
             }
         };
         Some(tokio::select! {
-            order = ordered(&mut orders) => Served::Ordered(order),
+            order = ordered_to_end(&mut orders) => Served::Ordered(order),
             exit = engine.tree.exited() => Served::Failed(self.explain(exit)),
             reason = silent => Served::Hung(reason, Kind::Other),
-            ready = timeout(Duration::from_secs(config.ready_s), ready) => match ready {
+            ready = timeout(engine.ready_within, ready) => match ready {
                 Ok(Ok(())) => return None,
                 Ok(Err(lost)) => Served::Failed(Failure::passing(lost.to_string())),
                 Err(_) => Served::Hung(
-                    format!("not ready within {} s (engines.ready_s); last: {}", config.ready_s, self.reason()),
+                    format!(
+                        "not ready within {} s ({}); last: {}",
+                        engine.ready_within.as_secs(),
+                        engine.way.limit(),
+                        self.reason()
+                    ),
                     Kind::Stuck,
                 ),
             },

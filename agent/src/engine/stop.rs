@@ -30,6 +30,9 @@ const HURRIED_TERM: Duration = Duration::from_secs(1);
 /// Readings of "nothing runs" in a row that count as drained: a request may be between the server and the scheduler.
 const QUIET_READINGS: u32 = 2;
 
+/// What [`drain`] says of an engine that has nothing left to do.
+pub(crate) const DRAINED: &str = "drained";
+
 /// Bounds of a drain.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DrainTimes {
@@ -59,7 +62,7 @@ pub(crate) async fn drain(probe: &Probe, target: &Target, times: DrainTimes) -> 
         }
     };
     match tokio::time::timeout(times.longest.max(times.settle), quiet).await {
-        Ok(()) => "drained",
+        Ok(()) => DRAINED,
         Err(_) => "not drained in time",
     }
 }

@@ -6,6 +6,8 @@
 //! is left, or when it was told to leave the engine running for the next agent. After failures it waits, longer each time;
 //! `attempts` says when it gives the engine up here, which it tells and goes on trying, slowly.
 
+mod warm;
+
 use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::watch, time::timeout};
@@ -18,13 +20,17 @@ use super::{
     process::Exit,
     verdict,
 };
-use crate::{assignment::Assignment, backoff::Backoff, board::EngineView};
+use crate::{assignment::Assignment, backoff::Backoff, board::EngineView, warm::Way};
+use warm::ordered_awake;
+pub(super) use warm::{drain_times, ordered_to_end};
 
 /// What a supervisor is told. Later orders replace earlier ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Order {
     /// Keep an engine running.
     Run,
+    /// Keep it asleep.
+    Sleep,
     /// Drain and end it, for this reason, and return.
     Stop(String),
     /// Leave it as it is for the next agent, and return.
@@ -57,6 +63,7 @@ pub(crate) struct Supervisor {
     pub(super) started: bool,
     /// Failures in a row; forgotten once an engine has been ready for long enough.
     pub(super) attempts: Attempts,
+    warm: warm::Memory,
 }
 
 impl Supervisor {
@@ -71,6 +78,7 @@ impl Supervisor {
             restarts: 0,
             started: false,
             attempts: Attempts::default(),
+            warm: warm::Memory::default(),
         }
     }
 
@@ -87,6 +95,7 @@ impl Supervisor {
                 }
                 Ended::Failed(failure, kind) => {
                     let pause = self.note_failure(&failure, kind, &backoff, &mut rng);
+                    let pause = self.pause(pause);
                     tracing::error!(replica = self.id(), reason = failure.reason, ?pause, "engine failed");
                     match self.rest(pause).await {
                         None => {}
@@ -108,28 +117,45 @@ impl Supervisor {
         if let Some(ended) = self.ordered_before_start() {
             return ended;
         }
+        let mut way = Way::Adopted;
         let engine = match launch::take_over(&self.cx, &self.assignment).await {
             Some(engine) => Ok(engine),
             None => {
+                let beginning = match self.prepare().await {
+                    Ok(beginning) => beginning,
+                    Err(ended) => return ended,
+                };
+                way = beginning.way;
                 let restarts = self.restarts.saturating_add(u32::from(self.started));
-                launch::launch(&self.cx, &self.assignment, restarts).await
+                launch::launch(&self.cx, &self.assignment, restarts, beginning).await
             }
         };
         let mut engine = match engine {
             Ok(engine) => engine,
             Err(failure) => {
+                self.note_failed(way, &failure.reason);
                 self.move_to(State::Failed, &failure.reason);
                 return Ended::Failed(failure, Kind::Other);
             }
         };
         self.show(&engine);
         self.move_to(State::Loading, "");
-        match self.serve(&mut engine).await {
+        let mut served = match engine.asleep {
+            true => Served::Ordered(Order::Sleep),
+            false => self.serve(&mut engine).await,
+        };
+        while let Served::Ordered(Order::Sleep) = served {
+            served = match self.sleep(&mut engine).await {
+                Some(served) => served,
+                None => self.serve(&mut engine).await,
+            };
+        }
+        match served {
             Served::Ordered(Order::Stop(reason)) => {
                 self.stop(engine, &reason).await;
                 Ended::Stopped
             }
-            Served::Ordered(Order::Keep | Order::Run) => Ended::Kept,
+            Served::Ordered(Order::Keep | Order::Run | Order::Sleep) => Ended::Kept,
             Served::Failed(failure) => {
                 self.fail(engine, &failure).await;
                 Ended::Failed(failure, Kind::Other)
@@ -138,16 +164,13 @@ impl Supervisor {
         }
     }
 
-    fn ordered_before_start(&self) -> Option<Ended> {
-        match &*self.orders.borrow() {
+    fn ordered_before_start(&mut self) -> Option<Ended> {
+        let order = self.orders.borrow().clone();
+        match &order {
             Order::Run => None,
-            Order::Keep => Some(Ended::Kept),
-            // An engine that an earlier agent left is taken over first, then stopped in good order.
-            Order::Stop(_) if launch::living(&self.cx, self.id()).is_some() => None,
-            Order::Stop(_) => {
-                self.cx.deregister(&self.assignment);
-                Some(Ended::Stopped)
-            }
+            // An engine that an earlier agent left is taken over first, then stopped in good order, or left asleep.
+            Order::Stop(_) | Order::Sleep if launch::living(&self.cx, self.id()).is_some() => None,
+            order => Some(self.ordered_unstarted(order)),
         }
     }
 
@@ -208,9 +231,14 @@ impl Supervisor {
     async fn rest(&self, pause: Option<Duration>) -> Option<Order> {
         let mut orders = self.orders.clone();
         let order = ordered(&mut orders);
-        match pause {
+        let order = match pause {
             Some(pause) => timeout(pause, order).await.ok(),
             None => Some(order.await),
+        };
+        match order {
+            // What failed is started anew when it is wanted, and not in order to sleep.
+            Some(Order::Sleep) => Some(ordered_awake(&mut orders).await).filter(|order| *order != Order::Run),
+            order => order,
         }
     }
 

@@ -15,7 +15,10 @@ use super::{
     command::{Place, SpecError, check_value},
     versions,
 };
-use crate::assignment::{Assignment, EngineSpec};
+use crate::{
+    assignment::{Assignment, EngineSpec},
+    warm::sleep,
+};
 
 const SHUTDOWN: &str = "--shutdown-timeout";
 
@@ -43,6 +46,7 @@ pub(super) fn arguments(
         &spec.served_model_name,
     ];
     let mut typed = lora_arguments(&spec.lora);
+    typed.extend(sleep::arguments(spec));
     typed.extend(program.args.iter().cloned());
     typed.extend(option_arguments(&options, place)?);
     let (mut arguments, mut notes) = (Vec::new(), Vec::new());

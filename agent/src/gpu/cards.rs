@@ -10,7 +10,7 @@ pub(crate) fn shown(gpu: &v1::Gpu) -> Value {
         Ok(v1::GpuHealth::Faulty) => "faulty",
         _ => "healthy",
     };
-    let errors = gpu.errors.clone().unwrap_or_default();
+    let errors = gpu.errors.unwrap_or_default();
     let processes = gpu.processes.iter().map(
         |process| json!({"pid": process.pid, "used_mib": process.used_mib, "replica_id": process.replica_id}),
     );

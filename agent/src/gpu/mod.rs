@@ -18,6 +18,7 @@ mod xid;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -305,11 +306,11 @@ pub(crate) struct Opened {
     pub(crate) desk: Arc<Desk>,
 }
 
-/// The source that the settings name, and its first reading.
+/// The source that the settings name, and its first reading. `state_dir`: whose engines hold memory of pretended GPUs.
 ///
 /// # Errors
 /// A script for pretended GPUs that cannot be read or understood.
-pub(crate) fn open(config: &GpuConfig, node_id: &str) -> Result<Opened, String> {
+pub(crate) fn open(config: &GpuConfig, node_id: &str, state_dir: &Path) -> Result<Opened, String> {
     let desk = Desk::default();
     let none = |reason: &str, desk: Desk| {
         let report = GpuReport::empty(GpuKind::None, reason);
@@ -319,7 +320,7 @@ pub(crate) fn open(config: &GpuConfig, node_id: &str) -> Result<Opened, String> 
         return none("the setting gpus.source is \"none\"", desk);
     }
     if config.source == "simulated" {
-        let source = simulated::Simulated::new(config, node_id)?;
+        let source = simulated::Simulated::new(config, node_id, state_dir)?;
         let desk = Desk { simulation: Some(source.shared()), ..desk };
         return Ok(first_reading(Box::new(source), GpuKind::Simulated, desk));
     }
@@ -365,11 +366,11 @@ mod tests {
 
     #[test]
     fn a_node_without_a_driver_has_zero_gpus_and_a_reason() {
-        let auto = open(&config("auto"), "n").unwrap();
+        let auto = open(&config("auto"), "n", Path::new("/")).unwrap();
         assert!(auto.source.is_none() && auto.report.gpus.is_empty());
         assert_eq!(auto.report.kind, GpuKind::None);
         assert!(auto.report.reason.contains("/no/such/libnvidia-ml.so"), "{}", auto.report.reason);
-        let wanted = open(&config("nvml"), "n").unwrap();
+        let wanted = open(&config("nvml"), "n", Path::new("/")).unwrap();
         assert!(wanted.source.is_some() && wanted.report.kind == GpuKind::Nvml);
         assert!(wanted.first.unwrap().is_err());
         let refusal = auto.report.refuses(&["GPU-1".into()]).expect("refused");
@@ -396,7 +397,7 @@ mod tests {
 
     #[tokio::test]
     async fn where_nobody_reads_what_is_known_is_fresh_enough() {
-        let opened = open(&config("none"), "n").unwrap();
+        let opened = open(&config("none"), "n", Path::new("/")).unwrap();
         let (sender, handle) = handle(&opened);
         drop(sender);
         let report = handle.fresh(Duration::from_secs(3_600)).await.expect("at once");

@@ -247,7 +247,7 @@ impl Judge {
 
     fn look_at_errors(&mut self, card: &Card, found: &mut Findings) {
         let uuid = &card.gpu.uuid;
-        let errors = card.gpu.errors.clone().unwrap_or_default();
+        let errors = card.gpu.errors.unwrap_or_default();
         let uncorrected = errors.uncorrected.unwrap_or(0);
         if let Some(past) = self.past.get_mut(uuid) {
             past.uncorrected = uncorrected;

@@ -15,7 +15,11 @@ use penstock_proto::v1;
 use serde::{Deserialize, Serialize};
 
 use super::{Card, Driver, Gpus, HOT, Reading, Trouble, XidSeen};
-use crate::engine::{command::SIMULATED_GPUS_VARIABLE, procfs, verify::memory_share};
+use crate::engine::{
+    command::{SIMULATED_GPUS_VARIABLE, STATE_DIR_VARIABLE},
+    procfs,
+    verify::memory_share,
+};
 
 /// What vLLM takes of a GPU unless it is told otherwise.
 const SHARE: f64 = 0.9;
@@ -119,6 +123,8 @@ pub(crate) struct Simulated {
     /// What is still to come, the last first.
     script: Vec<Line>,
     since: Instant,
+    /// Processes of engines name it: another agent on this machine may have a node of the same name.
+    state_dir: String,
 }
 
 impl Simulated {
@@ -126,8 +132,7 @@ impl Simulated {
     ///
     /// # Errors
     /// A script that cannot be read or understood; the text names the setting and the line.
-    pub(crate) fn new(config: &GpuConfig, node_id: &str) -> Result<Self, String> {
-        let numbered = |index: u32, per: u32| if per == 0 { None } else { Some(index / per) };
+    pub(crate) fn new(config: &GpuConfig, node_id: &str, state_dir: &Path) -> Result<Self, String> {
         let per_numa = config.simulated_count.div_ceil(config.simulated_numa_nodes.max(1)).max(1);
         let gpu = |index| v1::Gpu {
             uuid: format!("SIM-{node_id}-{index}"),
@@ -146,7 +151,7 @@ impl Simulated {
                 ..Default::default()
             }),
             numa_node: if config.simulated_numa_nodes == 0 { None } else { Some(index / per_numa) },
-            link_group: numbered(index, config.simulated_link_group)
+            link_group: u32::checked_div(index, config.simulated_link_group)
                 .map_or_else(String::new, |group| format!("sim-link-{group}")),
             ..v1::Gpu::default()
         };
@@ -158,7 +163,8 @@ impl Simulated {
         };
         let shared = Shared::default();
         shared.lock().uuids = uuids;
-        Ok(Self { gpus, shared, script, since: Instant::now() })
+        let state_dir = state_dir.to_string_lossy().into_owned();
+        Ok(Self { gpus, shared, script, since: Instant::now(), state_dir })
     }
 
     /// Through which things are made to happen.
@@ -177,7 +183,7 @@ impl Gpus for Simulated {
         let xids = std::mem::take(&mut simulation.xids);
         let faults = simulation.faults.clone();
         drop(simulation);
-        let held = engines(&self.gpus);
+        let held = engines(&self.gpus, &self.state_dir);
         let none = Fault::default();
         let cards = self.gpus.iter().map(|gpu| {
             let fault = faults.get(&gpu.uuid).unwrap_or(&none);
@@ -226,13 +232,16 @@ fn part(total_mib: u64, share: f64) -> u64 {
     total_mib.saturating_mul(permille) / 1_000
 }
 
-/// Processes that were given one of `gpus`: one per engine, and the share that it takes. As with a real one, it is not the
+/// Processes of `state_dir`'s engines that were given one of `gpus`: one per engine, and the share that it takes. As with a real one, it is not the
 /// first process alone that holds it: while any process of its group lives, the memory is in use.
-fn engines(gpus: &[v1::Gpu]) -> BTreeMap<String, Vec<(u32, f64)>> {
+fn engines(gpus: &[v1::Gpu], state_dir: &str) -> BTreeMap<String, Vec<(u32, f64)>> {
     let mut holders: BTreeMap<(String, i32), (u32, f64)> = BTreeMap::new();
     for process in procfs::all().into_iter().filter(|process| !process.is_dead()) {
-        let [given] = procfs::environment(process.pid, [SIMULATED_GPUS_VARIABLE]);
+        let [given, of] = procfs::environment(process.pid, [SIMULATED_GPUS_VARIABLE, STATE_DIR_VARIABLE]);
         let (Some(given), Ok(pid)) = (given, u32::try_from(process.pid)) else { continue };
+        if of.as_deref() != Some(state_dir) {
+            continue;
+        }
         for uuid in given.split(',').filter(|uuid| gpus.iter().any(|gpu| gpu.uuid == *uuid)) {
             let holder = holders.entry((uuid.to_owned(), process.pgrp));
             holder.or_insert_with(|| (pid, memory_share(&command_line(process.pid)).unwrap_or(SHARE)));
@@ -306,7 +315,7 @@ mod tests {
 
     #[test]
     fn two_nodes_have_no_uuid_in_common_and_a_topology() {
-        let mut source = Simulated::new(&config(), "a").unwrap();
+        let mut source = Simulated::new(&config(), "a", Path::new("/")).unwrap();
         let gpus: Vec<_> = cards(&mut source).into_iter().map(|card| card.gpu).collect();
         let told = gpus.iter().map(|g| (g.uuid.as_str(), g.numa_node, g.link_group.as_str()));
         assert_eq!(
@@ -319,13 +328,13 @@ mod tests {
             ]
         );
         let plain = GpuConfig { simulated_link_group: 0, simulated_numa_nodes: 0, ..config() };
-        let plain = cards(&mut Simulated::new(&plain, "b").unwrap());
+        let plain = cards(&mut Simulated::new(&plain, "b", Path::new("/")).unwrap());
         assert!(plain.iter().all(|c| c.gpu.link_group.is_empty() && c.gpu.numa_node.is_none()));
     }
 
     #[test]
     fn what_befalls_a_gpu_is_read_and_ends_when_it_is_healed() {
-        let mut source = Simulated::new(&config(), "a").unwrap();
+        let mut source = Simulated::new(&config(), "a", Path::new("/")).unwrap();
         let shared = source.shared();
         let fault = |text: &str| serde_json::from_str::<Fault>(text).unwrap();
         assert!(!shared.lock().befall("SIM-b-0", fault(r#"{"xid": 79}"#)));
@@ -342,7 +351,10 @@ mod tests {
         shared.lock().befall("SIM-a-1", fault(r#"{"lost": true}"#));
         assert_eq!(cards(&mut source)[1].trouble, Some(Trouble::Lost));
         assert!(shared.lock().heal("SIM-a-1"));
-        assert_eq!(cards(&mut source)[1], cards(&mut Simulated::new(&config(), "a").unwrap())[1]);
+        assert_eq!(
+            cards(&mut source)[1],
+            cards(&mut Simulated::new(&config(), "a", Path::new("/")).unwrap())[1]
+        );
     }
 
     #[test]
@@ -351,7 +363,7 @@ mod tests {
         let with = |text: &str| {
             std::fs::write(file.path(), text).unwrap();
             let simulated_script = file.path().to_str().unwrap().to_owned();
-            Simulated::new(&GpuConfig { simulated_script, ..config() }, "a")
+            Simulated::new(&GpuConfig { simulated_script, ..config() }, "a", Path::new("/"))
         };
         let script =
             r#"[{"at_s": 3600, "gpu": "0", "lost": true}, {"at_s": 0, "gpu": "SIM-a-2", "xid": 48}]"#;

@@ -107,6 +107,16 @@ impl ControlPlane {
         }
     }
 
+    /// Sends the whole set of models that are to be fetched ahead to every agent that is connected.
+    pub(crate) async fn wish(&self, wishes: Vec<v1::PrefetchWish>) {
+        let sessions = self.script.lock().unwrap().sessions.clone();
+        let wishes = v1::Prefetches { wishes };
+        for session in sessions {
+            let message = v1::ControllerMessage { message: Some(ToAgent::Prefetches(wishes.clone())) };
+            session.send(Ok(message)).await.ok();
+        }
+    }
+
     pub(crate) fn refuse_registrations(&self, reason: Option<&str>) {
         self.script.lock().unwrap().refuse_registrations = reason.map(str::to_owned);
     }

@@ -6,6 +6,8 @@
 //! - `--frozen-while FILE`: while FILE exists no token is made: completions hang, counters stand still, `/health` is 200
 //! - `--few-metrics`: `/metrics` has the load and nothing else
 //! - `--ignore-term`: SIGTERM does nothing
+//! - `--sleep-fails`: `/sleep` answers 500
+//! - `--wake-hangs`: `/wake_up` is never answered
 //! - `--orphan`: starts a child in its group that ignores SIGTERM and outlives it
 //! - `--stray`: starts a child in a group of its own
 //! - `--outside`: starts a child in a session of its own, without a mark of its engine
@@ -21,7 +23,7 @@ use std::{
     process::{Command, Stdio},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::Duration,
@@ -105,6 +107,9 @@ fn stand_in_engine() {
         completions_after: value("--completions-after"),
         hang_file: value("--health-while-not"),
         running: value("--running"),
+        sleep_fails: args.iter().any(|a| a == "--sleep-fails"),
+        wake_hangs: args.iter().any(|a| a == "--wake-hangs"),
+        asleep: Arc::default(),
         frozen_file: value("--frozen-while"),
         few_metrics: args.iter().any(|a| a == "--few-metrics"),
         tokens: Arc::default(),
@@ -133,6 +138,9 @@ struct Script {
     completions_after: Option<String>,
     hang_file: Option<String>,
     running: Option<String>,
+    sleep_fails: bool,
+    wake_hangs: bool,
+    asleep: Arc<AtomicBool>,
     frozen_file: Option<String>,
     few_metrics: bool,
     tokens: Arc<AtomicU64>,
@@ -171,7 +179,31 @@ impl Script {
 
     fn route(&self, path: &str, body: &[u8]) -> (u16, String) {
         let model = &self.model;
+        let asleep = self.asleep.load(Ordering::SeqCst);
+        if asleep
+            && !["/is_sleeping", "/wake_up", "/collective_rpc"].contains(&path.split('?').next().unwrap())
+        {
+            println!("asked {path} while asleep");
+        }
         match path {
+            "/sleep?level=1" | "/sleep?level=2" if self.sleep_fails => (500, "{\"error\":\"no\"}".into()),
+            "/sleep?level=1" | "/sleep?level=2" => {
+                self.asleep.store(true, Ordering::SeqCst);
+                (200, String::new())
+            }
+            "/wake_up" | "/wake_up?tags=kv_cache" => {
+                if self.wake_hangs {
+                    thread::sleep(Duration::from_secs(600));
+                }
+                println!("woken by {path}");
+                self.asleep.store(false, Ordering::SeqCst);
+                (200, String::new())
+            }
+            "/wake_up?tags=weights" | "/collective_rpc" => {
+                println!("asked {path} {}", String::from_utf8_lossy(body));
+                (200, String::new())
+            }
+            "/is_sleeping" => (200, format!("{{\"is_sleeping\":{asleep}}}")),
             "/health" => (200, String::new()),
             "/v1/models" => (200, format!("{{\"data\":[{{\"id\":\"{model}\"}}]}}")),
             "/v1/completions" => {
@@ -180,7 +212,7 @@ impl Script {
                 }
                 self.tokens.fetch_add(1, Ordering::Relaxed);
                 let request: serde_json::Value = serde_json::from_slice(body).unwrap();
-                let ready = self.completions_after.is_none() || exists(&self.completions_after);
+                let ready = !asleep && (self.completions_after.is_none() || exists(&self.completions_after));
                 match ready && request["model"] == model.as_str() && request["max_tokens"] == 1 {
                     true => (200, "{\"choices\":[{\"text\":\"pong\"}]}".into()),
                     false => (500, "{\"error\":\"not yet\"}".into()),

@@ -239,6 +239,7 @@ async fn memory_that_is_never_given_back_is_waited_for_only_so_long_and_told() {
     let cp = ControlPlane::start().await;
     let (mut node, fake) = fake_node(&cp, "");
     node.config.gpus.release_ms = 400;
+    node.config.engines.give_up_failures = 0;
     cp.assign(1, 2, vec![on_gpu("m-0", 0, &[])]).await;
     node.start().await;
     let pid = number(&node.registered("m-0").await, "pid");

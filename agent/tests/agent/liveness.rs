@@ -94,6 +94,10 @@ async fn figures_that_an_engine_does_not_tell_are_named() {
     assert_eq!(engine["missing_metrics"].as_array().unwrap().len(), 7, "{engine}");
     node.metric_reaches("penstock_agent_engine_metric_missing{metric=\"vllm:generation_tokens_total\"}", 1)
         .await;
+    let (status, body) = node.get("/engines/health").await;
+    let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+    let all_ready = serde_json::json!({"status": "ready", "engines": 1, "not_ready": []});
+    assert_eq!((status, body), (200, all_ready));
     let whole = "penstock_agent_engine_metric_missing{metric=\"vllm:num_requests_running\"} 0";
     assert!(node.get("/metrics").await.1.lines().any(|line| line == whole));
 }
@@ -117,6 +121,8 @@ async fn a_start_that_never_gets_ready_is_given_up_and_tried_now_and_then() {
         );
     }
     node.metric_reaches("penstock_agent_engines_gave_up", 1).await;
+    let (status, body) = node.get("/engines/health").await;
+    assert!(status == 503 && body.contains("\"id\":\"m-0\"") && body.contains("notready"), "{status} {body}");
     // What was missing has come.
     fs::write(&gate, "").unwrap();
     let from = cp.heard().len();

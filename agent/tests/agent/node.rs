@@ -255,6 +255,7 @@ pub(crate) fn assignment(replica_id: &str, generation: u64, args: &[&str]) -> v1
         generation,
         spec: Some(spec),
         gpu_uuids: vec!["SIM-node-1-0".into()],
+        asleep: false,
     }
 }
 

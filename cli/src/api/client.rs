@@ -165,6 +165,17 @@ impl ControlPlane {
         self.call(Method::POST, &["api", "v2", "nodes", node, word], body.as_ref()).await
     }
 
+    /// Wants a model on a node's disks, or does not any more.
+    pub(crate) async fn prefetch(
+        &self,
+        node: &str,
+        model: &str,
+        remove: bool,
+    ) -> Result<Reply<serde_json::Value>, ApiError> {
+        let body = serde_json::json!({ "model": model, "remove": remove });
+        self.call(Method::POST, &["api", "v2", "nodes", node, "prefetch"], Some(&body)).await
+    }
+
     pub(crate) async fn revisions(&self, model: &str) -> Result<Reply<Revisions>, ApiError> {
         self.call(Method::GET, &["api", "v2", "revisions", model], None::<&()>).await
     }

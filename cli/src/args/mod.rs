@@ -100,6 +100,8 @@ pub(crate) enum Command {
     Rollback(RollbackArgs),
     /// Start nothing new on a node until `uncordon`; what runs there stays
     Cordon(NodeArgs),
+    /// Fetch a deployed model onto nodes before any engine there needs it
+    Prefetch(PrefetchArgs),
     /// Start nothing new on a node and move away what runs there, within each deployment's budget, until `uncordon`
     Maintenance(NodeArgs),
     /// Put a cordoned node, or one in maintenance, back into use
@@ -380,6 +382,21 @@ pub(crate) struct NodeArgs {
     /// Why, for other operators
     #[arg(long, value_name = "TEXT")]
     pub(crate) reason: Option<String>,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+}
+
+/// `penstock prefetch`
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PrefetchArgs {
+    /// Model of a deployment
+    pub(crate) model: String,
+    /// Node that shall have it, repeatable [default: every worker node that is there]
+    #[arg(long = "node", value_name = "NODE")]
+    pub(crate) nodes: Vec<String>,
+    /// It is not wanted there ahead any more; what was fetched stays on the disk
+    #[arg(long)]
+    pub(crate) remove: bool,
     #[command(flatten)]
     pub(crate) remote: Remote,
 }

@@ -215,6 +215,9 @@ pub(crate) struct PreflightArgs {
     /// Folder for state
     #[arg(long, value_name = "DIR", default_value = "/var/lib/penstock", value_hint = ValueHint::DirPath)]
     pub(crate) state_dir: PathBuf,
+    /// Settings of the agent that shall run here: its restore hooks, prefetch commands and models' disk are looked at
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) agent_config: Option<PathBuf>,
     /// Warnings fail as well
     #[arg(long)]
     pub(crate) strict: bool,

@@ -2,7 +2,7 @@
 
 use std::{path::Path, process::Stdio, time::Duration};
 
-use penstock_config::controlplane::StoreConfig;
+use penstock_config::{agent::AgentConfig, controlplane::StoreConfig};
 use penstock_controlplane::store::members::{self, Member};
 
 use super::{
@@ -42,6 +42,8 @@ struct Facts {
     shared: Option<u64>,
     cgroup_v2: bool,
     parts: Vec<&'static str>,
+    /// What the agent's settings want of this machine, or why they cannot be read; None: not asked.
+    warm: Option<Result<Vec<penstock_agent::Check>, String>>,
 }
 
 /// The ports that a part listens on by default.
@@ -99,7 +101,18 @@ async fn gather(args: &PreflightArgs) -> Facts {
         shared: machine::disk(Path::new("/dev/shm")).map(|(_, total)| total),
         cgroup_v2: Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
         parts: parts.into_iter().map(name).collect(),
+        warm: match &args.agent_config {
+            Some(file) => Some(warm(file).await),
+            None => None,
+        },
     }
+}
+
+async fn warm(file: &Path) -> Result<Vec<penstock_agent::Check>, String> {
+    let config: AgentConfig = penstock_config::load("agent", Some(file), penstock_config::environment())
+        .map_err(|error| error.to_string())?;
+    config.validate()?;
+    Ok(penstock_agent::preflight(&config).await)
 }
 
 /// Its release as it says.
@@ -199,6 +212,16 @@ fn judged(facts: &Facts) -> Vec<Finding> {
             _ => ok("memory", why),
         }
     }));
+    match &facts.warm {
+        None => {}
+        Some(Err(why)) => {
+            out.push(fail("agent's settings", why.clone(), "config/agent.toml explains every key"))
+        }
+        Some(Ok(checks)) => out.extend(checks.iter().map(|check| match &check.found {
+            Ok(how) => ok(&check.what, how.clone()),
+            Err(why) => fail(&check.what, why.clone(), "docs/warm-starts.md says what has to agree"),
+        })),
+    }
     if facts.parts.contains(&"agent") {
         out.extend(facts.shared.map(|size| match size {
             size if size < GIB => warn(
@@ -247,6 +270,10 @@ fn open_files((soft, hard): (u64, u64)) -> Finding {
 mod tests {
     use super::{super::findings::Level, *};
 
+    fn check(found: Result<String, String>) -> penstock_agent::Check {
+        penstock_agent::Check { what: "engines.vllm.restore".into(), found }
+    }
+
     fn fine() -> Facts {
         Facts {
             system: "Debian 12".into(),
@@ -262,6 +289,7 @@ mod tests {
             shared: Some(8 * GIB),
             cgroup_v2: true,
             parts: vec!["proxy", "agent"],
+            warm: Some(Ok(vec![check(Ok("fine".into()))])),
             ..Facts::default()
         }
     }
@@ -270,7 +298,9 @@ mod tests {
     fn a_fit_machine_has_nothing_to_tell_and_each_fault_is_found() {
         assert!(judged(&fine()).iter().all(|finding| finding.level == Level::Ok), "{:?}", judged(&fine()));
         type Break = fn(&mut Facts);
-        let cases: [(Break, Level, &str); 14] = [
+        let cases: [(Break, Level, &str); 16] = [
+            (|f| f.warm = Some(Ok(vec![check(Err("paths differ".into()))])), Level::Fail, "paths differ"),
+            (|f| f.warm = Some(Err("no such key".into())), Level::Fail, "no such key"),
             (|f| f.kernel = "4.4.0".into(), Level::Fail, "kernel 4.4.0"),
             (|f| f.kernel = String::new(), Level::Fail, "no Linux"),
             (|f| f.kernel = "5.4.0".into(), Level::Warn, "kernel 5.4.0"),

@@ -11,6 +11,7 @@ mod gpus;
 mod logs;
 mod nodes;
 mod place;
+mod prefetch;
 mod revisions;
 mod routes;
 pub(crate) mod simulate;
@@ -78,6 +79,7 @@ async fn run(command: Command) -> Result<(), ApiError> {
         }
         Command::Rollback(args) => revisions::rollback(&args).await,
         Command::Cordon(args) => nodes::speak(&args, "cordon").await,
+        Command::Prefetch(args) => prefetch::run(&args).await,
         Command::Maintenance(args) => nodes::speak(&args, "maintenance").await,
         Command::Uncordon(args) => nodes::speak(&args, "uncordon").await,
         Command::Drain(args) => nodes::drain(&args).await,

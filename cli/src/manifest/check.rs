@@ -136,10 +136,10 @@ pub(crate) fn normal(kind: Kind, name: &str, spec: &Value) -> Result<Value, Fiel
 }
 
 fn deployment(DeploymentBody { replicas, spec, policy }: &DeploymentBody) -> Value {
-    let EngineSpec { engine, model_path, args, env, gpus_per_replica, resources, lora, options } = spec;
+    let EngineSpec { engine, model_path, args, env, gpus_per_replica, resources, lora, options, warm } = spec;
     let mut body = json!({
         "replicas": replicas, "engine": engine, "model_path": model_path, "args": args, "env": env,
-        "gpus_per_replica": gpus_per_replica, "resources": resources, "lora": lora,
+        "gpus_per_replica": gpus_per_replica, "resources": resources, "lora": lora, "warm": warm,
         "placement": policy.placement, "rollout": policy.rollout, "disruption": policy.disruption,
         "autoscaling": policy.autoscaling,
     });
@@ -157,23 +157,10 @@ pub(crate) fn shown_spec(kind: Kind, shown: &Value) -> Option<Value> {
         Kind::Route if shown.get("implicit") == Some(&Value::Bool(true)) => return None,
         Kind::Route | Kind::Deployment => shown,
     };
-    let own: &[&str] = match kind {
-        Kind::Route => &["targets", "fallbacks"],
-        Kind::NodePolicy => &["cordoned", "maintenance", "reason", "taints", "labels", "role"],
-        Kind::Deployment => &[
-            "replicas",
-            "engine",
-            "model_path",
-            "args",
-            "env",
-            "gpus_per_replica",
-            "resources",
-            "lora",
-            "placement",
-            "rollout",
-            "disruption",
-            "autoscaling",
-        ],
+    let own = match kind {
+        Kind::Route => vec!["targets", "fallbacks"],
+        Kind::NodePolicy => vec!["cordoned", "maintenance", "reason", "taints", "labels", "role", "prefetch"],
+        Kind::Deployment => validate::deployment_fields(),
     };
     let fields = shown.as_object()?.iter().filter(|(field, _)| own.contains(&field.as_str()));
     Some(Value::Object(fields.map(|(field, value)| (field.clone(), bare(value))).collect()))
@@ -279,7 +266,8 @@ mod tests {
         let spec = json!({"replicas": 2, "engine": "sim", "resources": {"tensor_parallel": 2},
             "max_model_len": 8192, "gpu_memory_utilization": 0.85, "seed": -1, "kv_events": true,
             "placement": {"tolerations": [{"key": "spot"}]}, "disruption": {"min_available": 1},
-            "autoscaling": {"max": 4}, "lora": [{"name": "sql", "path": "/l"}]});
+            "autoscaling": {"max": 4}, "lora": [{"name": "sql", "path": "/l"}],
+            "warm": {"sleep": {"level": 1}, "restore": "off"}});
         let body = validate::deployment_body("m", &spec, MAX_REPLICAS).unwrap();
         let model = "m".to_owned();
         let DeploymentBody { replicas, spec: engine, policy } = body;

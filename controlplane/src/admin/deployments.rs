@@ -278,6 +278,7 @@ fn shown(
         "disruption": deployment.policy.disruption,
         "autoscaling": deployment.policy.autoscaling,
         "lora": deployment.spec.lora,
+        "warm": deployment.spec.warm,
         "created_unix_s": deployment.created_unix_s,
         "revision": revision,
         "adapters": adapters,

@@ -62,6 +62,30 @@ pub(super) async fn uncordon(State(core): State<Arc<Core>>, ask: Ask, id: Id) ->
     write(&core, &ask, id, true, change).await
 }
 
+/// A deployed model that the node shall have on its disks, or shall not be told to have any more.
+pub(super) async fn prefetch(
+    State(core): State<Arc<Core>>,
+    ask: Ask,
+    id: Id,
+    headers: HeaderMap,
+    bytes: Body,
+) -> Answer {
+    let (model, remove) = validate::prefetch_body(&body(&headers, bytes)?)?;
+    let deployed = core.view().models.get(&model).is_some_and(|m| m.deployment.is_some());
+    if !deployed && !remove {
+        let message = format!("there is no deployment of the model {model:?}, which says what to fetch");
+        return Err(ApiError::not_found(message));
+    }
+    write(&core, &ask, id, true, |mut before| {
+        match remove {
+            true => drop(before.prefetch.remove(&model)),
+            false => drop(before.prefetch.insert(model.clone())),
+        }
+        Ok(before)
+    })
+    .await
+}
+
 /// Taints, labels and role: each that is there replaces what was said before.
 pub(super) async fn patch(
     State(core): State<Arc<Core>>,

@@ -120,9 +120,19 @@ fn shown(
         "maintenance": policy.is_some_and(|p| p.maintenance),
         "taints": policy.map(|p| json!(p.taints)).unwrap_or_else(|| json!([])),
         "reason": policy.map_or("", |p| &p.reason),
+        "disk": live.and_then(|live| live.disk.as_ref()).map(disk),
+        "prefetches": live.map(|live| live.prefetches.iter().map(prefetch).collect::<Vec<_>>()).unwrap_or_default(),
         "policy": policy.map(|p| json!(p)),
         "foreign": foreign.unwrap_or_default(),
     })
+}
+
+fn disk(disk: &v1::Disk) -> Value {
+    json!({ "folder": disk.folder, "free_bytes": disk.free_bytes, "total_bytes": disk.total_bytes })
+}
+
+fn prefetch(status: &v1::PrefetchStatus) -> Value {
+    json!({ "model": status.model, "state": status.state, "reason": status.reason })
 }
 
 fn program(program: &v1::EngineProgram) -> Value {

@@ -34,6 +34,7 @@ fn shown(role: Role, stored: &Stored<Placement>) -> Value {
             "gpu_uuids": a.gpu_uuids,
             "phase": a.phase,
             "moving": a.moving,
+            "asleep": a.asleep,
             "spec": a.spec,
         })).collect::<Vec<_>>(),
         "revision": stored.mod_revision,

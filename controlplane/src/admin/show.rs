@@ -25,6 +25,11 @@ pub(super) struct EndpointShown {
     pub(super) kv_used_ratio: f32,
     pub(super) adapters: Vec<String>,
     pub(super) reason: String,
+    /// How it became ready last: "cold", "prefetched", "restored", "woken", "adopted", or empty.
+    pub(super) started: String,
+    pub(super) ready_ms: u64,
+    /// Why not in a warmer way that was asked for.
+    pub(super) start_note: String,
     pub(super) engine_version: String,
     pub(super) kv_events_address: String,
     pub(super) notes: Vec<String>,
@@ -75,6 +80,8 @@ pub(super) struct Status {
     pub(super) starting: usize,
     pub(super) draining: usize,
     pub(super) failed: usize,
+    /// Serving nobody, and to be woken.
+    pub(super) asleep: usize,
     /// How many it shall have: the operator's number, or what autoscaling makes of it.
     pub(super) wanted: u32,
     /// Its rollout got nothing done for as long as it allows.
@@ -138,6 +145,9 @@ fn shown(
         kv_used_ratio: engine.map_or(0.0, |e| e.kv_used_ratio),
         adapters: Vec::new(),
         reason: String::new(),
+        started: engine.map(|e| e.started.way.clone()).unwrap_or_default(),
+        ready_ms: engine.map_or(0, |e| e.started.ready_ms),
+        start_note: engine.map(|e| e.started.note.clone()).unwrap_or_default(),
         engine_version: engine.map(|e| e.engine_version.clone()).unwrap_or_default(),
         kv_events_address: engine.map(|e| e.kv_events_address.clone()).unwrap_or_default(),
         notes: engine.map(|e| e.notes.clone()).unwrap_or_default(),
@@ -163,6 +173,7 @@ fn state(
         (Phase::Leaving, Some(_), _) => ("draining", "it shall end".into()),
         (Phase::Leaving, None, Some(e)) if e.state == EngineState::Draining => ("draining", said()),
         (Phase::Leaving, None, _) => ("stopping", "it shall end".into()),
+        (Phase::Active, Some(_), _) if a.asleep => ("draining", "it is put to sleep".into()),
         (Phase::Active, Some(_), _) if model.drains.contains(&a.replica_id) => {
             ("draining", "an operator drains it".into())
         }
@@ -170,6 +181,8 @@ fn state(
         (Phase::Active, Some(_), Some(e)) if e.state == EngineState::Ready => ("ready", said()),
         (Phase::Active, Some(_), _) => ("ready", String::new()),
         (Phase::Active, None, _) if !present => ("lost", "its node is lost".into()),
+        // It may still drain, or be on its way.
+        (Phase::Active, None, Some(e)) if a.asleep && e.state == EngineState::Ready => ("draining", said()),
         (Phase::Active, None, Some(e)) if e.state == EngineState::Ready => ("registering", said()),
         (Phase::Active, None, Some(e)) => (e.state.as_str(), said()),
         (Phase::Active, None, None) => ("starting", String::new()),
@@ -184,6 +197,7 @@ pub(super) fn status(endpoints: &[EndpointShown], waiting: Vec<String>) -> Statu
             "ready" => status.ready += 1,
             "draining" | "stopping" => status.draining += 1,
             "failed" => status.failed += 1,
+            "asleep" => status.asleep += 1,
             _ => status.starting += 1,
         }
     }

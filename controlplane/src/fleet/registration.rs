@@ -79,6 +79,9 @@ pub fn judge<'a>(
     if assignment.phase == Phase::Leaving {
         return Err(Refusal::new("withdrawn", format!("the assignment of {id} was withdrawn: it shall end")));
     }
+    if assignment.asleep {
+        return Err(Refusal::new("withdrawn", format!("{id} shall sleep: it is not routed to")));
+    }
     Ok(assignment)
 }
 
@@ -172,6 +175,7 @@ mod tests {
             gpus_per_replica: 1,
             resources: Default::default(),
             lora: vec![],
+            warm: Default::default(),
             options: Default::default(),
         };
         let assignment = |id: &str, phase| Assignment {
@@ -182,6 +186,7 @@ mod tests {
             spec: spec.clone(),
             phase,
             moving: false,
+            asleep: false,
         };
         let placement = Placement {
             model: "m".into(),

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     core::Core,
-    model::{Assignment, Gpu, LoraAdapter, Node, Phase, validate},
+    model::{Assignment, EngineSpec, Gpu, LoraAdapter, Node, Phase, validate},
     store::{Compare, LeaseId, StoreError, Txn, TxnOutcome, keys},
     view::{NodeAssignments, View},
 };
@@ -158,6 +158,8 @@ struct Session {
     outbound: Outbound,
     /// The set that was sent last.
     sent: Option<Vec<v1::Assignment>>,
+    /// The models that it was told to fetch; an agent begins with none.
+    wished: Vec<v1::PrefetchWish>,
     /// What that was made from.
     seen: Option<Arc<NodeAssignments>>,
     renewed: Instant,
@@ -169,7 +171,8 @@ impl Session {
     fn new(core: Arc<Core>, node: Node, lease: LeaseId, outbound: Outbound) -> Self {
         let registrant = registration::Node { node_id: node.node_id.clone(), zone: node.zone.clone(), lease };
         let (renewed, waiting) = (Instant::now(), JoinSet::new());
-        Self { core, node, registrant, outbound, sent: None, seen: None, renewed, waiting }
+        let wished = Vec::new();
+        Self { core, node, registrant, outbound, sent: None, wished, seen: None, renewed, waiting }
     }
 
     async fn run(&mut self, seat: &Seat, inbound: &mut Streaming<v1::AgentMessage>) -> Result<(), Status> {
@@ -337,6 +340,11 @@ impl Session {
 
     /// Sends the node's assignments if they differ from what was sent last.
     async fn push(&mut self, view: &View) -> Result<(), Status> {
+        let wishes = wishes(view, &self.node.node_id);
+        if wishes != self.wished {
+            self.wished.clone_from(&wishes);
+            self.send(v1::controller_message::Message::Prefetches(v1::Prefetches { wishes })).await?;
+        }
         let present = view.by_node.get(&self.node.node_id).cloned().unwrap_or_default();
         if self.seen.as_ref().is_some_and(|seen| Arc::ptr_eq(seen, &present) || **seen == *present) {
             return Ok(());
@@ -374,17 +382,35 @@ fn on_wire(model: &str, a: &Assignment) -> v1::Assignment {
         model: model.to_owned(),
         replica_id: a.replica_id.clone(),
         generation: a.generation,
-        spec: Some(v1::EngineSpec {
-            engine: a.spec.engine.clone(),
-            model_path: a.spec.model_path.clone(),
-            served_model_name: model.to_owned(),
-            args: a.spec.args.clone(),
-            env: a.spec.env.clone().into_iter().collect(),
-            lora: a.spec.lora.iter().map(lora_on_wire).collect(),
-            options: (!a.spec.options.is_default()).then(|| (&a.spec.options).into()),
-        }),
+        spec: Some(spec_on_wire(model, &a.spec)),
         gpu_uuids: a.gpu_uuids.clone(),
+        asleep: a.asleep,
     }
+}
+
+fn spec_on_wire(model: &str, spec: &EngineSpec) -> v1::EngineSpec {
+    let mut wire = v1::EngineSpec {
+        engine: spec.engine.clone(),
+        model_path: spec.model_path.clone(),
+        served_model_name: model.to_owned(),
+        args: spec.args.clone(),
+        env: spec.env.clone().into_iter().collect(),
+        lora: spec.lora.iter().map(lora_on_wire).collect(),
+        options: (!spec.options.is_default()).then(|| (&spec.options).into()),
+        ..v1::EngineSpec::default()
+    };
+    spec.warm.put_on(&mut wire);
+    wire
+}
+
+/// The deployed models that operators want on a node's disks.
+fn wishes(view: &View, node_id: &str) -> Vec<v1::PrefetchWish> {
+    let models = view.node_policies.get(node_id).into_iter().flat_map(|stored| &stored.value.prefetch);
+    let wish = |name: &String| {
+        let deployment = view.models.get(name)?.deployment.as_ref()?;
+        Some(v1::PrefetchWish { model: name.clone(), spec: Some(spec_on_wire(name, &deployment.value.spec)) })
+    };
+    models.filter_map(wish).collect()
 }
 
 fn lora_on_wire(adapter: &LoraAdapter) -> v1::LoraAdapter {

@@ -24,7 +24,7 @@ pub fn missing<'a>(view: &'a View, nodes: &BTreeMap<String, Arc<NodeObserved>>) 
     view.models.values().find_map(|model| {
         model.deployment.as_ref()?;
         let active = model.placement.iter().flat_map(|stored| &stored.value.assignments);
-        let mut active = active.filter(|assignment| assignment.phase == Phase::Active);
+        let mut active = active.filter(|assignment| assignment.phase == Phase::Active && !assignment.asleep);
         let waited_for = active.find(|assignment| {
             let id = &assignment.replica_id;
             let registered = model.endpoints.get(id).is_some_and(|e| e.generation == assignment.generation);
@@ -94,6 +94,7 @@ mod tests {
             spec,
             phase,
             moving: false,
+            asleep: false,
         };
         let value = Placement {
             model: "m".into(),

@@ -7,7 +7,10 @@ use std::collections::BTreeMap;
 use penstock_proto::engine::EngineOptions;
 use serde::{Deserialize, Serialize};
 
-use super::policy::{Policy, Resources};
+use super::{
+    policy::{Policy, Resources},
+    warm::WarmSpec,
+};
 
 /// How one engine is started. Part of a deployment, and copied into each assignment made from it, so that a rollout
 /// can tell which replicas still run what was wanted before.
@@ -34,6 +37,9 @@ pub struct EngineSpec {
     /// The typed fields; beside the others in JSON.
     #[serde(flatten)]
     pub options: EngineOptions,
+    /// Sleep, restore, prefetch.
+    #[serde(default, skip_serializing_if = "WarmSpec::is_default")]
+    pub warm: WarmSpec,
 }
 
 /// One LoRA adapter.
@@ -91,6 +97,9 @@ pub struct Assignment {
     /// The rebalancer wants it elsewhere: it goes once another is ready.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub moving: bool,
+    /// It shall sleep: its engine is not ended, its GPUs stay its own, and it serves nobody.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub asleep: bool,
 }
 
 /// `/placements/{model}`: the plan of a model.

@@ -1,5 +1,5 @@
 //! The vocabulary: what is wanted ([`desired`]) and how ([`policy`]), what was wanted ([`revisions`]), what is seen
-//! ([`observed`]), what is accepted ([`validate`]).
+//! ([`observed`]), what is accepted ([`validate`]); how engines start other than from nothing ([`warm`]).
 //! Plain types and pure functions; no I/O, no clock.
 
 pub mod desired;
@@ -8,6 +8,7 @@ pub mod policy;
 pub mod revisions;
 pub mod route;
 pub mod validate;
+pub mod warm;
 
 pub use desired::{
     Assignment, Deployment, EngineSpec, Failures, Gpu, LoraAdapter, Node, Phase, Placement,

@@ -19,6 +19,8 @@ pub enum EngineState {
     Stopped,
     /// It cannot run; its agent may try again.
     Failed,
+    /// It runs, serves nobody, and can be woken.
+    Asleep,
 }
 
 impl EngineState {
@@ -31,6 +33,7 @@ impl EngineState {
             Self::Draining => "draining",
             Self::Stopped => "stopped",
             Self::Failed => "failed",
+            Self::Asleep => "asleep",
         }
     }
 
@@ -42,6 +45,7 @@ impl EngineState {
             Ok(v1::EngineState::Draining) => Self::Draining,
             Ok(v1::EngineState::Stopped) => Self::Stopped,
             Ok(v1::EngineState::Failed) => Self::Failed,
+            Ok(v1::EngineState::Asleep) => Self::Asleep,
             Ok(v1::EngineState::Starting | v1::EngineState::Unspecified) | Err(_) => Self::Starting,
         }
     }
@@ -85,6 +89,19 @@ pub struct EngineObserved {
     pub kv_events_address: String,
     /// What is to be known of how it was started.
     pub notes: Vec<String>,
+    /// How it became ready last.
+    pub started: Started,
+}
+
+/// How an engine became ready last, in its agent's words.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Started {
+    /// "cold", "prefetched", "restored", "woken" or "adopted"; empty: it has not been ready.
+    pub way: String,
+    /// How long that took.
+    pub ready_ms: u64,
+    /// Why not in a warmer way that was asked for.
+    pub note: String,
 }
 
 /// The mean of engines' means, each with the number of requests it is of; None: no request had a first token.
@@ -113,6 +130,7 @@ impl From<v1::EngineStatus> for EngineObserved {
             running: load.running,
             waiting: load.waiting,
             ttft: (load.ttft_ms, load.ttft_requests),
+            started: Started { way: status.started, ready_ms: status.ready_ms, note: status.start_note },
             engine_version: status.engine_version,
             kv_events_address: status.kv_events_address,
             notes: status.notes,
@@ -134,6 +152,10 @@ pub struct NodeObserved {
     pub gpus: Vec<v1::Gpu>,
     /// vLLM processes on it that belong to no engine of its agent.
     pub foreign: Vec<v1::ForeignProcess>,
+    /// The disk that it keeps models on, if it says so.
+    pub disk: Option<v1::Disk>,
+    /// How far the models are that it should have.
+    pub prefetches: Vec<v1::PrefetchStatus>,
     /// Where they are read from; None: its agent does not say.
     pub gpu_source: Option<v1::GpuSource>,
     /// Its engines' programs, as far as it has told.

@@ -4,7 +4,10 @@
 //! reads the same. `docs/placement.md` explains each field to operators. Whole numbers only, so that two equal wishes
 //! compare equal.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -266,6 +269,8 @@ pub struct NodePolicy {
     pub labels: BTreeMap<String, String>,
     /// None: what the agent's label "role" says.
     pub role: Option<Role>,
+    /// Deployed models that it shall have on its disks, whether it runs them or not.
+    pub prefetch: BTreeSet<String>,
 }
 
 impl NodePolicy {

@@ -152,6 +152,7 @@ mod tests {
             gpus_per_replica: 1,
             resources: Resources::default(),
             lora: vec![],
+            warm: Default::default(),
             options: Default::default(),
         };
         Deployment { model: "m".into(), replicas: 3, spec, created_unix_s: 1, policy: Policy::default() }

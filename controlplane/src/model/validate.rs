@@ -13,8 +13,9 @@ use super::{desired::EngineSpec, policy::Policy};
 mod engine;
 mod policy;
 mod token;
+mod warm;
 
-pub use policy::{node_body, node_policy_body, reason_body, rollback_body, wake_body};
+pub use policy::{node_body, node_policy_body, prefetch_body, reason_body, rollback_body, wake_body};
 pub use token::{TokenBody, token_body, token_name};
 
 /// A field that was refused.
@@ -58,7 +59,7 @@ pub struct PatchBody {
     pub paused: Option<bool>,
 }
 
-const FIELDS: [&str; 12] = [
+const FIELDS: [&str; 13] = [
     "replicas",
     "engine",
     "model_path",
@@ -71,16 +72,21 @@ const FIELDS: [&str; 12] = [
     "rollout",
     "disruption",
     "autoscaling",
+    "warm",
 ];
 /// Most LoRA adapters of one deployment, and most that are taken from one engine.
 pub const MAX_ADAPTERS: usize = 256;
 const MAX_TEXT_BYTES: usize = 4_096;
 
+/// Every field of the body of a PUT.
+pub fn deployment_fields() -> Vec<&'static str> {
+    let typed = penstock_proto::engine::FIELDS.iter().map(|field| field.name);
+    FIELDS.into_iter().chain(typed).collect()
+}
+
 /// Checks the body of a PUT.
 pub fn deployment_body(model: &str, body: &Value, max_replicas: u32) -> Result<DeploymentBody, FieldError> {
-    let typed = penstock_proto::engine::FIELDS.iter().map(|field| field.name);
-    let known: Vec<&str> = FIELDS.into_iter().chain(typed).collect();
-    let fields = object(body, &known)?;
+    let fields = object(body, &deployment_fields())?;
     let asked = policy::resources(fields, engine::MAX_GPUS)?;
     let spec = engine::spec(model, fields, asked)?;
     let replicas = whole_in(fields, "replicas", 0, u64::from(max_replicas))?.unwrap_or(1);

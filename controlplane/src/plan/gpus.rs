@@ -101,6 +101,13 @@ impl<'a> Slot<'a> {
         Some((self.total_bytes - request.memory_bytes) / GIB)
     }
 
+    /// As it is when a replica that asked for `former` is not there.
+    pub(super) fn leave(&mut self, former: Request) {
+        self.held = self.held.without(former);
+        // Its memory is free once it has ended.
+        self.used_bytes = 0;
+    }
+
     /// Whether it could ever do, empty.
     pub(super) fn could(&self, request: Request) -> bool {
         self.total_bytes >= request.memory_bytes
@@ -181,9 +188,7 @@ pub(super) fn pick(slots: &[Slot<'_>], request: Request) -> Option<Vec<usize>> {
 pub(super) fn room_without(slots: &[Slot<'_>], request: Request, former: Request, uuids: &[String]) -> bool {
     let mut slots = slots.to_vec();
     for slot in slots.iter_mut().filter(|slot| uuids.iter().any(|uuid| uuid == slot.uuid)) {
-        slot.held = slot.held.without(former);
-        // Its memory is free once it has ended.
-        slot.used_bytes = 0;
+        slot.leave(former);
     }
     room(&slots, request).is_some()
 }

@@ -54,13 +54,15 @@ impl Memory {
         now: Instant,
     ) -> ModelSeen {
         let present = scale::present(deployment, placement.and_then(|p| p.scaled_to));
-        let active = placement.iter().flat_map(|p| &p.assignments).filter(|a| a.phase == Phase::Active);
+        // Those that sleep are wanted by nobody, and are in nobody's way.
+        let placed = || placement.iter().flat_map(|p| &p.assignments).filter(|a| !a.asleep);
+        let active = placed().filter(|a| a.phase == Phase::Active);
         let ready = active.filter(|a| a.spec == deployment.spec && is_ready(&a.replica_id, a.generation));
         let progress = Progress { spec: deployment.spec.clone(), wanted: present, ready: ready.count() };
         let wanted = usize::try_from(present).unwrap_or(usize::MAX);
         // Paused is as wanted, whatever runs.
-        let settled = deployment.policy.rollout.paused
-            || (progress.ready == wanted && placement.map_or(0, |p| p.assignments.len()) == wanted);
+        let settled =
+            deployment.policy.rollout.paused || (progress.ready == wanted && placed().count() == wanted);
         let fresh = Model { window: Window::default(), present, progress: (progress.clone(), now) };
         let model = self.models.entry(deployment.model.clone()).or_insert(fresh);
         if model.progress.0 != progress {

@@ -14,6 +14,10 @@
 //! `min_available`, nor, without one, than the wanted number less `max_unavailable`, unless a rollout finds no room for
 //! a replacement, and then one less; a plan starts and stops no more than its caps; more room never moves a replica.
 //!
+//! A model that goes to zero and may sleep keeps its replicas' places: they are asleep (`Assignment::asleep`), serve nobody, and
+//! are woken before anything is placed. A sleeper's GPUs stay its own, memory and all; who finds no place otherwise has one
+//! ended. So there is never less memory than waking needs.
+//!
 //! A replica ends in two steps: it is withdrawn (its phase becomes Leaving: the agent loses the assignment, proxies see
 //! it draining, its GPUs stay taken), and forgotten once its engine is known to be gone. Absent: zones as a hard rule;
 //! replicas that span nodes; moving replicas to make room for others.
@@ -35,12 +39,12 @@ mod tests;
 
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     time::{Duration, Instant},
 };
 
 use crate::model::{Deployment, EngineObserved, Gpu, NodePolicy, Phase, Placement, desired};
-use placement::Capacity;
+use placement::{Capacity, RoomMade};
 use rollout::Step;
 use safety::Caps;
 pub use scale::{Demand, Load, Window};
@@ -163,6 +167,20 @@ pub enum Action {
         /// Why.
         reason: String,
     },
+    /// A replica shall sleep.
+    Sleep {
+        /// The replica.
+        replica_id: String,
+        /// Its node.
+        node_id: String,
+    },
+    /// A replica that slept shall serve.
+    Wake {
+        /// The replica.
+        replica_id: String,
+        /// Its node.
+        node_id: String,
+    },
     /// The rebalancer wants a replica elsewhere.
     Move {
         /// The replica.
@@ -274,6 +292,7 @@ pub fn plan(desired: &Desired<'_>, observed: &Observed<'_>, rules: &Rules, now: 
             plan.changes.insert(name.to_owned(), Some(model.placement.into_owned()));
         }
     }
+    end_sleepers(capacity.make_room(&mut caps), desired, &mut plan);
     plan.is_capped = caps.is_hit;
     plan
 }
@@ -310,6 +329,33 @@ fn working<'a>(desired: &Desired<'a>) -> BTreeMap<&'a str, Working<'a>> {
         }
     }
     models
+}
+
+/// Ends sleepers whose GPUs others need.
+fn end_sleepers(made: RoomMade, desired: &Desired<'_>, plan: &mut Plan) {
+    for (model, replicas) in made.comes {
+        let sentence = match replicas {
+            1 => "gets a place for 1 replica when one that sleeps has ended for it".to_owned(),
+            _ => format!("gets places for {replicas} replicas when others that sleep have ended for them"),
+        };
+        plan.report.entry(model).or_default().push(sentence);
+    }
+    for (model, replica_id) in made.ended {
+        let change = match plan.changes.entry(model) {
+            Entry::Occupied(change) => change.into_mut(),
+            Entry::Vacant(change) => match desired.placements.get(change.key().as_str()) {
+                Some(placement) => change.insert(Some((*placement).clone())),
+                None => continue,
+            },
+        };
+        let assignments = change.iter_mut().flat_map(|placement| &mut placement.assignments);
+        let mut asleep = assignments.filter(|a| a.asleep && a.phase == Phase::Active);
+        if let Some(a) = asleep.find(|a| a.replica_id == replica_id) {
+            (a.phase, a.asleep) = (Phase::Leaving, false);
+            let (node_id, reason) = (a.node_id.clone(), "it sleeps, and its GPU is needed".to_owned());
+            plan.actions.push(Action::Withdraw { replica_id, node_id, reason });
+        }
+    }
 }
 
 /// "a/b" and "a-b" would give their replicas the same ids; the later one gets a number.

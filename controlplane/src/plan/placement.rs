@@ -6,6 +6,8 @@
 //! the model, that does not rather take none, that needs no degraded GPU for it, whose GPU is the smallest that suffices, whose zone has fewest, that has
 //! most GPUs free; ties go by name, so that the same input gives the same plan.
 
+mod reserve;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
@@ -13,8 +15,11 @@ use super::{
     explain::Shortage,
     gpus::{self, Held, Request, Slot},
     nodes::Refusal,
+    safety::Caps,
 };
 use crate::model::{Assignment, Deployment, Placement, policy::PlacementPolicy};
+use reserve::Reserve;
+pub(super) use reserve::RoomMade;
 
 /// What is free, kept up to date while replicas are placed.
 pub(super) struct Capacity<'a> {
@@ -24,8 +29,11 @@ pub(super) struct Capacity<'a> {
     zones: Vec<&'a str>,
     /// Nodes that are lost, with the zones they were in.
     lost: Vec<(&'a str, usize, NodeSeen<'a>)>,
+    /// What sleeps, and what leaves.
+    reserve: Reserve,
 }
 
+#[derive(Clone)]
 struct Room<'a> {
     node_id: &'a str,
     node: NodeSeen<'a>,
@@ -100,7 +108,9 @@ impl<'a> Capacity<'a> {
     /// The room that `placements` leave on the present nodes.
     pub(super) fn new<'p>(observed: &Observed<'a>, placements: impl Iterator<Item = &'p Placement>) -> Self {
         let mut held: BTreeMap<&str, BTreeMap<&str, Held>> = BTreeMap::new();
-        for a in placements.flat_map(|p| &p.assignments) {
+        let mut reserve = Reserve::default();
+        for (p, a) in placements.flat_map(|p| p.assignments.iter().map(move |a| (p, a))) {
+            reserve.note(&p.model, a);
             let (on_node, request) = (held.entry(a.node_id.as_str()).or_default(), Request::of(&a.spec));
             for uuid in &a.gpu_uuids {
                 let held = on_node.entry(uuid.as_str()).or_default();
@@ -108,7 +118,7 @@ impl<'a> Capacity<'a> {
             }
         }
         let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
-        let mut capacity = Self { rooms: Vec::new(), zones: Vec::new(), lost: Vec::new() };
+        let mut capacity = Self { rooms: Vec::new(), zones: Vec::new(), lost: Vec::new(), reserve };
         for (node_id, node) in &observed.nodes {
             let zone = *numbers.entry(node.zone).or_insert_with(|| {
                 capacity.zones.push(node.zone);
@@ -190,6 +200,23 @@ impl<'a> Capacity<'a> {
             Some((beyond, *on_node, (*reluctant, degraded), left_over, in_zone, usize::MAX - room.free, at))
         };
         self.rooms.iter().enumerate().filter_map(|(at, room)| key(at, room)).min().map(|key| key.6)
+    }
+
+    /// So many replicas of `wish` find no place now: sleepers may end for them.
+    pub(super) fn lacks(&mut self, model: &str, wish: &Wish<'_>, replicas: usize) {
+        let may = wish.refusals.iter().map(Option::is_none).collect();
+        self.reserve.need(model, wish.request, may, replicas);
+    }
+
+    /// The replica is as it is now: asleep, awake, or leaving.
+    pub(super) fn note(&mut self, model: &str, assignment: &Assignment) {
+        self.reserve.forget(&assignment.replica_id);
+        self.reserve.note(model, assignment);
+    }
+
+    /// Once every model has taken its step: the sleepers that end for those that lack a place, and for whom.
+    pub(super) fn make_room(self, caps: &mut Caps) -> RoomMade {
+        self.reserve.make_room(self.rooms, caps)
     }
 
     /// Takes GPUs on one node for a replica.

@@ -111,6 +111,15 @@ fn about_replica(
         });
     }
     let member = member?;
+    if member.asleep {
+        let engine = context.observed.engines.get(id.as_str());
+        let sleeps = engine.is_some_and(|e| e.generation == a.generation && e.state == EngineState::Asleep);
+        return Some(if sleeps {
+            format!("{id} sleeps on {node}")
+        } else {
+            format!("{id} falls asleep on {node}")
+        });
+    }
     if member.ready {
         return about_old(a, member.why()?, outcome);
     }
@@ -127,6 +136,7 @@ fn about_replica(
             }
             match engine.state {
                 EngineState::Failed => format!("{id} failed on {node}{reason}"),
+                EngineState::Asleep => format!("{id} wakes on {node}"),
                 EngineState::Ready => format!("{id} is ready on {node} and waits to be registered"),
                 state => format!("{id} is {} on {node}{reason}", state.as_str()),
             }
@@ -142,6 +152,7 @@ fn about_old(a: &Assignment, why: Why, outcome: &Outcome<'_>) -> Option<String> 
         Why::Gpu => format!("{id} has a GPU on {node} that is not usable"),
         Why::Evicted(why) => format!("{id} shall leave {node} ({why})"),
         Why::Moving => format!("{id} moves away from {node}"),
+        Why::Ended => format!("{id} should sleep on {node} and has ended"),
     };
     let waits = match outcome.blocked {
         None => "and waits until a replacement is ready".to_owned(),

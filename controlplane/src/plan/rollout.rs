@@ -8,6 +8,8 @@
 //! Replicas that serve nobody (not ready) are replaced without ceremony, so that a fix for a broken spec is not held up
 //! by the broken replicas.
 
+mod asleep;
+
 use std::collections::BTreeSet;
 
 use super::{
@@ -109,11 +111,13 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
                 }
             }
             // Most models at most times: nothing to look for twice.
-            Some(_) if self.is_settled() => {}
+            Some(deployment) if self.is_settled(deployment) => {}
             Some(deployment) => {
                 let wanted = usize::try_from(self.model.wanted).unwrap_or(usize::MAX);
                 self.withdraw_useless(actions);
-                self.scale_down(wanted, actions);
+                self.wake(wanted, actions);
+                self.end_surplus_sleepers(wanted, deployment, actions);
+                self.scale_down(wanted, deployment, actions);
                 self.retire_old(wanted, deployment, actions);
                 self.fill(wanted, deployment, actions, last_generation);
                 self.drop_replaced(wanted, actions);
@@ -128,10 +132,13 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
     }
 
     /// As many as wanted, each as it should be.
-    fn is_settled(&self) -> bool {
+    fn is_settled(&self, deployment: &Deployment) -> bool {
         let members = self.members();
         let wanted = usize::try_from(self.model.wanted).unwrap_or(usize::MAX);
-        members.len() == wanted && members.iter().all(|m| m.ready && m.standing == Standing::Good)
+        let asleep = members.iter().filter(|m| m.asleep).count();
+        asleep <= asleep::most(wanted, deployment)
+            && members.len() == wanted + asleep
+            && members.iter().all(|m| (m.ready || m.asleep) && m.standing == Standing::Good)
     }
 
     /// Old replicas that serve nobody.
@@ -144,11 +151,14 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
     }
 
     /// More good ones than wanted: those that are not ready go first, then the newest.
-    fn scale_down(&mut self, wanted: usize, actions: &mut Vec<Action>) {
+    fn scale_down(&mut self, wanted: usize, deployment: &Deployment, actions: &mut Vec<Action>) {
         let mut good = self.standing_as(Standing::Good);
         let surplus = good.len().saturating_sub(wanted);
         good.sort_by_key(|member| (member.ready, member.available, u64::MAX - member.generation));
         for member in good.into_iter().take(surplus) {
+            if wanted == 0 && self.put_to_sleep(member, deployment, actions) {
+                continue;
+            }
             self.withdraw(member, "fewer replicas are wanted", actions);
         }
     }
@@ -191,6 +201,7 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
                 let nameless = (missing - placed).saturating_sub(named);
                 self.unplaced = u64::try_from(nameless).unwrap_or(u64::MAX);
                 self.shortage = Some(shortage);
+                self.say_lacking(missing - placed);
                 return;
             }
         }
@@ -282,14 +293,17 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
                 }
                 // It has to go and makes no room: only with the operator's word that fewer will do.
                 (Why::Gpu | Why::Evicted(_), Some(floor)) => left >= floor,
-                (Why::Gpu | Why::Evicted(_), None) | (Why::Moving, _) => false,
+                (Why::Gpu | Why::Evicted(_), None) | (Why::Moving | Why::Ended, _) => false,
             }
         });
         match goes {
             Some((member, why)) => {
                 self.withdraw(member, why.sentence(), actions);
             }
-            None => self.blocked = Some(Blocked::Budget(Some(shortage))),
+            None => {
+                self.blocked = Some(Blocked::Budget(Some(shortage)));
+                self.say_lacking(1);
+            }
         }
     }
 
@@ -326,6 +340,7 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
             spec: deployment.spec.clone(),
             phase: Phase::Active,
             moving: false,
+            asleep: false,
         });
         Ok(())
     }
@@ -368,7 +383,9 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
         }
         let context = self.context;
         let Some(a) = self.model.edit().assignments.get_mut(member.at) else { return false };
-        (a.phase, a.moving) = (Phase::Leaving, false);
+        (a.phase, a.moving, a.asleep) = (Phase::Leaving, false, false);
+        let a = a.clone();
+        self.capacity.note(&self.model.placement.model, &a);
         let registered = context.observed.registered.contains_key(a.replica_id.as_str());
         if !registered && context.is_given_up(&a.node_id) {
             self.given_up.push(member.at);
@@ -386,7 +403,10 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
     }
 
     fn standing_as(&self, standing: Standing) -> Vec<Member> {
-        self.members().into_iter().filter(|member| member.standing == standing).collect()
+        // Good sleepers are nobody's to count on.
+        let counts =
+            |member: &Member| member.standing == standing && !(member.asleep && standing == Standing::Good);
+        self.members().into_iter().filter(counts).collect()
     }
 
     fn old(&self) -> Vec<(Member, Why)> {
@@ -400,7 +420,7 @@ impl<'w, 'd, 'o, 'c> Step<'w, 'd, 'o, 'c> {
 
     /// Replicas that are or will be of use: neither given up nor failing.
     fn present(&self) -> usize {
-        let useless = |m: &Member| matches!(m.standing, Standing::Lost | Standing::Failing);
+        let useless = |m: &Member| m.asleep || matches!(m.standing, Standing::Lost | Standing::Failing);
         self.members().iter().filter(|member| !useless(member)).count()
     }
 

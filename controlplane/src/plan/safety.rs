@@ -26,6 +26,11 @@ impl Caps {
         take(&mut self.starts, &mut self.is_hit)
     }
 
+    /// How many more replicas may be stopped.
+    pub(super) fn stops_left(&self) -> usize {
+        self.stops
+    }
+
     /// Whether one more replica may be stopped.
     pub(super) fn stop(&mut self) -> bool {
         take(&mut self.stops, &mut self.is_hit)

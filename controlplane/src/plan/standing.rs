@@ -1,7 +1,7 @@
 //! Where one replica stands: as wanted, or why not.
 
 use super::{Context, Working};
-use crate::model::{Assignment, Phase};
+use crate::model::{Assignment, EngineState, Phase};
 
 /// Where an active replica stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub(super) enum Why {
     Evicted(&'static str),
     /// The rebalancer wants it elsewhere.
     Moving,
+    /// It shall sleep, and has ended.
+    Ended,
 }
 
 impl Why {
@@ -36,6 +38,7 @@ impl Why {
             Self::Gpu => "one of its GPUs is not usable",
             Self::Evicted(why) => why,
             Self::Moving => "it was moved to another zone",
+            Self::Ended => "it should sleep, and its engine has ended",
         }
     }
 }
@@ -51,6 +54,8 @@ pub(super) struct Member {
     pub(super) ready: bool,
     /// ... and takes requests.
     pub(super) available: bool,
+    /// It shall sleep: neither ready nor available, whatever its engine still does.
+    pub(super) asleep: bool,
 }
 
 impl Member {
@@ -79,10 +84,10 @@ impl Context<'_> {
         let assignments = model.placement.assignments.iter().enumerate();
         let active = assignments.filter(|(_, a)| a.phase == Phase::Active);
         let member = |(at, a): (usize, &Assignment)| {
-            let ready = self.is_ready(a);
+            let (asleep, ready) = (a.asleep, self.is_ready(a) && !a.asleep);
             let available = ready && !self.observed.drained.contains(a.replica_id.as_str());
             let standing = self.standing(model, a);
-            Member { at, generation: a.generation, standing, ready, available }
+            Member { at, generation: a.generation, standing, ready, available, asleep }
         };
         active.map(member).collect()
     }
@@ -105,8 +110,18 @@ impl Context<'_> {
         if a.spec != deployment.spec && !deployment.policy.rollout.paused {
             return Standing::Old(Why::Spec);
         }
+        if a.asleep {
+            // A sleeper's failures are of the time before it slept.
+            return if self.has_ended(a) { Standing::Old(Why::Ended) } else { Standing::Good };
+        }
         // Where the spec is to blame, no other node is any better.
         if !model.is_held && self.fails(a) { Standing::Failing } else { Standing::Good }
+    }
+
+    fn has_ended(&self, a: &Assignment) -> bool {
+        let engine = self.observed.engines.get(a.replica_id.as_str());
+        let ended = [EngineState::Failed, EngineState::Stopped];
+        engine.is_some_and(|e| e.generation == a.generation && ended.contains(&e.state))
     }
 
     fn has_bad_gpu(&self, assignment: &Assignment) -> bool {

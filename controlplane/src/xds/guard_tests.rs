@@ -43,6 +43,7 @@ impl Fleet {
                 env: BTreeMap::new(),
                 gpus_per_replica: 1,
                 lora: vec![],
+                warm: Default::default(),
                 options: Default::default(),
                 resources: Default::default(),
             };

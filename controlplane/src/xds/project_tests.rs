@@ -19,6 +19,7 @@ pub(crate) fn model(name: &str, deployed: bool, endpoints: &[&str]) -> Arc<Model
         env: BTreeMap::new(),
         gpus_per_replica: 1,
         lora: vec![],
+        warm: Default::default(),
         options: Default::default(),
         resources: Default::default(),
     };

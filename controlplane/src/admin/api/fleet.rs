@@ -111,7 +111,7 @@ pub(super) fn rows() -> Vec<Row> {
             Method::PATCH,
             "/api/v2/nodes/{id}",
             "patch_node",
-            "Sets a node's taints, labels and role.",
+            "Sets a node's taints, labels, role and the models on its disks.",
             patch(node_policies::patch),
         )
         .body("NodeBody")
@@ -139,6 +139,18 @@ pub(super) fn rows() -> Vec<Row> {
         )
         .named()
         .may_have_body("ReasonBody")
+        .edits()
+        .gives("NodeOrName"),
+        row(
+            OPERATOR,
+            Method::POST,
+            "/api/v2/nodes/{id}/prefetch",
+            "prefetch_on_node",
+            "Puts a deployed model among those that a node shall have on its disks, or takes it out.",
+            post(node_policies::prefetch),
+        )
+        .named()
+        .body("PrefetchBody")
         .edits()
         .gives("NodeOrName"),
         row(

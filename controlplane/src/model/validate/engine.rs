@@ -24,6 +24,8 @@ const DTYPES: [&str; 6] = ["auto", "half", "float16", "bfloat16", "float", "floa
 const MAX_SHUTDOWN_S: u64 = 3_600;
 const MAX_COUNT: u64 = 10_000_000;
 const MAX_LENGTH: u64 = 1 << 40;
+/// What every reader of JSON takes for the same number.
+const MAX_SEED: i64 = (1 << 53) - 1;
 
 type Fields = Map<String, Value>;
 
@@ -51,6 +53,7 @@ pub(super) fn spec(model: &str, fields: &Fields, asked: ResourcesAsked) -> Resul
         resources: asked.resources,
         lora: lora(model, fields)?,
         options,
+        warm: super::warm::warm(fields)?,
     };
     let said = gpus.map(|n| ("gpus_per_replica", n)).or(asked.gpus.map(|n| ("resources.gpus", n)));
     spec.gpus_per_replica = gpus_of(&spec, said)?;
@@ -188,9 +191,13 @@ fn share(fields: &Fields) -> Result<Option<Share>, FieldError> {
 
 fn seed(fields: &Fields) -> Result<Option<i64>, FieldError> {
     let Some(value) = fields.get("seed") else { return Ok(None) };
-    value.as_i64().map(Some).ok_or_else(|| {
+    let seed = value.as_i64().filter(|seed| (-MAX_SEED..=MAX_SEED).contains(seed));
+    seed.map(Some).ok_or_else(|| {
         let found = if value.is_number() { value.to_string() } else { kind(value).to_owned() };
-        FieldError::new("seed", format!("seed must be a whole number of 64 bits, not {found}"))
+        FieldError::new(
+            "seed",
+            format!("seed must be a whole number from -{MAX_SEED} to {MAX_SEED}, not {found}"),
+        )
     })
 }
 

@@ -158,7 +158,7 @@ fn autoscaling(value: &Value, max_replicas: u32) -> Result<Autoscaling, FieldErr
 
 /// Checks the body of PATCH /api/v2/nodes/{id}: what is there replaces what was said before.
 pub fn node_body(body: &Value, before: &NodePolicy) -> Result<NodePolicy, FieldError> {
-    let fields = object(body, &["taints", "labels", "role", "reason"])?;
+    let fields = object(body, &["taints", "labels", "role", "reason", "prefetch"])?;
     let mut policy = before.clone();
     if fields.contains_key("taints") {
         policy.taints = list(fields, "taints", taint)?;
@@ -179,6 +179,9 @@ pub fn node_body(body: &Value, before: &NodePolicy) -> Result<NodePolicy, FieldE
             })?);
         }
     }
+    if fields.contains_key("prefetch") {
+        policy.prefetch = list(fields, "prefetch", model)?.into_iter().collect();
+    }
     if let Some(reason) = text(fields, "reason")? {
         reason.clone_into(&mut policy.reason);
     }
@@ -187,7 +190,7 @@ pub fn node_body(body: &Value, before: &NodePolicy) -> Result<NodePolicy, FieldE
 
 /// Checks the body of PUT /api/v2/nodes/{id}: everything that is said of the node.
 pub fn node_policy_body(node: &str, body: &Value) -> Result<NodePolicy, FieldError> {
-    let known = ["cordoned", "maintenance", "reason", "taints", "labels", "role"];
+    let known = ["cordoned", "maintenance", "reason", "taints", "labels", "role", "prefetch"];
     let mut fields = object(body, &known)?.clone();
     let (cordoned, maintenance) = (flag(&fields, "cordoned")?, flag(&fields, "maintenance")?);
     fields.retain(|field, _| field != "cordoned" && field != "maintenance");
@@ -213,6 +216,21 @@ pub fn wake_body(body: &Value) -> Result<u32, FieldError> {
 /// Checks the body of a rollback: to which revision; None: the one before the last change.
 pub fn rollback_body(body: &Value) -> Result<Option<u64>, FieldError> {
     Ok(whole(object(body, &["to"])?, "to", 1, u64::from(u32::MAX))?.map(u64::from))
+}
+
+fn model(value: &Value) -> Result<String, FieldError> {
+    let name = string("", value)?;
+    super::model_name(name).map_err(|error| FieldError::new("", error.message))?;
+    Ok(name.to_owned())
+}
+
+/// Checks the body of POST /api/v2/nodes/{id}/prefetch: which model, and whether it is not wanted there any more.
+pub fn prefetch_body(body: &Value) -> Result<(String, bool), FieldError> {
+    let fields = object(body, &["model", "remove"])?;
+    let missing = || FieldError::new("model", "model is missing: name a deployment's model");
+    let name = text(fields, "model")?.ok_or_else(missing)?;
+    super::model_name(name)?;
+    Ok((name.to_owned(), flag(fields, "remove")?.unwrap_or(false)))
 }
 
 fn toleration(value: &Value) -> Result<Toleration, FieldError> {

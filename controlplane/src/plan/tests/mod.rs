@@ -4,6 +4,7 @@ mod limits;
 mod properties;
 mod scaling;
 mod script;
+mod sleeping;
 mod world;
 
 use std::path::Path;

@@ -43,6 +43,8 @@ impl World {
             ["delete", model] => drop(self.deployments.remove(*model)),
             ["ready"] => self.ready_all(),
             ["ready", id] => self.ready(id),
+            ["sleep", model, "level", level] => self.may_sleep(model, number(level)),
+            ["rest"] => self.fall_asleep(),
             ["end"] => self.end_leaving(),
             ["drain", id] => drop(self.drained.insert((*id).to_owned())),
             ["lose", node] => self.lose(node),
@@ -130,6 +132,8 @@ impl World {
                 Action::Scale { model, from, to, reason } => {
                     format!("scale {model} from {from} to {to}: {reason}\n")
                 }
+                Action::Sleep { replica_id, node_id } => format!("sleep {replica_id} on {node_id}\n"),
+                Action::Wake { replica_id, node_id } => format!("wake {replica_id} on {node_id}\n"),
                 Action::Move { replica_id, node_id, reason } => {
                     format!("move {replica_id} away from {node_id}: {reason}\n")
                 }

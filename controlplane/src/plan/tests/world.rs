@@ -8,7 +8,7 @@ use std::{
 use super::super::{Demand, Desired, Load, NodeSeen, Observed, Plan, Rules, memory::Memory, plan};
 use crate::model::{
     Deployment, EngineObserved, EngineSpec, EngineState, Gpu, NodePolicy, Phase, Placement, Policy,
-    RegisteredEndpoint, policy::Resources,
+    RegisteredEndpoint, policy::Resources, warm::Sleep,
 };
 
 pub(super) const GRACE: Duration = Duration::from_secs(30);
@@ -177,6 +177,7 @@ impl World {
             gpus_per_replica,
             resources: Resources::default(),
             lora: vec![],
+            warm: Default::default(),
             options: Default::default(),
         };
         let before = self.deployments.get(model);
@@ -199,7 +200,10 @@ impl World {
     pub(super) fn ready(&mut self, id: &str) {
         let all = self.placements.values().flat_map(|p| p.assignments.iter().map(move |a| (p, a)));
         let Some((placement, a)) = all.into_iter().find(|(_, a)| a.replica_id == id) else { return };
-        if a.phase == Phase::Leaving || self.nodes.get(&a.node_id).is_none_or(|n| n.lost_since.is_some()) {
+        if a.phase == Phase::Leaving
+            || a.asleep
+            || self.nodes.get(&a.node_id).is_none_or(|n| n.lost_since.is_some())
+        {
             return;
         }
         let endpoint = RegisteredEndpoint {
@@ -242,6 +246,23 @@ impl World {
         }
     }
 
+    /// The model may sleep instead of ending, on this level.
+    pub(super) fn may_sleep(&mut self, model: &str, level: u32) {
+        let spec = &mut self.deployments.get_mut(model).unwrap().spec;
+        spec.warm.sleep = (level > 0).then_some(Sleep { level });
+    }
+
+    /// Agents put every engine to sleep that shall: deregistered, and reported asleep.
+    pub(super) fn fall_asleep(&mut self) {
+        let all = self.placements.values().flat_map(|p| &p.assignments);
+        let here = |node: &str| self.nodes.get(node).is_some_and(|n| n.lost_since.is_none());
+        let asleep = all.filter(|a| a.asleep && a.phase == Phase::Active && here(&a.node_id));
+        for id in asleep.map(|a| a.replica_id.clone()).collect::<Vec<_>>() {
+            self.registered.remove(&id);
+            self.report(&id, EngineState::Asleep, 0, "");
+        }
+    }
+
     /// Agents end every withdrawn engine: deregistered, stopped, no longer reported.
     pub(super) fn end_leaving(&mut self) {
         for a in self.placements.values().flat_map(|p| &p.assignments) {
@@ -271,6 +292,7 @@ impl World {
             waiting: 0,
             kv_used_ratio: 0.0,
             ttft: (0, 0),
+            started: Default::default(),
             engine_version: String::new(),
             kv_events_address: String::new(),
             notes: vec![],
