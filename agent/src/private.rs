@@ -94,7 +94,11 @@ async fn metrics(State(shown): State<Shown>) -> Response {
 /// All or nothing, for whoever waits for the whole node; each engine's own state is in `/engines`.
 async fn engines_health(State(shown): State<Shown>) -> Response {
     let engines = shown.cx.board.all();
-    let is_up = |view: &&EngineView| view.state == EngineState::Ready && view.registration == "accepted";
+    // One that sleeps is as it should be.
+    let is_up = |view: &&EngineView| match view.state {
+        EngineState::Ready => view.registration == "accepted",
+        state => state == EngineState::Asleep,
+    };
     let waits = |view: &EngineView| {
         json!({
             "id": view.assignment.replica_id,

@@ -57,7 +57,7 @@ pub(crate) async fn write(cx: &Context, replica_id: &str, engine: &Engine, reaso
     }
     let (dir, id) = (cx.state.dumps(), replica_id.to_owned());
     let written = tokio::task::spawn_blocking(move || store(&dir, &id, &text, kept)).await;
-    match written.map_err(io::Error::other).flatten() {
+    match written.unwrap_or_else(|broken| Err(io::Error::other(broken))) {
         Ok(path) => {
             tracing::warn!(replica = replica_id, path = %path.display(), "dump of an engine that is being ended");
             Some(path)

@@ -16,6 +16,7 @@ use crate::{
         context::Context,
         launch::{Beginning, Engine, Failure},
         stop::{self, DrainTimes},
+        watch as watching,
     },
     warm::{Started, Way, disk, prefetch, restore, sleep},
 };
@@ -139,10 +140,7 @@ impl Supervisor {
             Order::Sleep => {
                 let reason = "it should sleep and does not run: it is started anew when it is wanted";
                 self.move_to(State::Failed, reason);
-                Ended::Failed(
-                    Failure { reason: reason.into(), permanent: true, hopeless: false },
-                    Kind::Permanent,
-                )
+                Ended::Failed(Failure::passing(reason), Kind::Other)
             }
         }
     }
@@ -179,10 +177,11 @@ impl Supervisor {
         self.move_to(State::Asleep, "");
         self.cx.board.update(self.id(), |view| view.load = None);
         tracing::info!(replica = self.id(), level = self.level(), "engine asleep");
-        let mut orders = self.orders.clone();
+        let (mut orders, log) = (self.orders.clone(), self.cx.state.log(self.id()));
         let order = tokio::select! {
             order = ordered_awake(&mut orders) => order,
-            exit = engine.tree.exited() => return Some(Served::Failed(self.explain(exit))),
+            exit = engine.tree.exited() => return Some(Served::Failed(self.explain(exit, engine.log_from))),
+            never = watching::keep_log_small(&log, self.cx.config.log_bytes) => match never {},
         };
         match order {
             Order::Run => self.wake(engine).await,
@@ -210,7 +209,7 @@ impl Supervisor {
         let mut orders = self.orders.clone();
         let drained = tokio::select! {
             drained = stop::drain(&cx.probe, &engine.target, drain_times(&cx)) => drained,
-            exit = engine.tree.exited() => return Fell::Ended(Served::Failed(self.explain(exit))),
+            exit = engine.tree.exited() => return Fell::Ended(Served::Failed(self.explain(exit, engine.log_from))),
             order = ordered_awake(&mut orders) => return match order {
                 Order::Run => Fell::Awake,
                 order => Fell::Ended(Served::Ordered(order)),
@@ -226,7 +225,7 @@ impl Supervisor {
         let level = self.level();
         let fell = tokio::select! {
             fell = sleep::fall_asleep(&cx.probe, &engine.target, level, deadline) => fell,
-            exit = engine.tree.exited() => return Fell::Ended(Served::Failed(self.explain(exit))),
+            exit = engine.tree.exited() => return Fell::Ended(Served::Failed(self.explain(exit, engine.log_from))),
         };
         match fell {
             Ok(()) => Fell::Asleep,
@@ -244,7 +243,7 @@ impl Supervisor {
         engine.note.clear();
         let woken = tokio::select! {
             woken = sleep::wake(&cx.probe, &engine.target, level, longest) => woken,
-            exit = engine.tree.exited() => return Some(Served::Failed(self.explain(exit))),
+            exit = engine.tree.exited() => return Some(Served::Failed(self.explain(exit, engine.log_from))),
             order = ordered_to_end(&mut orders) => return Some(Served::Ordered(order)),
         };
         match woken {
