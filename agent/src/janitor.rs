@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    path::PathBuf,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -51,7 +51,7 @@ pub(crate) async fn run(cx: Arc<Context>, stop: CancellationToken) {
 fn put_logs_aside(cx: &Context) {
     let Ok(entries) = std::fs::read_dir(cx.state.logs()) else { return };
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    for path in paths.filter(is_current) {
+    for path in paths.filter(|path| is_current(path)) {
         match cx.logs.rotate(&path, cx.config.log_bytes, cx.config.log_files) {
             Ok(true) => cx.metrics.log_rotations.inc(),
             Ok(false) => {}
@@ -61,7 +61,7 @@ fn put_logs_aside(cx: &Context) {
 }
 
 /// STEM.log, and not STEM.previous.log: stems have no dots.
-fn is_current(path: &PathBuf) -> bool {
+fn is_current(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str());
     name.and_then(|name| name.strip_suffix(".log")).is_some_and(|stem| !stem.contains('.'))
 }
@@ -105,7 +105,7 @@ mod tests {
             ("m-0.previous-2.log", false),
             ("m-0.previous.new", false),
         ] {
-            assert_eq!(is_current(&PathBuf::from("/logs").join(name)), current, "{name}");
+            assert_eq!(is_current(&Path::new("/logs").join(name)), current, "{name}");
         }
     }
 

@@ -59,7 +59,10 @@ pub(crate) async fn pump(cx: Arc<Context>, wanted: Wanted, out: mpsc::Sender<Byt
             return Ok(());
         }
     }
-    while wanted.follow && !wanted.previous {
+    if !wanted.follow || wanted.previous {
+        return Ok(());
+    }
+    loop {
         let (reader, path) = (cx.clone(), path.clone());
         // Asked first, so that what it wrote last is read after.
         let stays = is_here(&cx, &id);
