@@ -65,6 +65,7 @@ impl Node {
         engines.cgroup = "off".into();
         engines.backoff_min_ms = 20;
         engines.backoff_max_ms = 200;
+        engines.give_up_retry_s = 1;
         let env = BTreeMap::from([(engine::ROLE.to_owned(), "1".to_owned())]);
         engines.programs.insert(
             "stand-in".into(),
