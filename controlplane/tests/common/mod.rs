@@ -157,7 +157,6 @@ struct AgentSeen {
     assignments: Option<v1::Assignments>,
     registrations: Vec<v1::RegistrationResult>,
     deregistrations: Vec<v1::DeregistrationResult>,
-    wishes: Option<Vec<v1::PrefetchWish>>,
     ended: Option<Status>,
 }
 
@@ -319,7 +318,7 @@ async fn read(mut inbound: Streaming<v1::ControllerMessage>, seen: Arc<Mutex<Age
                 Message::Assignments(assignments) => seen.assignments = Some(assignments),
                 Message::Registration(result) => seen.registrations.push(result),
                 Message::Deregistration(result) => seen.deregistrations.push(result),
-                Message::Prefetches(wishes) => seen.wishes = Some(wishes.wishes),
+                Message::Prefetches(_) => {}
             },
             Ok(None) => return seen.ended = Some(Status::ok("it was closed")),
             Err(status) => return seen.ended = Some(status),
