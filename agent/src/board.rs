@@ -14,9 +14,32 @@ use tokio::sync::watch;
 
 use crate::{
     assignment::Assignment,
-    engine::{State, load::Load, records::Origin, ttft::Window},
+    engine::{State, causes::Cause, load::Load, records::Origin, ttft::Window},
     warm::Started,
 };
+
+/// How an engine's main process last ended unasked, or could not be started.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct LastExit {
+    /// Why.
+    pub(crate) cause: Cause,
+    /// The same for the operator, with what it wrote.
+    pub(crate) detail: String,
+    /// When.
+    pub(crate) at: Instant,
+}
+
+impl LastExit {
+    fn on_wire(&self, now: Instant) -> v1::EngineExit {
+        v1::EngineExit {
+            cause: self.cause.label().into(),
+            detail: self.detail.clone(),
+            advice: self.cause.advice().into(),
+            retry_helps: self.cause.retry_helps(),
+            age_ms: u64::try_from(now.saturating_duration_since(self.at).as_millis()).unwrap_or(u64::MAX),
+        }
+    }
+}
 
 /// One engine, as others see it.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,6 +66,8 @@ pub(crate) struct EngineView {
     pub(crate) first_tokens: Window,
     /// What was executed, without secrets.
     pub(crate) command: Vec<String>,
+    /// How it ended the last time, for this generation.
+    pub(crate) last_exit: Option<LastExit>,
     /// How it became ready last.
     pub(crate) started: Started,
     /// What its program is, and what is to be known of how it was started.
@@ -70,6 +95,7 @@ impl EngineView {
             load: None,
             first_tokens: Window::default(),
             command: vec![],
+            last_exit: None,
             started: Started::default(),
             origin: Origin::default(),
             failures: 0,
@@ -111,6 +137,7 @@ impl EngineView {
             restarts: self.restarts,
             reason: self.told(),
             load,
+            last_exit: self.last_exit.as_ref().map(|exit| exit.on_wire(now)),
             started: self.started.way.map(|way| way.name().to_owned()).unwrap_or_default(),
             ready_ms: u64::try_from(self.started.took.as_millis()).unwrap_or(u64::MAX),
             start_note: self.started.note.clone(),

@@ -26,7 +26,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
-use crate::{backoff::Backoff, board::Told, engine::context::Context, intake::Intake};
+use crate::{
+    backoff::Backoff, board::Told, directory::Directory, engine::context::Context, intake::Intake,
+    log_requests::LogRequests,
+};
 
 /// Messages that wait to be sent. A control plane that does not read is given up after [`SEND_DEADLINE`].
 const OUTBOX: usize = 64;
@@ -74,6 +77,8 @@ pub(crate) struct SessionStatus {
 enum SessionError {
     #[error("{0}")]
     Address(String),
+    #[error("{0}")]
+    Directory(String),
     #[error("cannot connect: {0}")]
     Connect(String),
     #[error("refused: {0}")]
@@ -100,6 +105,8 @@ pub(crate) struct Fleet {
     pub(crate) tls: Option<ClientTls>,
     /// Said in Hello.
     pub(crate) identity: Identity,
+    /// Where the control planes are.
+    pub(crate) directory: Directory,
     /// Where assignments go.
     pub(crate) intake: Intake,
     /// Shown by `/readyz`.
@@ -108,13 +115,21 @@ pub(crate) struct Fleet {
 
 impl Fleet {
     /// Until `stop`; the last report then says how things were left.
-    pub(crate) async fn run(self, stop: CancellationToken) {
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
         let backoff = Backoff::new(self.config.backoff_min_ms, self.config.backoff_max_ms);
         let mut rng = fastrand::Rng::new();
         let mut failures = 0_u32;
-        for address in self.config.endpoints.iter().cycle() {
-            let Err((error, was_welcomed)) = self.session(address, &stop).await else { return };
-            self.note_end(address, &error);
+        loop {
+            let Some(found) = stop.run_until_cancelled(self.directory.next()).await else { return };
+            let (address, ended) = match found {
+                Ok(address) => {
+                    let ended = self.session(&address, &stop).await;
+                    (address, ended)
+                }
+                Err(why) => (String::new(), Err((SessionError::Directory(why), false))),
+            };
+            let Err((error, was_welcomed)) = ended else { return };
+            self.note_end(&address, &error);
             failures = if was_welcomed { 1 } else { failures.saturating_add(1) };
             if stop.run_until_cancelled(sleep(backoff.pause(failures, &mut rng))).await.is_none() {
                 return;
@@ -177,13 +192,17 @@ impl Fleet {
         let mut loads = interval(LOADS);
         loads.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut told = Told::new();
+        let mut logs = LogRequests::new(self.cx.clone(), outbox.clone());
         let (mut board, mut registry) = (self.cx.board.changes(), self.cx.registry.changes());
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
                 message = inbound.message() => {
                     let message = message.map_err(|s| SessionError::Broken(status_text(&s)))?;
-                    self.receive(message.ok_or(SessionError::Closed)?).await;
+                    match message.ok_or(SessionError::Closed)? {
+                        v1::ControllerMessage { message: Some(In::Log(request)) } => logs.take(request),
+                        message => self.receive(message).await,
+                    }
                     continue;
                 }
                 _ = loads.tick() => {
@@ -204,6 +223,7 @@ impl Fleet {
                 send(&outbox, message).await?;
             }
         }
+        logs.end().await;
         send(&outbox, Out::Report(self.report())).await?;
         drop(outbox);
         // The stream is read to its end, so that what was just sent is not cut off with the connection.
@@ -238,7 +258,7 @@ impl Fleet {
                 registry.change(|r| r.left(&result));
             }
             Some(In::Prefetches(wishes)) => self.cx.prefetch.wish(wishes),
-            Some(In::Welcome(_)) | None => {
+            Some(In::Welcome(_) | In::Log(_)) | None => {
                 tracing::warn!("the control plane sent a message that has no place here")
             }
         }
@@ -276,6 +296,7 @@ impl Fleet {
             engines: self.cx.board.statuses(now),
             gpu_source: Some(gpus.source(now)),
             gpus: gpus.gpus,
+            foreign: self.cx.foreign.all(),
             programs: self.cx.programs.shown(),
             disk: self.cx.prefetch.disk().map(|disk| v1::Disk {
                 folder: disk.folder,

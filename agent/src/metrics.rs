@@ -14,7 +14,7 @@ use penstock_proto::v1;
 
 use crate::{
     board::EngineView,
-    engine::{State, load},
+    engine::{State, causes::Cause, load},
     gpu::{GpuKind, GpuReport},
     warm::Way,
 };
@@ -23,6 +23,12 @@ use crate::{
 pub(crate) struct Metrics {
     registry: Registry,
     engines: IntGaugeVec,
+    /// Processes on the node that look like vLLM and are none of ours.
+    pub(crate) foreign: IntGauge,
+    /// Requests for engines' logs that are being answered.
+    pub(crate) log_streams: IntGauge,
+    /// Times that an engine's log was put aside.
+    pub(crate) log_rotations: IntCounter,
     gpus: IntGauge,
     gpus_faulty: IntGauge,
     gpu_memory: IntGaugeVec,
@@ -79,8 +85,6 @@ pub(crate) struct Metrics {
     stop_seconds: Histogram,
 }
 
-/// Engine exits by what `Exit::label` says.
-const EXIT_LABELS: [&str; 4] = ["clean", "code", "signal", "unknown"];
 /// Whose error an XID is.
 const XID_CLASSES: [&str; 2] = ["application", "hardware"];
 
@@ -115,7 +119,7 @@ impl Metrics {
         let exits = IntCounterVec::new(
             Opts::new(
                 "penstock_agent_engine_exits_total",
-                "Engine main processes that ended unasked, by cause.",
+                "Engines that ended unasked or could not be started, by cause.",
             ),
             &["cause"],
         )?;
@@ -177,7 +181,7 @@ impl Metrics {
         for class in XID_CLASSES {
             gpu_xids.with_label_values(&[class]);
         }
-        for label in EXIT_LABELS {
+        for label in Cause::LABELS {
             exits.with_label_values(&[label]);
         }
         for state in State::ALL {
@@ -186,6 +190,15 @@ impl Metrics {
         Ok(Self {
             engines,
             exits,
+            foreign: gauge(
+                "foreign_processes",
+                "Processes on this node that look like vLLM and belong to no engine of this agent.",
+            )?,
+            log_streams: gauge("log_streams", "Requests for engines' logs that are being answered.")?,
+            log_rotations: counter(
+                "engine_log_rotations_total",
+                "Times that an engine's log was put aside.",
+            )?,
             canaries,
             metric_missing,
             gave_up: gauge("engines_gave_up", "Engines that failed so often that they are given up here.")?,
@@ -257,7 +270,7 @@ impl Metrics {
         })
     }
 
-    /// Counts the end of a main process by `Exit::label`.
+    /// Counts an end by `Cause::label`.
     pub(crate) fn exited(&self, cause: &str) {
         self.exits.with_label_values(&[cause]).inc();
     }

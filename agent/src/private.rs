@@ -4,16 +4,24 @@
 //! `/livez` and `/healthz` say that the process answers. `/readyz` is 503 until a control plane has welcomed this agent
 //! once, and while it stops; a control plane that goes away later does not make it unready, since engines go on.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    convert::Infallible,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use axum::{
     Json, Router,
-    extract::State,
+    body::Body,
+    extract::{Path, Query, State, rejection::QueryRejection},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
 };
+use penstock_proto::v1;
+use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -21,6 +29,8 @@ use crate::{
     engine::{State as EngineState, context::Context},
     fleet::SessionStatus,
     gpu,
+    state::stem,
+    tail::{self, MOST_LINES, Wanted},
 };
 
 /// What the server shows.
@@ -45,6 +55,8 @@ pub(crate) fn router(shown: Shown) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/engines", get(engines))
+        .route("/engines/{id}/logs", get(logs))
+        .route("/foreign", get(foreign))
         .route("/engines/health", get(engines_health))
         .with_state(shown)
         .merge(gpus)
@@ -153,5 +165,98 @@ fn engine(shown: &Shown, view: &EngineView) -> Value {
         "kv_events_address": view.origin.kv_events_address,
         "notes": view.origin.notes,
         "log": shown.cx.state.log(&assignment.replica_id),
+        "last_exit": view.last_exit.as_ref().map(|exit| {
+            json!({
+                "cause": exit.cause.label(),
+                "detail": exit.detail,
+                "advice": exit.cause.advice(),
+                "retry_helps": exit.cause.retry_helps(),
+                "age_s": exit.at.elapsed().as_secs(),
+            })
+        }),
+        "memory": memory(shown, &assignment.replica_id),
     })
+}
+
+/// In bytes, where the kernel counts it for the engine.
+fn memory(shown: &Shown, replica_id: &str) -> Value {
+    let cgroup = shown.cx.cgroups.find(&stem(replica_id));
+    let counted = cgroup.map(|cgroup| cgroup.memory()).filter(|memory| memory.current.is_some());
+    counted.map_or(
+        Value::Null,
+        |memory| json!({ "current": memory.current, "peak": memory.peak, "oom_kills": memory.oom_kills }),
+    )
+}
+
+/// What `/engines/ID/logs` may be asked.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct LogQuery {
+    lines: u32,
+    follow: bool,
+    previous: bool,
+}
+
+impl Default for LogQuery {
+    fn default() -> Self {
+        Self { lines: 200, follow: false, previous: false }
+    }
+}
+
+async fn logs(
+    State(shown): State<Shown>,
+    Path(replica_id): Path<String>,
+    query: Result<Query<LogQuery>, QueryRejection>,
+) -> Response {
+    let LogQuery { lines, follow, previous } = match query {
+        Ok(Query(query)) if query.lines <= MOST_LINES => query,
+        Ok(_) => return refused(StatusCode::BAD_REQUEST, format!("lines is more than {MOST_LINES}")),
+        Err(error) => {
+            let accepted =
+                format!("accepted are lines=0..{MOST_LINES}, follow=true|false, previous=true|false");
+            return refused(StatusCode::BAD_REQUEST, format!("{}; {accepted}", error.body_text()));
+        }
+    };
+    let (parts, mut reading) = mpsc::channel(4);
+    let wanted = Wanted { replica_id, lines, follow, previous };
+    let reader = tokio::spawn(tail::pump(shown.cx.clone(), wanted, parts));
+    let Some(first) = reading.recv().await else {
+        return match reader.await {
+            Ok(Ok(())) => text(Body::empty()),
+            Ok(Err(why)) => refused(StatusCode::NOT_FOUND, why),
+            Err(broken) => refused(StatusCode::INTERNAL_SERVER_ERROR, broken.to_string()),
+        };
+    };
+    let rest = ReceiverStream::new(reading);
+    let all = tokio_stream::once(first).chain(rest);
+    let stopping = shown.stopping.clone();
+    // One that follows would else hold up the agent's end.
+    let all = all.take_while(move |_| !stopping.is_cancelled()).map(Ok::<_, Infallible>);
+    text(Body::from_stream(all))
+}
+
+fn text(body: Body) -> Response {
+    ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], body).into_response()
+}
+
+fn refused(status: StatusCode, why: String) -> Response {
+    (status, why + "\n").into_response()
+}
+
+async fn foreign(State(shown): State<Shown>) -> Json<Value> {
+    let process = |process: v1::ForeignProcess| {
+        json!({
+            "pid": process.pid,
+            "kind": process.kind,
+            "model": process.model,
+            "user": process.user,
+            "age_s": process.age_s,
+            "rss_mib": process.rss_mib,
+            "port": process.port,
+            "gpu_uuids": process.gpu_uuids,
+            "state_dir": process.state_dir,
+        })
+    };
+    let all: Vec<Value> = shown.cx.foreign.all().into_iter().map(process).collect();
+    Json(json!({ "processes": all }))
 }

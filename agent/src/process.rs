@@ -31,24 +31,30 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     assignment::{Assignment, Desired},
     board::Board,
+    directory::Directory,
     engine::{
         adopt::{self, Survey},
+        cgroup::Cgroups,
         context::Context,
         exec,
+        logs::Logs,
         ports::Ports,
         probe::Probe,
         procfs,
         programs::Programs,
         records::{Record, Records},
+        verdict::Memories,
     },
     fleet::{Fleet, Identity, SessionStatus},
+    foreign::Foreign,
     gpu,
     intake::Intake,
+    janitor,
     metrics::Metrics,
     private::{self, Shown},
     reconcile::{OnShutdown, Reconciler},
     registrations::Registry,
-    state::{StateDir, StateError},
+    state::{StateDir, StateError, stem},
     warm::prefetch::{self, Prefetcher},
 };
 
@@ -106,6 +112,9 @@ struct Flags {
     /// This node's fault domain; wins over the settings
     #[arg(long, value_name = "ZONE")]
     zone: Option<String>,
+    /// etcd's members, through which the control plane is found: http://HOST:PORT, with commas between; wins over the settings
+    #[arg(long, value_name = "URLS", value_delimiter = ',')]
+    etcd_endpoints: Vec<String>,
 }
 
 /// The agent process: parses `args` (the first is the program's name), runs until SIGTERM or SIGINT.
@@ -157,6 +166,9 @@ fn settings(flags: Flags) -> Result<AgentConfig, String> {
     }
     if let Some(zone) = flags.zone {
         config.zone = zone;
+    }
+    if !flags.etcd_endpoints.is_empty() {
+        config.controlplane.etcd_endpoints = flags.etcd_endpoints;
     }
     config.validate()?;
     config.engines.programs.iter().try_for_each(|(name, program)| exec::check(name, program))?;
@@ -224,6 +236,7 @@ async fn run_with(
     let session = Arc::new(Mutex::new(SessionStatus::default()));
     let tls = &config.controlplane.tls;
     let fleet = Fleet {
+        directory: Directory::new(&config.controlplane).map_err(Error::System)?,
         cx: cx.clone(),
         config: config.controlplane.clone(),
         tls: ClientTls::of(&tls.ca_file, &tls.cert_file, &tls.key_file),
@@ -232,13 +245,14 @@ async fn run_with(
         status: session.clone(),
     };
     let programs = cx.programs.clone();
-    let shown = Shown { node_id, cx, session, stopping: shutdown.clone() };
+    let shown = Shown { node_id, cx: cx.clone(), session, stopping: shutdown.clone() };
 
     let tasks = TaskTracker::new();
     let (stop_fleet, stop_http) = (CancellationToken::new(), CancellationToken::new());
     tasks.spawn(prefetch::ahead(fleet.cx.clone(), stop_fleet.clone()));
     tasks.spawn(programs.follow(stop_fleet.clone()));
     tasks.spawn(fleet.run(stop_fleet.clone()));
+    tasks.spawn(janitor::run(cx.clone(), stop_fleet.clone()));
     tasks.spawn(serve(listener, shown, stop_http.clone()));
     if let Some(sampler) = sampler {
         tasks.spawn(sampler.run(stop_fleet.clone()));
@@ -255,6 +269,7 @@ async fn run_with(
     stop_http.cancel();
     tasks.close();
     tasks.wait().await;
+    cx.cgroups.close();
     announced?;
     if left.is_empty() { Ok(()) } else { Err(Error::Left(left.join(", "))) }
 }
@@ -273,14 +288,19 @@ fn context(
         deregister: Duration::from_millis(config.controlplane.deregister_ms),
         records: Records::new(state.engines()),
         programs: Programs::new(&config.engines.programs, state.versions()),
-        state,
         boot_id: procfs::boot_id(),
         board: Board::new(),
         registry: Registry::new(),
+        cgroups: Cgroups::open(&config.engines.cgroup, state.root(), config.engines.memory_max_mib)
+            .map_err(Error::System)?,
+        logs: Logs::default(),
+        memories: Memories::default(),
+        foreign: Foreign::default(),
         ports: Ports::default(),
         probe: Probe::new().map_err(|e| Error::System(format!("cannot make an HTTP client: {e}")))?,
         gpus,
         metrics: Metrics::new().map_err(|e| Error::System(format!("cannot make the metrics: {e}")))?,
+        state,
         hurry,
     })
 }
@@ -288,13 +308,13 @@ fn context(
 /// Looks at what an earlier agent left, and ends what is neither a living engine nor part of one.
 async fn clear_away(cx: &Context) -> Survey {
     let records = cx.records.all();
-    let found = adopt::survey(&records, &cx.boot_id, &adopt::look(&cx.state));
+    let found = adopt::survey(&records, &cx.boot_id, &adopt::look(&cx.state, &cx.cgroups));
     if !found.remains.is_empty() {
         tracing::warn!(
             processes = found.remains.len(),
             "ending what engines of an earlier agent left behind"
         );
-        let find = || adopt::survey(&records, &cx.boot_id, &adopt::look(&cx.state)).remains;
+        let find = || adopt::survey(&records, &cx.boot_id, &adopt::look(&cx.state, &cx.cgroups)).remains;
         let give_up = Duration::from_millis(cx.config.kill_ms);
         for process in adopt::end_remains(find, cx.orphan_term(), give_up).await {
             tracing::error!(pid = process.pid, "what an earlier engine left cannot be ended");
@@ -304,6 +324,8 @@ async fn clear_away(cx: &Context) -> Survey {
         cx.deregister(&record.assignment);
         cx.forget(&record.assignment.replica_id);
     }
+    let alive: Vec<String> = found.alive.iter().map(|record| stem(&record.assignment.replica_id)).collect();
+    cx.cgroups.sweep(|stem| alive.iter().any(|alive| alive == stem));
     found
 }
 

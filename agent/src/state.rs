@@ -163,13 +163,16 @@ pub(crate) fn stem(replica_id: &str) -> String {
         }
     }
     if stem.len() > LONGEST {
-        let hash = replica_id.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
         stem.truncate(LONGEST);
-        stem.push_str(&format!("%{hash:016x}"));
+        stem.push_str(&format!("%{:016x}", hash(replica_id)));
     }
     stem
+}
+
+/// FNV-1a: short and the same in every release.
+pub(crate) fn hash(text: &str) -> u64 {
+    text.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 async fn lock(root: &Path, wait: Duration) -> Result<StateLock, StateError> {

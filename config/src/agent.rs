@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 pub use crate::gpus::{GpuAction, GpuConfig, GpuPolicyConfig};
 use crate::{logging::LogConfig, tls::TlsConfig, warm::WarmConfig};
 
+/// More files of one log than this help nobody.
+const MAX_LOG_FILES: u32 = 100;
+
 /// Everything the agent can be told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -78,6 +81,10 @@ impl Default for AgentPrivateConfig {
 pub struct FleetConfig {
     /// gRPC addresses of the control planes, tried in turn.
     pub endpoints: Vec<String>,
+    /// Members of etcd, through which the leading control plane is found instead; empty: `endpoints` are used.
+    pub etcd_endpoints: Vec<String>,
+    /// What the control planes put before their keys there (their `store.prefix`).
+    pub etcd_prefix: String,
     /// TLS towards them.
     pub tls: TlsConfig,
     /// Longest connect, and longest wait for the answer to our Hello.
@@ -98,6 +105,8 @@ impl Default for FleetConfig {
     fn default() -> Self {
         Self {
             endpoints: vec!["http://127.0.0.1:18091".into()],
+            etcd_endpoints: Vec::new(),
+            etcd_prefix: String::new(),
             tls: TlsConfig::default(),
             connect_ms: 5_000,
             backoff_min_ms: 200,
@@ -167,8 +176,16 @@ pub struct EnginesConfig {
     pub backoff_max_ms: u64,
     /// Time ready after which earlier failures are forgotten.
     pub stable_s: u64,
-    /// Size at which an engine's log is put aside; one older file is kept.
+    /// Size at which an engine's log is put aside.
     pub log_bytes: u64,
+    /// Files that are kept of what was put aside, for each engine.
+    pub log_files: u32,
+    /// "auto" (a cgroup for each engine where the agent may make one), "off", or the cgroup in which they are made.
+    pub cgroup: String,
+    /// Most memory of an engine; 0: no limit.
+    pub memory_max_mib: u64,
+    /// Time between two looks for vLLM processes that are none of this agent's; 0: it does not look.
+    pub foreign_s: u64,
     /// Programs by the name that a deployment's `engine` gives.
     #[serde(flatten)]
     pub programs: BTreeMap<String, EngineProgram>,
@@ -211,6 +228,10 @@ impl Default for EnginesConfig {
             backoff_max_ms: 60_000,
             stable_s: 60,
             log_bytes: 16 << 20,
+            log_files: 1,
+            cgroup: "auto".into(),
+            memory_max_mib: 0,
+            foreign_s: 10,
             programs: BTreeMap::from([("vllm".into(), vllm), ("sim".into(), sim)]),
         }
     }
@@ -233,8 +254,40 @@ impl AgentConfig {
                 self.node_id
             ));
         }
-        if self.controlplane.endpoints.is_empty() {
-            return Err("controlplane.endpoints is empty; name at least one, as \"http://HOST:18091\"".into());
+        let cgroup = &self.engines.cgroup;
+        if !matches!(cgroup.as_str(), "auto" | "off") && !cgroup.starts_with('/') {
+            return Err(format!(
+                "engines.cgroup is {cgroup:?}; accepted: \"auto\", \"off\", or the full path of a cgroup"
+            ));
+        }
+        if self.engines.log_files > MAX_LOG_FILES {
+            return Err(format!(
+                "engines.log_files is {}; accepted: 0 to {MAX_LOG_FILES}",
+                self.engines.log_files
+            ));
+        }
+        if self.controlplane.endpoints.is_empty() && self.controlplane.etcd_endpoints.is_empty() {
+            return Err("controlplane.endpoints is empty; name at least one, as \"http://HOST:18091\", or etcd's members in \
+                        controlplane.etcd_endpoints"
+                .into());
+        }
+        let fleet = &self.controlplane;
+        if let Some(bad) = fleet.etcd_endpoints.iter().find(|e| !is_etcd_endpoint(e)) {
+            let tls = if bad.starts_with("https://") {
+                "; the agent asks etcd without TLS only: name the control planes in controlplane.endpoints instead"
+            } else {
+                ""
+            };
+            return Err(format!(
+                "controlplane.etcd_endpoints has {bad:?}; accepted: \"http://HOST:PORT\"{tls}"
+            ));
+        }
+        if fleet.etcd_prefix.ends_with('/') || fleet.etcd_prefix.contains('\0') {
+            return Err(format!(
+                "controlplane.etcd_prefix is {:?}; accepted is what the control planes have as store.prefix, without a slash \
+                 at the end, such as \"/penstock\"",
+                fleet.etcd_prefix
+            ));
         }
         if let Some(bad) = self.controlplane.endpoints.iter().find(|e| !is_endpoint(e)) {
             return Err(format!(
@@ -308,6 +361,10 @@ fn not_empty(key: &str, value: &str) -> Result<(), String> {
     if value.trim().is_empty() { Err(format!("{key} is empty; it needs a value")) } else { Ok(()) }
 }
 
+fn is_etcd_endpoint(text: &str) -> bool {
+    text.starts_with("http://") && is_endpoint(text)
+}
+
 /// `HOST:PORT`, with http:// or https:// before it or not, nothing behind it but perhaps a slash.
 fn is_endpoint(text: &str) -> bool {
     let rest = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://")).unwrap_or(text);
@@ -339,6 +396,12 @@ mod tests {
         );
         assert!(refused(|c| c.gpus.source = "amd".into()).contains("gpus.source"));
         assert!(refused(|c| c.controlplane.endpoints.clear()).contains("controlplane.endpoints"));
+        assert!(refused(|c| c.engines.cgroup = "on".into()).contains("engines.cgroup is \"on\""));
+        assert!(refused(|c| c.engines.log_files = 101).contains("accepted: 0 to 100"));
+        let etcd = |address: &str| refused(|c| c.controlplane.etcd_endpoints = vec![address.into()]);
+        assert!(etcd("127.0.0.1:2379").contains("accepted: \"http://HOST:PORT\""));
+        assert!(etcd("https://127.0.0.1:2379").contains("without TLS only"));
+        assert!(refused(|c| c.controlplane.etcd_prefix = "/a/".into()).contains("controlplane.etcd_prefix"));
         assert!(refused(|c| c.engines.liveness_failures = 0).contains("engines.liveness_failures is 0"));
         assert!(refused(|c| c.engines.backoff_max_ms = 1).contains("engines.backoff_max_ms is 1"));
         assert!(refused(|c| c.engines.canary_s = 30).contains("less than engines.wedge_s, 30"));

@@ -82,7 +82,8 @@ impl EngineProgram {
         let paths = [("health_path", &self.health_path, false), ("ready_path", &self.ready_path, true)];
         for (field, path, may_be_empty) in paths {
             let plain = path.starts_with('/') && !path.contains(|c: char| c.is_control() || c == ' ');
-            if !plain && !(may_be_empty && path.is_empty()) {
+            let off = may_be_empty && path.is_empty();
+            if !plain && !off {
                 let or = if may_be_empty { ", or be empty" } else { "" };
                 return Err(format!("{} is {path:?}; it must begin with '/'{or}", key(field)));
             }

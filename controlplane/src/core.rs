@@ -12,7 +12,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     access::Gate,
     demand::Demands,
-    fleet::roster::Roster,
+    fleet::{logs::Logs, roster::Roster},
     leadership::{Leader, Leadership},
     metrics::Metrics,
     peers::Followers,
@@ -36,6 +36,8 @@ pub struct Core {
     pub views: watch::Receiver<Arc<View>>,
     /// What nodes say.
     pub roster: Roster,
+    /// Engines' logs that are being read.
+    pub logs: Arc<Logs>,
     /// Models that somebody waits for.
     pub demands: Demands,
     /// What proxies get.

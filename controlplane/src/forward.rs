@@ -20,6 +20,7 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
+use futures_util::StreamExt;
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
@@ -157,6 +158,7 @@ impl Forwarder {
     async fn send(&self, leader: &Leader, mut request: Request) -> Result<Response, String> {
         let address = &leader.http;
         let sent = async {
+            let endless = request.uri().path().ends_with("/logs");
             let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
             *request.uri_mut() =
                 format!("http://{address}{path}").parse::<Uri>().map_err(|e| e.to_string())?;
@@ -171,7 +173,14 @@ impl Forwarder {
             for name in &HOP {
                 response.headers_mut().remove(name);
             }
-            Ok(response.map(Body::new))
+            let (head, body) = response.into_parts();
+            // A log that is followed goes on for ever, and this process shall not.
+            let stop = self.core.stop.clone().cancelled_owned();
+            let body = match endless {
+                true => Body::from_stream(Body::new(body).into_data_stream().take_until(stop)),
+                false => Body::new(body),
+            };
+            Ok(Response::from_parts(head, body))
         };
         let limit = Duration::from_millis(self.core.config.election.forward_timeout_ms);
         let outcome = tokio::select! {
@@ -207,6 +216,7 @@ mod tests {
             (Method::GET, "/api/v2/whoami", Place::LeaderOrHere),
             (Method::GET, "/api/audit-logs", Place::LeaderOrHere),
             (Method::GET, "/api/v2/endpoints", Place::LeaderOrHere),
+            (Method::GET, "/api/v2/models/m/replicas/m-0/logs", Place::LeaderOrHere),
             (Method::HEAD, "/api/v2/deployments/m", Place::LeaderOrHere),
             (Method::PUT, "/api/v2/deployments/m", Place::Leader),
             (Method::POST, "/api/v2/endpoints/m-0/drain", Place::Leader),

@@ -241,6 +241,7 @@ async fn with_store(
         gate: Gate::new(&config.auth),
         views: keeper.subscribe(),
         roster: Roster::default(),
+        logs: Default::default(),
         demands: Default::default(),
         hub: Hub::default(),
         followers: Default::default(),

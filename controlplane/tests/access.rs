@@ -38,6 +38,8 @@ async fn each_role_may_what_the_table_says_and_probes_need_no_token() {
         ("PUT", "/api/v2/deployments/m", put, 401, 403, 201, 200),
         ("POST", "/api/v2/endpoints/m-0/drain", None, 401, 403, 404, 404),
         ("POST", "/api/v2/nodes/n/cordon", None, 401, 403, 404, 404),
+        // A log may hold what clients asked.
+        ("GET", "/api/v2/models/m/replicas/m-0/logs", None, 401, 403, 404, 404),
         ("DELETE", "/api/v2/deployments/m", None, 401, 403, 200, 404),
         ("GET", "/api/v2/tokens", None, 401, 403, 403, 200),
         ("POST", "/api/v2/tokens", Some("{}"), 401, 403, 403, 400),

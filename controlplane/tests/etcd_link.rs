@@ -143,3 +143,33 @@ async fn every_proxys_refusal_is_in_one_list_whichever_control_plane_is_asked() 
     })
     .await;
 }
+
+#[tokio::test]
+async fn an_engines_log_is_read_through_whichever_control_plane_is_asked_and_has_the_session() {
+    let Some(cluster) = Cluster::start(1).await else { return };
+    let (_planes, leader, follower) = pair(&cluster).await;
+    // The session goes through the follower, and so does one of the two readers.
+    let agent = Agent::connect(&follower, "node-1", 2).await;
+    let (status, body) = leader.call("PUT", "/api/v2/deployments/m", Some(r#"{"engine":"sim"}"#)).await;
+    assert_eq!(status, 201, "{body}");
+    agent.wait_assigned(1).await;
+    for (asked, plane) in [&leader, &follower].into_iter().enumerate() {
+        let path = "/api/v2/models/m/replicas/m-0/logs?follow=true";
+        let (mut response, id) = tokio::join!(plane.fetch(path), async {
+            let first =
+                |all: &[v1::LogRequest]| all.iter().filter(|r| !r.replica_id.is_empty()).count() > asked;
+            let all = agent.log_requests(first).await;
+            let request = all.into_iter().rfind(|request| !request.replica_id.is_empty()).unwrap();
+            let part = v1::LogChunk { id: request.id, data: "one\n".into(), ..Default::default() };
+            agent.send(v1::agent_message::Message::Log(part)).await;
+            request.id
+        });
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.chunk().await.unwrap().unwrap(), "one\n");
+        let part = v1::LogChunk { id, data: "two\n".into(), ..Default::default() };
+        agent.send(v1::agent_message::Message::Log(part)).await;
+        assert_eq!(response.chunk().await.unwrap().unwrap(), "two\n");
+        drop(response);
+        agent.log_requests(|all| all.iter().any(|request| request.id == id && request.cancel)).await;
+    }
+}

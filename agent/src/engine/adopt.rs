@@ -1,8 +1,9 @@
 //! What an earlier agent on this state folder left behind: engines to take over, and remains to end.
 //!
 //! A process is ours when its environment names our state folder, or when its output goes to one of our log files (vLLM
-//! renames its processes, which overwrites their environment as `/proc` shows it), or when it is in the group of a recorded
-//! main process that is still the same process. Nothing else is ever touched: "it looks like vLLM" is no reason.
+//! renames its processes, which overwrites their environment as `/proc` shows it), or when it is in the cgroup that an agent
+//! on this state folder made for an engine, or when it is in the group of a recorded main process that is still the same
+//! process. Nothing else is ever touched: "it looks like vLLM" is no reason.
 //!
 //! [`survey`] is pure; [`end_remains`] acts, and runs before any engine is started, so that no remains hold a GPU or port.
 
@@ -22,6 +23,7 @@ use nix::{
 use tokio::time::Instant;
 
 use super::{
+    cgroup::Cgroups,
     command::{REPLICA_VARIABLE, STATE_DIR_VARIABLE},
     procfs::{self, Proc},
     records::Record,
@@ -60,24 +62,28 @@ pub(crate) fn survey(records: &[Record], boot_id: &str, seen: &[Seen]) -> Survey
     let stems: BTreeSet<String> = alive.iter().map(|r| stem(&r.assignment.replica_id)).collect();
     let remains = seen.iter().filter(|s| {
         let ours = s.stem.as_ref().is_some_and(|stem| !stems.contains(stem));
-        ours && !groups.contains(&s.process.pgrp) && !s.process.is_dead()
+        let led = groups.contains(&s.process.pgrp) || groups.contains(&s.process.session);
+        ours && !led && !s.process.is_dead()
     });
     let remains = remains.map(|s| s.process).collect();
     Survey { alive, remains }
 }
 
 /// Every process, with what ties it to this state folder. The agent itself is left out.
-pub(crate) fn look(state: &StateDir) -> Vec<Seen> {
+pub(crate) fn look(state: &StateDir, cgroups: &Cgroups) -> Vec<Seen> {
     let own = procfs::raw_pid(std::process::id());
+    let mut tied = cgroups.tied();
     let others = procfs::all().into_iter().filter(|p| p.pid != own);
-    others.map(|process| Seen { process, stem: tie(process.pid, state) }).collect()
+    others
+        .map(|process| Seen { process, stem: tied.remove(&process.pid).or_else(|| tie(process.pid, state)) })
+        .collect()
 }
 
 /// Those processes of the replica that left its group.
-pub(crate) fn strays(state: &StateDir, replica_id: &str) -> Vec<Proc> {
+pub(crate) fn strays(state: &StateDir, cgroups: &Cgroups, replica_id: &str) -> Vec<Proc> {
     let wanted = stem(replica_id);
     let of_replica = |s: &Seen| s.stem.as_ref() == Some(&wanted) && !s.process.is_dead();
-    look(state).into_iter().filter(of_replica).map(|s| s.process).collect()
+    look(state, cgroups).into_iter().filter(of_replica).map(|s| s.process).collect()
 }
 
 /// File stem of the replica of ours that the process belongs to, by its environment or its output.
@@ -99,10 +105,14 @@ pub(crate) async fn end_remains(
     give_up: Duration,
 ) -> Vec<Proc> {
     let start = Instant::now();
-    let mut told = BTreeSet::new();
+    let mut told: BTreeSet<(i32, u64, Signal)> = BTreeSet::new();
     loop {
         let left = find();
         let elapsed = start.elapsed();
+        for (pid, ..) in &told {
+            // Reaps those that had become our children; the others are not ours to wait for.
+            waitpid(Pid::from_raw(*pid), Some(WaitPidFlag::WNOHANG)).ok();
+        }
         if left.is_empty() || elapsed >= term + give_up {
             return left;
         }
@@ -110,15 +120,13 @@ pub(crate) async fn end_remains(
             let signal = if elapsed >= term { Signal::SIGKILL } else { Signal::SIGTERM };
             if told.insert((process.pid, process.start_ticks, signal)) {
                 tracing::info!(pid = process.pid, %signal, "ending a process that an engine left behind");
-                // Gone meanwhile: the next look tells.
-                kill(Pid::from_raw(process.pid), signal).ok();
+                // Gone meanwhile: the next look tells. One that is stopped heeds nothing but these two.
+                for signal in [signal, Signal::SIGCONT] {
+                    kill(Pid::from_raw(process.pid), signal).ok();
+                }
             }
         }
         tokio::time::sleep(POLL).await;
-        for (pid, ..) in &told {
-            // Reaps those that had become our children; the others are not ours to wait for.
-            waitpid(Pid::from_raw(*pid), Some(WaitPidFlag::WNOHANG)).ok();
-        }
     }
 }
 
@@ -128,7 +136,7 @@ mod tests {
     use crate::engine::records::tests::record;
 
     fn process(pid: i32, pgrp: i32) -> Proc {
-        Proc { pid, pgrp, state: 'S', threads: 1, start_ticks: 100 }
+        Proc { pid, ppid: 1, pgrp, session: pgrp, state: 'S', threads: 1, start_ticks: 100 }
     }
 
     fn seen(pid: i32, pgrp: i32, stem: Option<&str>) -> Seen {
@@ -140,6 +148,15 @@ mod tests {
         let records = [record("a", 10)];
         let seen = [seen(10, 10, Some("a")), seen(11, 10, None), seen(12, 12, Some("a")), seen(99, 99, None)];
         assert_eq!(survey(&records, "boot", &seen), Survey { alive: records.to_vec(), remains: vec![] });
+    }
+
+    #[test]
+    fn what_an_engine_moved_to_another_group_of_its_session_is_not_remains() {
+        let records = [record("a", 10)];
+        let mut moved = seen(11, 11, Some("b"));
+        moved.process.session = 10;
+        let seen = [seen(10, 10, Some("a")), moved];
+        assert_eq!(survey(&records, "boot", &seen).remains, []);
     }
 
     #[test]

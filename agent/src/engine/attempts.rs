@@ -1,7 +1,7 @@
 //! How often an engine has failed in a row, and when its agent gives it up here. Pure.
 //!
-//! Three kinds of failure: a start that cannot succeed however often it is tried (an unknown program, a refused argument) is
-//! given up at once; a start that never got ready is given up after [`Rules::stuck_starts`] of them, since each took
+//! Three kinds of failure: a start that cannot succeed however often it is tried (an unknown program, a refused argument), or that
+//! went wrong in a way that the same start will again (a model that is not there), is given up at once; a start that never got ready is given up after [`Rules::stuck_starts`] of them, since each took
 //! `engines.ready_s`; anything else after [`Rules::failures`]. Given up means that the control plane is told, which places the
 //! replica elsewhere where it can. The agent keeps trying, slowly: if the cause goes away, the engine runs again, and is not given up
 //! any more from the first completion on.

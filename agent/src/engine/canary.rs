@@ -29,6 +29,9 @@ const LOOK: Duration = Duration::from_millis(250);
 /// Longest wait for a canary; the verdict comes long before.
 const LONGEST: Duration = Duration::from_secs(3_600);
 
+/// One that is out.
+type Canary<'a> = Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>>;
+
 /// One engine's progress, shared by the loops that watch it.
 #[derive(Debug)]
 pub(crate) struct Pulse {
@@ -79,7 +82,7 @@ impl Pulse {
     pub(crate) async fn until_wedged(&self, cx: &Context, subject: Subject<'_>) -> String {
         let mut ticks = interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut out: Option<Pin<Box<dyn Future<Output = Result<(), String>> + Send + '_>>> = None;
+        let mut out: Option<Canary<'_>> = None;
         let mut asked = 0_u64;
         loop {
             let answer = async {

@@ -8,10 +8,13 @@ use penstock_config::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{ports::Ports, probe::Probe, process::Tree, programs::Programs, records::Records, stop, verify};
+use super::{
+    cgroup::Cgroups, logs::Logs, ports::Ports, probe::Probe, process::Tree, programs::Programs,
+    records::Records, stop, verdict::Memories, verify,
+};
 use crate::{
-    assignment::Assignment, board::Board, gpu, metrics::Metrics, registrations::Registry, state::StateDir,
-    warm::prefetch::Prefetcher,
+    assignment::Assignment, board::Board, foreign::Foreign, gpu, metrics::Metrics, registrations::Registry,
+    state::StateDir, warm::prefetch::Prefetcher,
 };
 
 /// One per agent.
@@ -40,6 +43,14 @@ pub(crate) struct Context {
     pub(crate) programs: Programs,
     /// Ports in use.
     pub(crate) ports: Ports,
+    /// Engines' cgroups.
+    pub(crate) cgroups: Cgroups,
+    /// Engines' logs.
+    pub(crate) logs: Logs,
+    /// What the kernel ended for want of memory lately.
+    pub(crate) memories: Memories,
+    /// Processes that look like vLLM and belong to no engine of this agent.
+    pub(crate) foreign: Foreign,
     /// Asks engines.
     pub(crate) probe: Probe,
     /// The node's GPUs.
@@ -68,8 +79,13 @@ impl Context {
         };
         stop::put_down(tree, term, give_up, &self.hurry, &self.metrics, stuck).await;
         let strays_term = self.orphan_term();
-        stop::end_strays(&self.state, replica_id, strays_term, give_up).await;
+        stop::end_strays(&self.state, &self.cgroups, replica_id, strays_term, give_up).await;
         verify::released(self, replica_id, &pids).await;
+        if let Some(cgroup) = tree.cgroup()
+            && let Err(error) = cgroup.remove()
+        {
+            tracing::warn!(replica = replica_id, %error, "an engine's cgroup cannot be removed");
+        }
         self.forget(replica_id);
     }
 

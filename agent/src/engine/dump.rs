@@ -57,7 +57,7 @@ pub(crate) async fn write(cx: &Context, replica_id: &str, engine: &Engine, reaso
     }
     let (dir, id) = (cx.state.dumps(), replica_id.to_owned());
     let written = tokio::task::spawn_blocking(move || store(&dir, &id, &text, kept)).await;
-    match written.map_err(io::Error::other).flatten() {
+    match written.unwrap_or_else(|broken| Err(io::Error::other(broken))) {
         Ok(path) => {
             tracing::warn!(replica = replica_id, path = %path.display(), "dump of an engine that is being ended");
             Some(path)
@@ -77,10 +77,13 @@ async fn gather(cx: &Context, replica_id: &str, engine: &Engine, text: &mut Stri
     };
     part(text, "GET /health", &health);
     let log = cx.state.log(replica_id);
-    part(text, "end of its log", &logs::tail(&log, engine.log_from, LOG_LINES).join("\n"));
+    part(text, "end of its log", &logs::tail(&log, LOG_LINES).join("\n"));
     let pgid = engine.tree.pid();
     let processes = tokio::task::spawn_blocking(move || {
-        let members: Vec<i32> = procfs::all().into_iter().filter(|p| p.pgrp == pgid).map(|p| p.pid).collect();
+        let members: Vec<i32> = {
+            let own = |p: &procfs::Proc| p.pgrp == pgid || p.session == pgid;
+            procfs::all().into_iter().filter(own).map(|p| p.pid).collect()
+        };
         members.into_iter().take(PROCESSES).map(|pid| (pid, describe(pid))).collect::<Vec<_>>()
     });
     let processes = processes.await.unwrap_or_default();

@@ -73,6 +73,12 @@ pub(super) fn arguments(
             spec.engine
         )));
     }
+    if spec.warm.sleep_level > 0 {
+        return Err(SpecError::new(format!(
+            "engine {:?} is a template, and only vLLM can be sent to sleep: leave warm.sleep out",
+            spec.engine
+        )));
+    }
     let parallel =
         spec.options.tensor_parallel.map_or(assignment.gpu_uuids.len().max(1).to_string(), |n| n.to_string());
     let value = |placeholder: &str| {
@@ -246,6 +252,8 @@ mod tests {
         assert!(told.contains("leave lora out"), "{told}");
         let told = line(&llama(), |spec| spec.args = vec!["--port=1".into()]).expect_err("ours");
         assert!(told.contains("the agent gives each engine a port"), "{told}");
+        let told = line(&llama(), |spec| spec.warm.sleep_level = 1).expect_err("no sleep");
+        assert!(told.contains("leave warm.sleep out"), "{told}");
         line(&llama(), |spec| spec.options.kv_events = Some(false)).expect("off is off");
         line(&llama(), |spec| spec.options.kv_events = Some(true)).expect_err("nobody would publish");
     }

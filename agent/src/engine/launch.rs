@@ -6,6 +6,8 @@ use penstock_proto::engine::secret::masked_args;
 use tokio::time::Instant;
 
 use super::{
+    causes::Cause,
+    cgroup::Cgroup,
     command::{self, ExtraPorts, Place, extra_ports},
     context::Context,
     logs,
@@ -13,10 +15,11 @@ use super::{
     probe::Target,
     process::Tree,
     records::{Origin, Record},
-    verify, versions,
+    verdict, verify, versions,
 };
 use crate::{
     assignment::Assignment,
+    state::stem,
     warm::{
         Way,
         restore::{self, Hook},
@@ -48,8 +51,6 @@ pub(crate) struct Engine {
     pub(crate) ready_within: Duration,
     /// It has been ready under an earlier agent.
     pub(crate) was_ready: bool,
-    /// Where this life's output begins in its log.
-    pub(crate) log_from: u64,
     /// Starts after the first.
     pub(crate) restarts: u32,
     /// When this agent began to start it, found it, or began to wake it.
@@ -87,21 +88,24 @@ struct Begun {
 pub(crate) struct Failure {
     /// For the operator.
     pub(crate) reason: String,
-    /// Another try would fail the same way.
+    /// Another try would fail the same way: there is none.
     pub(crate) permanent: bool,
+    /// Another try here will hardly go better: it is given up here at once, and tried now and then.
+    pub(crate) hopeless: bool,
 }
 
 impl Failure {
     /// One that another try may overcome.
     pub(crate) fn passing(reason: impl Into<String>) -> Self {
-        Self { reason: reason.into(), permanent: false }
+        Self { reason: reason.into(), permanent: false, hopeless: false }
     }
 }
 
 /// The record and processes of the replica's engine, if one runs.
 pub(crate) fn living(cx: &Context, replica_id: &str) -> Option<(Record, Tree)> {
     let record = cx.records.read(replica_id).filter(|r| r.boot_id == cx.boot_id)?;
-    let tree = Tree::find(record.pid, record.start_ticks)?;
+    let mut tree = Tree::find(record.pid, record.start_ticks)?;
+    tree.found_in(Cgroup::find(&record.cgroup));
     Some((record, tree))
 }
 
@@ -168,10 +172,12 @@ pub(crate) async fn launch(
         longest_shutdown_s: longest_shutdown_s(cx.config.term_ms),
         version: versions::released(&version),
     };
-    let (launch, notes) = command::launch(&cx.config.programs, assignment, place)
-        .map_err(|e| Failure { permanent: e.permanent, reason: e.to_string() })?;
+    let (launch, notes) = command::launch(&cx.config.programs, assignment, place).map_err(|e| Failure {
+        permanent: e.permanent,
+        ..verdict::not_started(cx, id, Cause::Arguments, e.to_string())
+    })?;
     if let Some(reason) = verify::lacks(cx, assignment, &launch.argv).await {
-        return Err(Failure::passing(reason));
+        return Err(verdict::not_started(cx, id, Cause::GpuMemory, reason));
     }
     for note in &notes {
         tracing::warn!(replica = id, note, "an engine is started otherwise than it was asked for");
@@ -186,7 +192,7 @@ pub(crate) async fn launch(
     let (lease, extra, origin) = ports.with_origin(cx, version, notes);
 
     let path = cx.state.log(id);
-    let (log, log_from) = logs::open(&path, &format!("# penstock starts {id}: {}", shown.join(" ")))
+    let log = logs::open(&path, id, &shown.join(" "))
         .map_err(|e| Failure::passing(format!("cannot open the log {}: {e}", path.display())))?;
     let mut record = Record {
         assignment: assignment.clone(),
@@ -196,15 +202,22 @@ pub(crate) async fn launch(
         boot_id: cx.boot_id.clone(),
         restarts,
         ready: false,
+        cgroup: String::new(),
         asleep: false,
         way,
-        log_from,
         command: shown,
         origin,
     };
     let unrecorded = |e: std::io::Error| Failure::passing(format!("cannot write the engine's record: {e}"));
     cx.records.write(&record).map_err(unrecorded)?;
-    let mut tree = Tree::spawn(&launch, log).map_err(|e| Failure::passing(e.to_string()))?;
+    // Made first, so that the process is in it a moment after it has begun.
+    let cgroup = cx.cgroups.make(&stem(id));
+    let spawned = Tree::spawn(&launch, log);
+    let mut tree = spawned.map_err(|e| verdict::not_started(cx, id, Cause::Program, e.to_string()))?;
+    if let Some(cgroup) = cgroup {
+        record.cgroup = cgroup.path().to_string_lossy().into_owned();
+        tree.enter(cgroup);
+    }
     cx.metrics.starts.inc();
     (record.pid, record.start_ticks) = (tree.pid(), tree.start_ticks());
     if let Err(error) = cx.records.write(&record) {
@@ -290,7 +303,6 @@ fn engine(
         note: begun.note,
         ready_within: begun.within.unwrap_or(Duration::from_secs(cx.config.ready_s)),
         was_ready: record.ready && !record.asleep,
-        log_from: record.log_from,
         restarts: record.restarts,
         since: begun.since,
         command: record.command,

@@ -17,12 +17,14 @@
 //!
 //! The rooms: [`supervisor`] (the story), [`command`] with [`vllm`], [`exec`] and [`versions`], and [`launch`] (its
 //! beginning), `serving`, [`readiness`] and [`watch`] (its middle; [`progress`] and [`canary`] find the ones that hang),
-//! `ending`, [`dump`] and [`stop`] (its end), [`process`] (its process group), [`records`] and [`adopt`] (what survives the
-//! agent).
+//! `ending`, [`dump`] and [`stop`] (its end), [`causes`] and [`verdict`] (why), [`process`], [`spawn`] and [`cgroup`] (its
+//! processes), [`records`] and [`adopt`] (what survives the agent).
 
 pub(crate) mod adopt;
 pub(crate) mod attempts;
 pub(crate) mod canary;
+pub(crate) mod causes;
+pub(crate) mod cgroup;
 pub(crate) mod command;
 pub(crate) mod context;
 pub(crate) mod dump;
@@ -40,9 +42,11 @@ pub(crate) mod progress;
 pub(crate) mod readiness;
 pub(crate) mod records;
 mod serving;
+pub(crate) mod spawn;
 pub(crate) mod stop;
 pub(crate) mod supervisor;
 pub(crate) mod ttft;
+pub(crate) mod verdict;
 pub(crate) mod verify;
 pub(crate) mod versions;
 pub(crate) mod vllm;

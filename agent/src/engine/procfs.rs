@@ -10,8 +10,12 @@ use std::{collections::BTreeSet, fs, path::PathBuf};
 pub(crate) struct Proc {
     /// Its id.
     pub(crate) pid: i32,
+    /// Its parent.
+    pub(crate) ppid: i32,
     /// Its process group.
     pub(crate) pgrp: i32,
+    /// Its session.
+    pub(crate) session: i32,
     /// One letter: R, S, D, Z, T ...
     pub(crate) state: char,
     /// Threads, itself included.
@@ -31,12 +35,14 @@ impl Proc {
 pub(crate) fn parse_stat(line: &str) -> Option<Proc> {
     let pid = line.split_once(' ')?.0.parse().ok()?;
     let fields: Vec<&str> = line.rsplit_once(')')?.1.split_ascii_whitespace().collect();
-    // The field numbers of proc(5), less the three before: state 3, pgrp 5, num_threads 20, starttime 22.
+    // The field numbers of proc(5), less the three before: state 3, ppid 4, pgrp 5, session 6, num_threads 20, starttime 22.
     let field = |number: usize| fields.get(number - 3).copied();
     Some(Proc {
         pid,
         state: field(3)?.chars().next()?,
+        ppid: field(4)?.parse().ok()?,
         pgrp: field(5)?.parse().ok()?,
+        session: field(6)?.parse().ok()?,
         threads: field(20)?.parse().ok()?,
         start_ticks: field(22)?.parse().ok()?,
     })
@@ -106,14 +112,32 @@ pub(crate) fn listener(port: u16, pids: &[i32]) -> Listener {
 
 /// The inodes of the sockets that listen on `port`, out of the text of `/proc/net/tcp` or `tcp6`.
 fn listening_inodes(table: &str, port: u16) -> Vec<u64> {
+    listening(table).into_iter().filter(|(own, _)| *own == port).map(|(_, inode)| inode).collect()
+}
+
+/// Port and inode of each socket that listens.
+fn listening(table: &str) -> Vec<(u16, u64)> {
     const LISTEN: &str = "0A";
-    let wanted = format!(":{port:04X}");
-    let inode = |line: &str| {
+    let socket = |line: &str| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-        let listens = fields.get(1)?.ends_with(&wanted) && *fields.get(3)? == LISTEN;
-        listens.then_some(fields.get(9)?.parse().ok())?
+        let (_, port) = fields.get(1)?.rsplit_once(':')?;
+        let port = u16::from_str_radix(port, 16).ok()?;
+        (*fields.get(3)? == LISTEN).then_some((port, fields.get(9)?.parse().ok()?))
     };
-    table.lines().skip(1).filter_map(inode).collect()
+    table.lines().skip(1).filter_map(socket).collect()
+}
+
+/// The first port that the process listens on, if it does and may be looked at.
+pub(crate) fn listening_port(pid: i32) -> Option<u16> {
+    let held: BTreeSet<u64> = sockets(pid).into_iter().collect();
+    let table = |path| fs::read_to_string(path).unwrap_or_default();
+    let ports = ["/proc/net/tcp", "/proc/net/tcp6"].map(table);
+    ports
+        .iter()
+        .flat_map(|table| listening(table))
+        .filter(|(_, inode)| held.contains(inode))
+        .map(|(port, _)| port)
+        .min()
 }
 
 fn sockets(pid: i32) -> Vec<u64> {
@@ -144,8 +168,9 @@ mod tests {
 
     #[test]
     fn a_command_may_hold_spaces_and_parentheses() {
-        let line = "812 (a) S (b) R 1 800 800 0 -1 4194560 1 0 0 0 5 6 0 0 20 0 13 0 98765 1 2 3";
-        let expected = Proc { pid: 812, pgrp: 800, state: 'R', threads: 13, start_ticks: 98_765 };
+        let line = "812 (a) S (b) R 1 800 799 0 -1 4194560 1 0 0 0 5 6 0 0 20 0 13 0 98765 1 2 3";
+        let expected =
+            Proc { pid: 812, ppid: 1, pgrp: 800, session: 799, state: 'R', threads: 13, start_ticks: 98_765 };
         assert_eq!(parse_stat(line), Some(expected));
         assert!(!expected.is_dead());
         assert!(!Proc { state: 'Z', ..expected }.is_dead(), "its threads still end");
@@ -168,6 +193,7 @@ mod tests {
         let port = socket.local_addr().unwrap().port();
         assert_eq!(listener(port, &[own_pid()]), Listener::Theirs);
         assert_eq!(listener(port, &[]), Listener::Other(own_pid()));
+        assert!(listening_port(own_pid()).is_some_and(|first| first <= port));
         drop(socket);
         assert_eq!(listener(port, &[own_pid()]), Listener::None);
     }

@@ -177,11 +177,11 @@ impl Progress {
     fn forget_gap(&mut self, now: Instant) {
         let gap = now.saturating_duration_since(self.looked).saturating_sub(LONGEST_GAP);
         if !gap.is_zero() {
-            // Nothing that was noted meanwhile comes to lie in the future.
-            let nearer = |at: Instant| (at + gap).min(now);
-            self.moved = nearer(self.moved);
-            self.doubted = self.doubted.map(nearer);
-            self.asked = self.asked.map(nearer);
+            let past = [Some(&mut self.moved), self.doubted.as_mut(), self.asked.as_mut()];
+            for at in past.into_iter().flatten() {
+                // Nothing that was noted meanwhile comes to lie in the future.
+                *at = (*at + gap).min(now);
+            }
         }
         self.looked = now;
     }

@@ -1,3 +1,5 @@
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "times of a few minutes")]
+
 use proptest::prelude::*;
 
 use super::*;

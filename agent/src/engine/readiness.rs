@@ -75,32 +75,12 @@ async fn attempt(probe: &Probe, question: &Question) -> Result<Result<(), String
 async fn owns_port(question: &Question) -> Result<(), PortLost> {
     let (port, pgid) = (question.port, question.pgid);
     let look = move || {
-        let pids: Vec<i32> = procfs::all().into_iter().filter(|p| p.pgrp == pgid).map(|p| p.pid).collect();
+        let own = |p: &procfs::Proc| p.pgrp == pgid || p.session == pgid;
+        let pids: Vec<i32> = procfs::all().into_iter().filter(own).map(|p| p.pid).collect();
         procfs::listener(port, &pids)
     };
     match tokio::task::spawn_blocking(look).await {
         Ok(Listener::Other(pid)) => Err(PortLost { port, pid }),
         _ => Ok(()),
-    }
-}
-
-/// Whether the last lines of an engine's log say that its port was taken.
-pub(crate) fn says_port_taken(lines: &[String]) -> bool {
-    lines.iter().any(|line| {
-        let line = line.to_lowercase();
-        line.contains("address already in use") || line.contains("errno 98")
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_taken_port_is_known_by_what_programs_say_of_it() {
-        let says = |line: &str| says_port_taken(&["x".into(), line.into()]);
-        assert!(says("OSError: [Errno 98] Address already in use"));
-        assert!(says("error: cannot listen on 127.0.0.1:1: Address already in use (os error 98)"));
-        assert!(!says("CUDA out of memory"));
     }
 }

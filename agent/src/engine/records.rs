@@ -35,14 +35,15 @@ pub(crate) struct Record {
     /// It has been ready, so proxies may be sending it requests.
     #[serde(default)]
     pub(crate) ready: bool,
+    /// The folder of its cgroup; empty: it has none.
+    #[serde(default)]
+    pub(crate) cgroup: String,
     /// It was put to sleep and not woken since; set before it is asked to, so that an agent that ends meanwhile leaves word.
     #[serde(default)]
     pub(crate) asleep: bool,
     /// How it was started.
     #[serde(default)]
     pub(crate) way: Way,
-    /// Where this life's output begins in the log.
-    pub(crate) log_from: u64,
     /// What was executed, for the operator; without secrets.
     pub(crate) command: Vec<String>,
     /// What its program is, and what is to be known of how it was started.
@@ -136,9 +137,9 @@ pub(crate) mod tests {
             boot_id: "boot".into(),
             restarts: 0,
             ready: false,
+            cgroup: String::new(),
             asleep: false,
             way: Way::Cold,
-            log_from: 0,
             command: vec![],
             origin: Origin::default(),
         }

@@ -3,10 +3,7 @@
 //! Everything that may end it is polled side by side: an order, its exit, silence, a wedge. What is learnt meanwhile
 //! (loads, adapters, the registration's standing) goes to the board.
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use tokio::time::{sleep, timeout};
 
@@ -28,8 +25,7 @@ use crate::registrations::{Standing, Wanted};
 impl Supervisor {
     /// Until the engine should no longer run.
     pub(super) async fn serve(&mut self, engine: &mut Engine) -> Served {
-        let log = self.cx.state.log(self.id());
-        if let Some(served) = self.load(engine, &log).await {
+        if let Some(served) = self.load(engine).await {
             return served;
         }
         self.note_started(engine);
@@ -45,11 +41,11 @@ impl Supervisor {
         let name = &self.assignment.spec.served_model_name;
         let adapters = self.cx.probe.adapters(&engine.target, name).await.unwrap_or_default();
         self.register(engine, adapters.clone());
-        self.watch(engine, &log, adapters).await
+        self.watch(engine, adapters).await
     }
 
     /// Until it is ready (`None`), or should no longer run.
-    async fn load(&self, engine: &mut Engine, log: &Path) -> Option<Served> {
+    async fn load(&self, engine: &mut Engine) -> Option<Served> {
         let config = &self.cx.config;
         let mut orders = self.orders.clone();
         let question = Question {
@@ -73,9 +69,8 @@ impl Supervisor {
         };
         Some(tokio::select! {
             order = ordered_to_end(&mut orders) => Served::Ordered(order),
-            exit = engine.tree.exited() => Served::Failed(self.explain(exit, engine.log_from)),
+            exit = engine.tree.exited() => Served::Failed(self.explain(exit)),
             reason = silent => Served::Hung(reason, Kind::Other),
-            never = watching::keep_log_small(log, config.log_bytes) => match never {},
             ready = timeout(engine.ready_within, ready) => match ready {
                 Ok(Ok(())) => return None,
                 Ok(Err(lost)) => Served::Failed(Failure::passing(lost.to_string())),
@@ -93,7 +88,7 @@ impl Supervisor {
     }
 
     /// Until a ready engine should no longer run.
-    async fn watch(&mut self, engine: &mut Engine, log: &Path, adapters: Vec<String>) -> Served {
+    async fn watch(&mut self, engine: &mut Engine, adapters: Vec<String>) -> Served {
         let cx = self.cx.clone();
         let config = &cx.config;
         let ms = Duration::from_millis;
@@ -135,14 +130,13 @@ impl Supervisor {
         };
         tokio::select! {
             order = ordered(&mut orders) => Served::Ordered(order),
-            exit = engine.tree.exited() => Served::Failed(self.explain(exit, engine.log_from)),
+            exit = engine.tree.exited() => Served::Failed(self.explain(exit)),
             reason = silent => Served::Hung(reason, Kind::Other),
             reason = wedged => Served::Hung(reason, Kind::Other),
             order = follow_registration(&cx, &id) => Served::Ordered(order),
             order = stable => Served::Ordered(order),
             never = load => match never {},
             never = adapters => match never {},
-            never = watching::keep_log_small(log, config.log_bytes) => match never {},
         }
     }
 

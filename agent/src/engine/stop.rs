@@ -1,8 +1,8 @@
 //! The end of an engine: drained where it can be, then every process of it gone, and known to be gone.
 //!
-//! Order of a stop: deregister → wait until its running requests are done → SIGTERM to the group → SIGKILL to the group →
-//! look in `/proc` until nothing is left → look for processes of the replica that left the group, and end those too. The
-//! caller has deregistered already. [`put_down`] is the part without draining, for engines whose main process has died.
+//! Order of a stop: deregister → wait until its running requests are done → SIGTERM to the whole tree, and SIGCONT, since
+//! what is stopped heeds no SIGTERM → SIGKILL → look in `/proc` until nothing is left → look for processes of the replica
+//! that left the tree, and end those too. The caller has deregistered already. [`put_down`] is the part without draining, for engines whose main process has died.
 //!
 //! It does not return before nothing is left: a new engine beside the remains of an old one would find the GPU full. What
 //! cannot be killed (a process stuck in the driver) is reported and waited for.
@@ -15,12 +15,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     adopt,
+    cgroup::Cgroups,
     probe::{Probe, Target},
     process::Tree,
 };
 use crate::{metrics::Metrics, state::StateDir};
 
-/// How often the group is looked at.
+/// How often the tree is looked at.
 const POLL: Duration = Duration::from_millis(25);
 /// How often SIGKILL is repeated: a process may have been forked between two looks.
 const KILL_AGAIN: Duration = Duration::from_secs(1);
@@ -66,7 +67,7 @@ pub(crate) async fn drain(probe: &Probe, target: &Target, times: DrainTimes) -> 
     }
 }
 
-/// Ends the whole group: SIGTERM, `term` later SIGKILL, and returns when nothing of it is left. `stuck` is told of
+/// Ends the whole tree: SIGTERM, `term` later SIGKILL, and returns when nothing of it is left. `stuck` is told of
 /// processes that are still there `kill_report` after SIGKILL, each time that much later.
 pub(crate) async fn put_down(
     tree: &mut Tree,
@@ -98,19 +99,25 @@ pub(crate) async fn put_down(
     }
 }
 
-/// Ends processes of the replica that are in no group of ours.
-pub(crate) async fn end_strays(state: &StateDir, replica_id: &str, term: Duration, give_up: Duration) {
-    let find = || adopt::strays(state, replica_id);
+/// Ends processes of the replica that are in no tree of ours.
+pub(crate) async fn end_strays(
+    state: &StateDir,
+    cgroups: &Cgroups,
+    replica_id: &str,
+    term: Duration,
+    give_up: Duration,
+) {
+    let find = || adopt::strays(state, cgroups, replica_id);
     for process in adopt::end_remains(find, term, give_up).await {
         tracing::error!(
             replica_id,
             pid = process.pid,
-            "a process that left its engine's group cannot be ended"
+            "a process that left its engine's tree cannot be ended"
         );
     }
 }
 
-/// Whether the group is empty within `time`, which `hurry` cuts to a second.
+/// Whether the tree is empty within `time`, which `hurry` cuts to a second.
 async fn gone_within(tree: &mut Tree, time: Duration, hurry: Option<&CancellationToken>) -> bool {
     let start = Instant::now();
     let mut time = time;
@@ -155,6 +162,16 @@ mod tests {
     #[tokio::test]
     async fn a_group_that_heeds_sigterm_is_not_killed() {
         let mut tree = shell("sleep 600 & sleep 600");
+        let (kills, took) =
+            put_down_within(&mut tree, Duration::from_secs(30), &CancellationToken::new()).await;
+        assert_eq!(kills, 0);
+        assert!(took < Duration::from_secs(20), "{took:?}");
+    }
+
+    #[tokio::test]
+    async fn a_stopped_tree_heeds_sigterm_all_the_same() {
+        let mut tree = shell("sleep 600 & sleep 600");
+        tree.signal(Signal::SIGSTOP);
         let (kills, took) =
             put_down_within(&mut tree, Duration::from_secs(30), &CancellationToken::new()).await;
         assert_eq!(kills, 0);

@@ -17,16 +17,12 @@ use super::{
     attempts::{Attempts, Kind, Rules},
     context::Context,
     launch::{self, Engine, Failure},
-    logs,
     process::Exit,
-    readiness,
+    verdict,
 };
 use crate::{assignment::Assignment, backoff::Backoff, board::EngineView, warm::Way};
 use warm::ordered_awake;
 pub(super) use warm::{drain_times, ordered_to_end};
-
-/// Lines of the log that explain an exit.
-const REASON_LINES: usize = 5;
 
 /// What a supervisor is told. Later orders replace earlier ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -200,7 +196,8 @@ impl Supervisor {
     ) -> Option<Duration> {
         let config = &self.cx.config;
         let rules = Rules { failures: config.give_up_failures, stuck_starts: config.give_up_stuck_starts };
-        self.attempts.failed(if failure.permanent { Kind::Permanent } else { kind }, rules);
+        let same_again = failure.permanent || failure.hopeless;
+        self.attempts.failed(if same_again { Kind::Permanent } else { kind }, rules);
         let failures = self.attempts.failures();
         let slow = Backoff::new(config.give_up_retry_s.saturating_mul(1_000), 0);
         let pause = match (failure.permanent, self.attempts.is_given_up()) {
@@ -264,20 +261,9 @@ impl Supervisor {
         });
     }
 
-    /// The exit, and what the engine last wrote.
-    pub(super) fn explain(&self, exit: Exit, log_from: u64) -> Failure {
-        self.cx.metrics.exited(exit.label());
-        let lines = logs::tail(&self.cx.state.log(self.id()), log_from, REASON_LINES);
-        let hint = match readiness::says_port_taken(&lines) {
-            true => " (its port was taken; the next start takes another)",
-            false => "",
-        };
-        let quoted = if lines.is_empty() {
-            "it wrote nothing".into()
-        } else {
-            format!("last lines: {}", lines.join(" | "))
-        };
-        Failure::passing(format!("the engine {exit}{hint}; {quoted}"))
+    /// The exit, why, and what the engine last wrote.
+    pub(super) fn explain(&self, exit: Exit) -> Failure {
+        verdict::failure(&self.cx, self.id(), exit)
     }
 
     pub(super) fn reason(&self) -> String {

@@ -1,13 +1,11 @@
-//! Watching a ready engine: does it answer, what is its load, which adapters has it, does its log grow too
-//! large.
+//! Watching a ready engine: does it answer, what is its load, which adapters has it.
 //!
-//! Four loops that the supervisor polls beside the engine's exit and its orders. Liveness is tolerant: a saturated vLLM
+//! Three loops that the supervisor polls beside the engine's exit and its orders. Liveness is tolerant: a saturated vLLM
 //! can take 4 s to answer anything, a restart costs a minute, and a check that failed while tokens were made does not count.
 //! An engine that answers and makes no progress is found in [`canary`](super::canary).
 
 use std::{
     convert::Infallible,
-    path::Path,
     time::{Duration, Instant},
 };
 
@@ -15,12 +13,8 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::{
     load::Scrape,
-    logs,
     probe::{Probe, Target},
 };
-
-/// How often the size of a log is looked at.
-const LOG_PERIOD: Duration = Duration::from_secs(5);
 
 /// Returns, with the reason, when `failures` checks in a row have failed and the engine got nowhere meanwhile:
 /// `moved_since(t)` says whether there was progress after `t`.
@@ -94,18 +88,6 @@ pub(crate) async fn follow_adapters(
             }
             Ok(_) => {}
             Err(reason) => tracing::debug!(reason, "an engine's adapters cannot be read"),
-        }
-    }
-}
-
-/// Keeps the log below `limit` bytes, about. Never returns.
-pub(crate) async fn keep_log_small(path: &Path, limit: u64) -> Infallible {
-    loop {
-        tokio::time::sleep(LOG_PERIOD).await;
-        let log = path.to_owned();
-        let rotated = tokio::task::spawn_blocking(move || logs::rotate(&log, limit)).await;
-        if let Ok(Err(error)) = rotated {
-            tracing::error!(path = %path.display(), %error, "cannot put an engine's log aside");
         }
     }
 }

@@ -260,8 +260,8 @@ impl Fetch {
     ) -> Result<(), String> {
         // No replica's log has this name, and what an agent that is killed leaves is found by it, and by the marks.
         let path = cx.state.logs().join(format!("%fetch-{}.log", self.stem));
-        let opened = logs::open(&path, &format!("# penstock fetches: {}", self.argv.join(" ")));
-        let (log, from) = opened.map_err(|e| format!("cannot open the log {}: {e}", path.display()))?;
+        let opened = logs::open(&path, &format!("%fetch-{}", self.stem), &self.argv.join(" "));
+        let log = opened.map_err(|e| format!("cannot open the log {}: {e}", path.display()))?;
         let mut env = spec.env.clone();
         env.insert(REPLICA_VARIABLE.into(), format!("%fetch-{}", self.stem));
         env.insert(STATE_DIR_VARIABLE.into(), cx.state.root().to_string_lossy().into_owned());
@@ -269,7 +269,7 @@ impl Fetch {
         let mut tree = Tree::spawn(&launch, log).map_err(|_| {
             format!("cannot execute {:?} (engines.{}.prefetch.command)", self.argv.first(), spec.engine)
         })?;
-        let last = |lines: usize| logs::tail(&path, from, lines).join(" | ");
+        let last = |lines: usize| logs::tail(&path, lines).join(" | ");
         let shown = async {
             loop {
                 tokio::time::sleep(PROGRESS).await;

@@ -88,6 +88,25 @@ impl ControlPlane {
         }
     }
 
+    /// Says something of a log to every agent.
+    pub(crate) async fn say_of_log(&self, request: v1::LogRequest) {
+        let sessions = self.script.lock().unwrap().sessions.clone();
+        for session in sessions {
+            let message = v1::ControllerMessage { message: Some(ToAgent::Log(request.clone())) };
+            session.send(Ok(message)).await.ok();
+        }
+    }
+
+    /// Sends assignments as they are to every agent, whatever they were before; a new session still gets the last ones that
+    /// were assigned.
+    pub(crate) async fn replay(&self, assignments: &v1::Assignments) {
+        let sessions = self.script.lock().unwrap().sessions.clone();
+        for session in sessions {
+            let message = v1::ControllerMessage { message: Some(ToAgent::Assignments(assignments.clone())) };
+            session.send(Ok(message)).await.ok();
+        }
+    }
+
     /// Sends the whole set of models that are to be fetched ahead to every agent that is connected.
     pub(crate) async fn wish(&self, wishes: Vec<v1::PrefetchWish>) {
         let sessions = self.script.lock().unwrap().sessions.clone();

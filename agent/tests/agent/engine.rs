@@ -10,6 +10,8 @@
 //! - `--wake-hangs`: `/wake_up` is never answered
 //! - `--orphan`: starts a child in its group that ignores SIGTERM and outlives it
 //! - `--stray`: starts a child in a group of its own
+//! - `--outside`: starts a child in a session of its own, without a mark of its engine
+//! - `--says TEXT`: writes TEXT and exits with 1
 //! - `--bind-fails-on PORT`: says that the address is in use, and exits, when given PORT
 
 use std::{
@@ -50,6 +52,29 @@ fn stand_in_engine() {
         println!("error: cannot listen: Address already in use (os error 98)");
         #[allow(clippy::disallowed_methods, reason = "this is an engine's main, inside a test harness")]
         std::process::exit(1);
+    }
+    if let Some(text) = value("--says") {
+        println!("{text}");
+        #[allow(clippy::disallowed_methods, reason = "this is an engine's main, inside a test harness")]
+        std::process::exit(1);
+    }
+    if args.iter().any(|a| a == "--outside") {
+        // Not before the agent has put us where we belong; where it puts nobody anywhere, after a while.
+        let placed = || fs::read_to_string("/proc/self/cgroup").unwrap().contains("/engine-");
+        let mut tries = 0;
+        while !placed() && tries < 500 {
+            thread::sleep(Duration::from_millis(10));
+            tries += 1;
+        }
+        #[allow(clippy::zombie_processes, reason = "it is to outlive us")]
+        Command::new("setsid")
+            .args(["sleep", "600"])
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
     }
     if args.iter().any(|a| a == "--orphan") {
         let script = "trap '' TERM; while :; do sleep 0.2; done";

@@ -62,6 +62,7 @@ impl Node {
         engines.term_ms = 5_000;
         engines.orphan_term_ms = 200;
         engines.kill_ms = 5_000;
+        engines.cgroup = "off".into();
         engines.backoff_min_ms = 20;
         engines.backoff_max_ms = 200;
         let env = BTreeMap::from([(engine::ROLE.to_owned(), "1".to_owned())]);
@@ -127,6 +128,11 @@ impl Node {
     pub(crate) async fn get(&self, path: &str) -> (u16, String) {
         let response = self.client.get(format!("http://{}{path}", self.private)).send().await.unwrap();
         (response.status().as_u16(), response.text().await.unwrap())
+    }
+
+    /// GET on the private server, as it comes.
+    pub(crate) async fn follow(&self, path: &str) -> reqwest::Response {
+        self.client.get(format!("http://{}{path}", self.private)).send().await.unwrap()
     }
 
     /// A request with a body to the private server: status and body.
@@ -214,6 +220,19 @@ impl Drop for Node {
         }
         for pid in self.processes() {
             kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
+        }
+        let records = fs::read_dir(self.dir.path().join("state/engines")).into_iter().flatten();
+        for record in records.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok()) {
+            let record: Value = serde_json::from_str(&record).unwrap_or_default();
+            if let Some(cgroup) = record["cgroup"].as_str().filter(|cgroup| !cgroup.is_empty()) {
+                fs::write(Path::new(cgroup).join("cgroup.kill"), "1").ok();
+                let procs = Path::new(cgroup).join("cgroup.procs");
+                while fs::read_to_string(&procs).is_ok_and(|procs| !procs.is_empty()) {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                fs::remove_dir(cgroup).ok();
+                fs::remove_dir(Path::new(cgroup).parent().unwrap()).ok();
+            }
         }
         if std::thread::panicking() {
             eprintln!("the agent's log:\n{}", fs::read_to_string(self.agent_log()).unwrap_or_default());

@@ -73,6 +73,8 @@ async fn what_the_version_lacks_is_refused_until_a_newer_one_is_installed() {
     let cp = ControlPlane::start().await;
     let mut node = Node::new(&cp);
     install(&mut node, "0.28.0");
+    // It is given up here meanwhile, and tried again slowly.
+    node.config.engines.give_up_retry_s = 1;
     let options = v1::EngineOptions { max_num_queued_reqs: Some(5), ..Default::default() };
     cp.assign(1, 2, vec![typed(1, options)]).await;
     node.start().await;
@@ -80,9 +82,9 @@ async fn what_the_version_lacks_is_refused_until_a_newer_one_is_installed() {
     let wanted = "vLLM 0.28.0 of this node has no --max-num-queued-reqs (field max_num_queued_reqs): it came with 0.29.0";
     assert!(failed.reason.contains(wanted), "{}", failed.reason);
     assert_eq!(failed.pid, 0, "nothing was started");
-    install(&mut node, "0.33.0 # longer, so that the file is another");
+    install(&mut node, "0.33.0+cpu");
     let engine = node.registered("m-0").await;
-    assert_eq!(engine["version"], "0.33.0");
+    assert_eq!(engine["version"], "0.33.0+cpu");
 }
 
 #[tokio::test]

@@ -8,6 +8,8 @@ use serde_json::Value;
 
 use super::*;
 
+/// For an answer that goes on until whoever asked goes: longer than anybody looks.
+const ENDLESS: Duration = Duration::from_secs(30 * 24 * 3_600);
 /// Things asked for at once.
 const PAGE: usize = 500;
 
@@ -239,11 +241,33 @@ impl ControlPlane {
         }
     }
 
+    /// The body of an answer part by part, as it comes, for as long as it goes on.
+    pub(crate) async fn stream(&self, path: &[&str], ask: &Ask<'_>) -> Result<Parts, ApiError> {
+        let (call, response) = self.within(Method::GET, path, ask, Some(ENDLESS)).await?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(Parts { call, response });
+        }
+        let body = response.bytes().await.map_err(|e| self.unreachable(&e))?;
+        Err(refusal(call, status, serde_json::from_slice(&body).ok()))
+    }
+
     async fn send(
         &self,
         method: Method,
         path: &[&str],
         ask: &Ask<'_>,
+    ) -> Result<(String, Response), ApiError> {
+        self.within(method, path, ask, None).await
+    }
+
+    /// With another deadline than a call's.
+    async fn within(
+        &self,
+        method: Method,
+        path: &[&str],
+        ask: &Ask<'_>,
+        deadline: Option<Duration>,
     ) -> Result<(String, Response), ApiError> {
         let mut url = self.base.clone();
         if let Ok(mut segments) = url.path_segments_mut() {
@@ -254,6 +278,9 @@ impl ControlPlane {
         }
         let call = format!("{method} {url}");
         let mut request = self.client.request(method, url);
+        if let Some(deadline) = deadline {
+            request = request.timeout(deadline);
+        }
         if let Some(token) = &self.token {
             request = request.bearer_auth(token);
         }
@@ -288,6 +315,27 @@ impl ControlPlane {
     fn unreachable(&self, error: &reqwest::Error) -> ApiError {
         let url = self.address().to_owned();
         ApiError::Unreachable { url, origin: self.origin.clone(), reason: root_cause(error) }
+    }
+}
+
+/// An answer that comes bit by bit.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    call: String,
+    response: Response,
+}
+
+impl Parts {
+    /// The next one; None: it is complete.
+    pub(crate) async fn next(&mut self) -> Result<Option<Vec<u8>>, ApiError> {
+        match self.response.chunk().await {
+            Ok(part) => Ok(part.map(Into::into)),
+            Err(error) => Err(ApiError::Found(format!(
+                "the answer to {} broke off ({}): the control plane, or the node's agent, has gone; what it had so far is above",
+                self.call,
+                root_cause(&error)
+            ))),
+        }
     }
 }
 

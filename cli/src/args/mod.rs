@@ -58,7 +58,7 @@ pub(crate) enum Command {
     },
     /// What was changed, by whom, from where; newest first
     Audit(AuditArgs),
-    /// The control plane's last log lines
+    /// The log of a replica's engine, or the control plane's last log lines
     Logs(LogsArgs),
     /// The control planes themselves
     Cluster {

@@ -327,9 +327,18 @@ pub(crate) struct AuditArgs {
 /// `penstock logs`
 #[derive(Debug, Clone, Args)]
 pub(crate) struct LogsArgs {
-    /// How many
-    #[arg(long, value_name = "N", default_value_t = 200)]
+    /// Of this replica's engine, as MODEL/REPLICA or REPLICA; without it, the control plane's own
+    #[arg(value_name = "MODEL/REPLICA")]
+    pub(crate) replica: Option<String>,
+    /// How many of the last lines
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 200)]
     pub(crate) lines: u32,
+    /// Go on with what the engine writes, until it is interrupted
+    #[arg(long, short, requires = "replica")]
+    pub(crate) follow: bool,
+    /// Of the engine's life before the present one: why it was started again
+    #[arg(long, short, requires = "replica", conflicts_with = "follow")]
+    pub(crate) previous: bool,
     #[command(flatten)]
     pub(crate) remote: Remote,
 }

@@ -213,6 +213,16 @@ fn nodes(facts: &Facts) -> Vec<Finding> {
                 ));
             }
         }
+        let foreign = node.get("foreign").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        if !foreign.is_empty() {
+            let shown =
+                |p: &Value| format!("{} pid {} of {}", text(p, "kind"), number(p, "/pid"), text(p, "user"));
+            let some: Vec<String> = foreign.iter().take(3).map(shown).collect();
+            let why = format!("{} vLLM processes are not its agent's: {}", foreign.len(), some.join(", "));
+            let advice = "they hold memory and ports that placement takes for free: end them, or take their GPUs from the agent \
+                          (CUDA_VISIBLE_DEVICES); `penstock describe node` lists them";
+            out.push(warn(&what, why, advice));
+        }
         let agent = text(node, "agent_version");
         if !agent.is_empty() && agent != facts.version {
             out.push(warn(
@@ -243,6 +253,17 @@ fn zones(nodes: &[Value]) -> BTreeMap<&str, &str> {
     let workers = nodes.iter().filter(|node| !["control-only", "arbitration"].contains(&text(node, "role")));
     let zoned = workers.filter(|node| !text(node, "zone").is_empty());
     zoned.map(|node| (text(node, "node_id"), text(node, "zone"))).collect()
+}
+
+/// Why engines of a model ended last, with what can be done, each once.
+fn ends(facts: &Facts, model: &str) -> String {
+    let mine = facts.endpoints.as_deref().unwrap_or_default().iter().filter(|e| text(e, "model") == model);
+    let exits = mine.filter(|e| text(e, "state") == "failed").filter_map(|e| e.get("last_exit"));
+    let said = |exit: &Value| match (text(exit, "cause"), text(exit, "advice")) {
+        ("", _) => None,
+        (cause, advice) => Some(format!("; {cause}: {advice}")),
+    };
+    exits.filter_map(said).collect::<BTreeSet<String>>().into_iter().collect()
 }
 
 fn deployments(facts: &Facts) -> Vec<Finding> {
@@ -276,8 +297,12 @@ fn deployments(facts: &Facts) -> Vec<Finding> {
         });
         let failed = number(deployment, "/status/failed");
         if failed > 0 {
-            let why = format!("{failed} engines have failed");
-            out.push(warn(&what, why, "their agents' logs say why"));
+            let why = format!("{failed} engines have failed{}", ends(facts, model));
+            out.push(warn(
+                &what,
+                why,
+                "`penstock describe endpoint` and `penstock logs MODEL/REPLICA --previous` say why",
+            ));
         }
         if deployment.pointer("/status/stalled") == Some(&Value::Bool(true)) {
             let advice = format!("`penstock rollback {model}` goes back, or mend what it waits for");

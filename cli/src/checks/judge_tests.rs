@@ -163,3 +163,22 @@ fn deployment(facts: &mut Facts) -> &mut Value {
 fn proxy(facts: &mut Facts) -> &mut Value {
     &mut facts.proxies.as_mut().unwrap().0[0]
 }
+
+#[test]
+fn foreign_processes_and_the_causes_of_ends_are_told() {
+    let mut facts = fine();
+    facts.nodes.as_mut().unwrap()[0]["foreign"] =
+        json!([{"pid": 7, "kind": "engine_core", "user": "eve", "rss_mib": 9, "port": 0}]);
+    let exit = json!({"cause": "gpu_memory", "advice": "use more GPUs"});
+    for endpoint in facts.endpoints.as_mut().unwrap() {
+        (endpoint["state"], endpoint["last_exit"]) = ("failed".into(), exit.clone());
+    }
+    facts.deployments.as_mut().unwrap()[0]["status"]["failed"] = 2.into();
+    let told: Vec<String> = worst(&facts).into_iter().map(|(_, text)| text).collect();
+    for part in [
+        "node n1: 1 vLLM processes are not its agent's: engine_core pid 7 of eve",
+        "deployment m: 2 engines have failed; gpu_memory: use more GPUs",
+    ] {
+        assert!(told.iter().any(|text| text == part), "{part} not in {told:?}");
+    }
+}

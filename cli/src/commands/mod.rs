@@ -8,6 +8,7 @@ mod describe;
 mod explain;
 mod get;
 mod gpus;
+mod logs;
 mod nodes;
 mod place;
 mod prefetch;
@@ -52,7 +53,7 @@ async fn run(command: Command) -> Result<(), ApiError> {
         Command::EtcdTopology { command } => checks::etcd_topology(&command),
         Command::Token { command } => tokens::run(&command).await,
         Command::Audit(args) => tokens::audit(&args).await,
-        Command::Logs(args) => tokens::logs(&args).await,
+        Command::Logs(args) => logs::run(&args).await,
         Command::Cluster { command } => views::cluster(&command).await,
         Command::Place(args) => place::run(&args).await,
         Command::Backup(args) => backup::backup(&args).await,

@@ -1,4 +1,4 @@
-//! Tokens of the control plane's API, the audit of what was changed, and its log.
+//! Tokens of the control plane's API, and the audit of what was changed.
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use super::connect;
 use crate::{
     api::{ApiError, Ask},
-    args::{AuditArgs, LogsArgs, Role, TokenCommand},
-    output::{print, say, show, table},
+    args::{AuditArgs, Role, TokenCommand},
+    output::{say, show, table},
 };
 
 pub(super) async fn run(command: &TokenCommand) -> Result<(), ApiError> {
@@ -88,20 +88,6 @@ pub(super) fn audit_table(records: &[Value]) -> String {
         [number, at, actor, method, kind, name, from]
     });
     table(["NUMBER", "AT (UNIX MS)", "WHO", "DID", "KIND", "NAME", "FROM"], rows)
-}
-
-pub(super) async fn logs(args: &LogsArgs) -> Result<(), ApiError> {
-    let query = [("lines", args.lines.to_string())];
-    let ask = Ask { query: &query, ..Ask::default() };
-    let json = connect(&args.remote)?.ask(Method::GET, &["api", "v2", "logs"], &ask).await?;
-    if args.remote.output != crate::args::Format::Table {
-        return Ok(show(args.remote.output, &json, String::new)?);
-    }
-    let lines: Vec<String> = records(&json)
-        .iter()
-        .map(|line| line.as_str().map_or_else(|| line.to_string(), str::to_owned))
-        .collect();
-    Ok(print(&(lines.join("\n") + "\n"))?)
 }
 
 #[cfg(test)]

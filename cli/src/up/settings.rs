@@ -75,6 +75,8 @@ pub(crate) fn agent(
     let mut config = AgentConfig { node_id: LOCAL.into(), ..AgentConfig::default() };
     config.state_dir = data.state("agent").display().to_string();
     config.private.listen = at.agent_private.clone();
+    // What is killed together with its agent leaves no cgroups behind that way.
+    config.engines.cgroup = "off".into();
     config.controlplane.endpoints = vec![at.grpc.clone()];
     match gpus {
         Gpus::Real => config.gpus.source = "nvml".into(),

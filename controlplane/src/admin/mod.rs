@@ -17,6 +17,7 @@ mod endpoints;
 mod error;
 mod gpus;
 mod guard;
+mod logs;
 mod node_policies;
 mod nodes;
 mod observe;

@@ -82,6 +82,16 @@ fn shown(
     let live_gpus = live
         .filter(|live| live.connected && !live.gpus.is_empty())
         .map(|live| live.gpus.iter().map(gpus::shown).collect::<Vec<_>>());
+    let foreign = live.filter(|live| live.connected).map(|live| {
+        let processes = live.foreign.iter().map(|process| {
+            json!({
+                "pid": process.pid, "kind": process.kind, "model": process.model, "user": process.user,
+                "age_s": process.age_s, "rss_mib": process.rss_mib, "port": process.port,
+                "gpu_uuids": process.gpu_uuids, "state_dir": process.state_dir,
+            })
+        });
+        processes.collect::<Vec<_>>()
+    });
     let programs = live.map(|live| live.programs.iter().map(program).collect::<Vec<_>>());
     let seen_as = NodeSeen {
         zone: node.map_or("", |n| n.zone.as_str()),
@@ -113,6 +123,7 @@ fn shown(
         "disk": live.and_then(|live| live.disk.as_ref()).map(disk),
         "prefetches": live.map(|live| live.prefetches.iter().map(prefetch).collect::<Vec<_>>()).unwrap_or_default(),
         "policy": policy.map(|p| json!(p)),
+        "foreign": foreign.unwrap_or_default(),
     })
 }
 

@@ -33,6 +33,19 @@ pub(super) struct EndpointShown {
     pub(super) engine_version: String,
     pub(super) kv_events_address: String,
     pub(super) notes: Vec<String>,
+    /// How its engine ended the last time, unasked.
+    pub(super) last_exit: Option<ExitShown>,
+}
+
+/// Why an engine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct ExitShown {
+    pub(super) cause: String,
+    pub(super) detail: String,
+    pub(super) advice: String,
+    pub(super) retry_helps: bool,
+    /// When its node last reported.
+    pub(super) age_s: u64,
 }
 
 /// One LoRA adapter of a deployment.
@@ -138,6 +151,13 @@ fn shown(
         engine_version: engine.map(|e| e.engine_version.clone()).unwrap_or_default(),
         kv_events_address: engine.map(|e| e.kv_events_address.clone()).unwrap_or_default(),
         notes: engine.map(|e| e.notes.clone()).unwrap_or_default(),
+        last_exit: engine.and_then(|e| e.last_exit.as_ref()).map(|exit| ExitShown {
+            cause: exit.cause.clone(),
+            detail: exit.detail.clone(),
+            advice: exit.advice.clone(),
+            retry_helps: exit.retry_helps,
+            age_s: exit.age_ms / 1_000,
+        }),
     }
 }
 

@@ -109,6 +109,7 @@ impl Roster {
         };
         let changed = shape(&node.engines) != shape(&engines) || !node.withdrawn.is_empty();
         (node.engines, node.gpus, node.reported_at) = (engines, report.gpus, Some(now));
+        node.foreign = report.foreign;
         (node.disk, node.prefetches) = (report.disk, report.prefetches);
         node.gpu_source = report.gpu_source;
         node.programs = report.programs;

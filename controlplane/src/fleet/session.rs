@@ -86,6 +86,7 @@ async fn serve(
         session.run(&seat, inbound).await
     };
     let result = result.await;
+    core.logs.disconnect(&node.node_id, &seat);
     core.roster.disconnect(&node.node_id, &seat);
     result
 }
@@ -187,6 +188,7 @@ impl Session {
         views.mark_changed();
         let mut heard = tokio::time::Instant::now();
         let term = core.leadership.elected();
+        let mut log_requests = core.logs.connect(&self.node.node_id, seat);
         loop {
             tokio::select! {
                 biased;
@@ -211,10 +213,14 @@ impl Session {
                         self.send(Message::Deregistration(result)).await?;
                     }
                 }
+                Some(request) = log_requests.recv() => self.send(Message::Log(request)).await?,
                 message = inbound.message() => {
                     let Some(message) = message? else { return Ok(()) };
                     heard = tokio::time::Instant::now();
-                    self.take(message).await?;
+                    match message.message {
+                        Some(v1::agent_message::Message::Log(chunk)) => core.logs.take(seat, chunk),
+                        _ => self.take(message).await?,
+                    }
                 }
             }
         }
@@ -233,7 +239,7 @@ impl Session {
             }
             Some(Message::Hello(_)) => Err(Status::invalid_argument("a session has one Hello, at its start")),
             // A newer agent may say more than this build knows.
-            None => Ok(()),
+            Some(Message::Log(_)) | None => Ok(()),
         }
     }
 

@@ -70,6 +70,8 @@ pub struct EngineObserved {
     pub gave_up: Option<String>,
     /// Why it is in this state; may be empty.
     pub reason: String,
+    /// How it ended the last time, unasked.
+    pub last_exit: Option<v1::EngineExit>,
     /// It has said how it is loaded: the three figures mean something.
     pub says_load: bool,
     /// Requests it works on.
@@ -123,6 +125,7 @@ impl From<v1::EngineStatus> for EngineObserved {
             failures: status.failures,
             gave_up: status.gave_up.then_some(status.gave_up_reason),
             reason: status.reason,
+            last_exit: status.last_exit,
             says_load,
             running: load.running,
             waiting: load.waiting,
@@ -147,6 +150,8 @@ pub struct NodeObserved {
     pub engines: BTreeMap<String, EngineObserved>,
     /// Its GPUs with live figures.
     pub gpus: Vec<v1::Gpu>,
+    /// vLLM processes on it that belong to no engine of its agent.
+    pub foreign: Vec<v1::ForeignProcess>,
     /// The disk that it keeps models on, if it says so.
     pub disk: Option<v1::Disk>,
     /// How far the models are that it should have.

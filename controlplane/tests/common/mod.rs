@@ -157,6 +157,7 @@ struct AgentSeen {
     assignments: Option<v1::Assignments>,
     registrations: Vec<v1::RegistrationResult>,
     deregistrations: Vec<v1::DeregistrationResult>,
+    log_requests: Vec<v1::LogRequest>,
     ended: Option<Status>,
 }
 
@@ -223,6 +224,12 @@ impl Agent {
     pub async fn wait_assigned(&self, count: usize) -> Vec<v1::Assignment> {
         let what = format!("{count} assignments");
         wait(&what, async || Some(self.assignments()).filter(|a| a.len() == count)).await
+    }
+
+    /// Everything that was said of logs, once it satisfies `is`.
+    pub async fn log_requests(&self, is: impl Fn(&[v1::LogRequest]) -> bool) -> Vec<v1::LogRequest> {
+        let requests = || self.seen.lock().unwrap().log_requests.clone();
+        wait("requests for logs", async || Some(requests()).filter(|all| is(all))).await
     }
 
     pub async fn ended(&self) -> Status {
@@ -318,6 +325,7 @@ async fn read(mut inbound: Streaming<v1::ControllerMessage>, seen: Arc<Mutex<Age
                 Message::Assignments(assignments) => seen.assignments = Some(assignments),
                 Message::Registration(result) => seen.registrations.push(result),
                 Message::Deregistration(result) => seen.deregistrations.push(result),
+                Message::Log(request) => seen.log_requests.push(request),
                 Message::Prefetches(_) => {}
             },
             Ok(None) => return seen.ended = Some(Status::ok("it was closed")),

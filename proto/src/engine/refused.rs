@@ -126,7 +126,10 @@ pub const VARIABLES: [Refused; 14] = [
         "VLLM_API_KEY",
         "agent and proxies have no key for engines: clients' keys are checked by the proxy (auth.keys)",
     ),
-    no("VLLM_SERVER_DEV_MODE", "it opens paths that end, pause and read out the engine"),
+    no(
+        "VLLM_SERVER_DEV_MODE",
+        "it opens paths that pause and read out the engine: say warm.sleep, which the agent keeps in hand",
+    ),
     no("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "a server whose engine is dead would look alive"),
     no("MASTER_ADDR", ONE_NODE),
     no("MASTER_PORT", FIXED_PORT),

@@ -16,7 +16,6 @@ use crate::{
         context::Context,
         launch::{Beginning, Engine, Failure},
         stop::{self, DrainTimes},
-        watch as watching,
     },
     warm::{Started, Way, disk, prefetch, restore, sleep},
 };
@@ -177,11 +176,10 @@ impl Supervisor {
         self.move_to(State::Asleep, "");
         self.cx.board.update(self.id(), |view| view.load = None);
         tracing::info!(replica = self.id(), level = self.level(), "engine asleep");
-        let (mut orders, log) = (self.orders.clone(), self.cx.state.log(self.id()));
+        let mut orders = self.orders.clone();
         let order = tokio::select! {
             order = ordered_awake(&mut orders) => order,
-            exit = engine.tree.exited() => return Some(Served::Failed(self.explain(exit, engine.log_from))),
-            never = watching::keep_log_small(&log, self.cx.config.log_bytes) => match never {},
+            exit = engine.tree.exited() => return Some(Served::Failed(self.explain(exit))),
         };
         match order {
             Order::Run => self.wake(engine).await,
@@ -209,7 +207,7 @@ impl Supervisor {
         let mut orders = self.orders.clone();
         let drained = tokio::select! {
             drained = stop::drain(&cx.probe, &engine.target, drain_times(&cx)) => drained,
-            exit = engine.tree.exited() => return Fell::Ended(Served::Failed(self.explain(exit, engine.log_from))),
+            exit = engine.tree.exited() => return Fell::Ended(Served::Failed(self.explain(exit))),
             order = ordered_awake(&mut orders) => return match order {
                 Order::Run => Fell::Awake,
                 order => Fell::Ended(Served::Ordered(order)),
@@ -225,7 +223,7 @@ impl Supervisor {
         let level = self.level();
         let fell = tokio::select! {
             fell = sleep::fall_asleep(&cx.probe, &engine.target, level, deadline) => fell,
-            exit = engine.tree.exited() => return Fell::Ended(Served::Failed(self.explain(exit, engine.log_from))),
+            exit = engine.tree.exited() => return Fell::Ended(Served::Failed(self.explain(exit))),
         };
         match fell {
             Ok(()) => Fell::Asleep,
@@ -243,7 +241,7 @@ impl Supervisor {
         engine.note.clear();
         let woken = tokio::select! {
             woken = sleep::wake(&cx.probe, &engine.target, level, longest) => woken,
-            exit = engine.tree.exited() => return Some(Served::Failed(self.explain(exit, engine.log_from))),
+            exit = engine.tree.exited() => return Some(Served::Failed(self.explain(exit))),
             order = ordered_to_end(&mut orders) => return Some(Served::Ordered(order)),
         };
         match woken {

@@ -6,7 +6,7 @@ use axum::{
 };
 
 use super::super::{
-    endpoints, node_policies, nodes, placements, proxies,
+    endpoints, logs, node_policies, nodes, placements, proxies,
     table::{OPERATOR, Row, VIEWER},
 };
 
@@ -76,6 +76,18 @@ pub(super) fn rows() -> Vec<Row> {
         .named()
         .edits()
         .gives("Endpoint"),
+        row(
+            OPERATOR,
+            Method::GET,
+            "/api/v2/models/{model}/replicas/{id}/logs",
+            "replica_logs",
+            "A replica's log, from its node. It may hold what clients asked.",
+            get(logs::of_replica),
+        )
+        .named()
+        .query(&["lines", "follow", "previous"])
+        .sends("text/plain")
+        .fails(&[502]),
         row(VIEWER, Method::GET, "/api/v2/nodes", "list_nodes", "Every node and its GPUs.", get(nodes::list))
             .paged()
             .gives("NodeList"),

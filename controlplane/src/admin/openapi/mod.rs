@@ -220,6 +220,17 @@ fn query_schema(name: &str, path: &str) -> (&'static str, Value) {
         "without_placements" => ("Places every replica anew.", json!({ "type": "boolean" })),
         "from" => ("The earlier revision; without it the one before `to`.", number),
         "to" => ("The later revision; without it the present one.", number),
+        "lines" if path.contains("/replicas/") => {
+            let most = super::logs::MOST_LINES;
+            (
+                "How many of its last lines.",
+                json!({ "type": "integer", "minimum": 0, "maximum": most, "default": 200 }),
+            )
+        }
+        "follow" => {
+            ("And what it writes from then on, until whoever asked goes.", json!({ "type": "boolean" }))
+        }
+        "previous" => ("Of its life before the present one.", json!({ "type": "boolean" })),
         "lines" => {
             let most = penstock_config::logging::KEPT_LINES;
             ("How many lines.", json!({ "type": "integer", "minimum": 1, "maximum": most, "default": 200 }))

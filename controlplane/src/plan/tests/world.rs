@@ -286,6 +286,7 @@ impl World {
             failures: None,
             gave_up: None,
             reason: reason.to_owned(),
+            last_exit: None,
             says_load: false,
             running: 0,
             waiting: 0,
