@@ -62,6 +62,9 @@ fn samples(schema: &Value, part: &Value) -> (Value, Value) {
     if let Some(values) = part.get("enum").and_then(Value::as_array) {
         return (values[0].clone(), json!("something-else"));
     }
+    if let Some(example) = part.pointer("/examples/0") {
+        return (example.clone(), json!(7));
+    }
     match part["type"].as_str().unwrap() {
         "integer" => (part["maximum"].clone(), json!(part["maximum"].as_u64().unwrap() + 1)),
         "number" => (part["maximum"].clone(), json!(part["maximum"].as_f64().unwrap() + 1.0)),
