@@ -50,7 +50,7 @@ async fn of_replica(args: &LogsArgs, replica: &str) -> Result<(), ApiError> {
     let mut parts = server.stream(&path, &ask).await?;
     let plain = stdout().is_terminal();
     while let Some(part) = parts.next().await? {
-        let part = if plain { harmless(&part) } else { part.into() };
+        let part = if plain { harmless(&part) } else { part };
         let mut out = stdout().lock();
         out.write_all(&part)?;
         out.flush()?;
