@@ -114,7 +114,8 @@ async fn a_hook_that_hangs_is_ended_with_all_its_processes() {
 
 #[tokio::test]
 async fn what_cannot_run_is_not_tried() {
-    let told: [(&str, fn(&mut v1::RestoreSpec)); 5] = [
+    type Change = fn(&mut v1::RestoreSpec);
+    let told: [(&str, Change); 5] = [
         ("they must be equal", |r| r.path = "/mnt/another".into()),
         ("does not lie under the path", |r| r.storage = "file:///mnt/another/llama".into()),
         ("there is nothing at file://", |r| r.storage = "file://MOUNT/gone".into()),
