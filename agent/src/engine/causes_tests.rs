@@ -46,7 +46,7 @@ const GOLDEN: [(Cause, &str); 32] = [
         Cause::Space,
         "ERROR: Unexpected bus error encountered in worker. This might be caused by insufficient shared memory (shm).",
     ),
-    (Cause::Space, "OSError: [Errno 28] No space left on device: '/root/.cache/huggingface/hub'"),
+    (Cause::Space, "OSError: [Errno 28] No space left on device: '/models/huggingface/hub'"),
     (
         Cause::Port,
         "ERROR:    [Errno 98] error while attempting to bind on address ('0.0.0.0', 10814): address already in use",

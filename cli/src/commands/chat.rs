@@ -223,10 +223,17 @@ async fn engine(
     let (private, _) = last_proxy(data_dir)?;
     let mut url = Url::parse(&private).ok()?;
     url.path_segments_mut().ok()?.clear().extend(["debug", "decisions", request?]);
-    let decision: Value = client.get(url).send().await.ok()?.json().await.ok()?;
-    let attempts = decision.get("attempts").and_then(Value::as_array)?;
-    let last = attempts.last()?;
-    last.get("endpoint")?.as_str().filter(|endpoint| !endpoint.is_empty()).map(str::to_owned)
+    // The proxy writes it down once the stream is over, which the client may know first.
+    for pause in [0, 50, 100, 200, 400] {
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        let decision: Value = client.get(url.clone()).send().await.ok()?.json().await.ok()?;
+        let last = decision.get("attempts").and_then(Value::as_array).and_then(|attempts| attempts.last());
+        let endpoint = last.and_then(|last| last.get("endpoint")?.as_str());
+        if let Some(endpoint) = endpoint.filter(|endpoint| !endpoint.is_empty()) {
+            return Some(endpoint.to_owned());
+        }
+    }
+    None
 }
 
 fn story(report: &Value) -> String {
