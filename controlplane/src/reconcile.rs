@@ -128,7 +128,7 @@ async fn pass(core: &Core, since: &mut Since, now: Instant) -> Result<(&'static 
     let nodes = core.roster.nodes();
     let named: BTreeSet<&str> = view.by_node.keys().map(String::as_str).collect();
     let lost = since.liveness.update(&named, |node| view.nodes.contains_key(node), now);
-    let present = view.nodes.iter().map(|(name, node)| (name.as_str(), node.value.zone.as_str()));
+    let present = view.nodes.keys().map(|name| (name.as_str(), view.zone_of(name).unwrap_or_default()));
     let zones = since.memory.zones(present, &lost.keys().copied().collect());
     let desired = desired(&view);
     let mut observed = observed(&view, &nodes, &lost, &zones, core.report_interval());
@@ -278,7 +278,7 @@ fn observed<'a>(
         let used = live.into_iter().flat_map(|live| &live.gpus);
         let seen = NodeSeen {
             lost_since: None,
-            zone: &node.value.zone,
+            zone: view.zone_of(name).unwrap_or_default(),
             region: &node.value.region,
             labels: Some(&node.value.labels),
             policy: policy(name),

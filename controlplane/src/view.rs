@@ -136,6 +136,13 @@ impl View {
     pub fn published_term(&self) -> u64 {
         self.term.saturating_add(self.term_base)
     }
+
+    /// Where a node stands: what an operator says, by the label "zone", before what its agent says. Endpoints of this view
+    /// have it already.
+    pub fn zone_of(&self, node_id: &str) -> Option<&str> {
+        let said = self.node_policies.get(node_id).and_then(|policy| policy.value.labels.get("zone"));
+        said.or_else(|| self.nodes.get(node_id).map(|node| &node.value.zone)).map(String::as_str)
+    }
 }
 
 /// Makes views out of entries and events.
@@ -160,7 +167,10 @@ impl Builder {
             self.set_placement(&name, Some(placement));
             Slot::Placement(name)
         } else if key.starts_with(keys::ENDPOINTS) {
-            let endpoint: RegisteredEndpoint = read(entry)?.value;
+            let mut endpoint: RegisteredEndpoint = read(entry)?.value;
+            if let Some(zone) = self.view.zone_of(&endpoint.node_id) {
+                zone.clone_into(&mut endpoint.zone);
+            }
             let (name, id) = (endpoint.model.clone(), endpoint.replica_id.clone());
             self.model(&name).endpoints.insert(id.clone(), Arc::new(endpoint));
             Slot::Endpoint(name, id)
@@ -177,11 +187,13 @@ impl Builder {
             let node: Stored<Node> = read(entry)?;
             let name = node.value.node_id.clone();
             self.view.nodes.insert(name.clone(), Arc::new(node));
+            self.stands_elsewhere(&name);
             Slot::Node(name)
         } else if key.starts_with(keys::NODE_POLICIES) {
             let policy: Stored<NodePolicy> = read(entry)?;
             let name = policy.value.node_id.clone();
             self.view.node_policies.insert(name.clone(), Arc::new(policy));
+            self.stands_elsewhere(&name);
             Slot::NodePolicy(name)
         } else if key.starts_with(keys::TOKENS) {
             let token: Stored<StoredToken> = read(entry)?;
@@ -218,7 +230,10 @@ impl Builder {
             Some(Slot::Endpoint(name, id)) => drop(self.model(&name).endpoints.remove(&id)),
             Some(Slot::Drain(name, id)) => drop(self.model(&name).drains.remove(&id)),
             Some(Slot::Node(name)) => drop(self.view.nodes.remove(&name)),
-            Some(Slot::NodePolicy(name)) => drop(self.view.node_policies.remove(&name)),
+            Some(Slot::NodePolicy(name)) => {
+                self.view.node_policies.remove(&name);
+                self.stands_elsewhere(&name);
+            }
             Some(Slot::Route(name)) => drop(self.view.routes.remove(&name)),
             Some(Slot::Token(name)) => drop(self.view.tokens.remove(&name)),
             Some(Slot::Generation) => (self.view.last_generation, self.view.generation_revision) = (0, 0),
@@ -231,6 +246,17 @@ impl Builder {
 
     fn model(&mut self, name: &str) -> &mut ModelView {
         Arc::make_mut(self.view.models.entry(name.to_owned()).or_default())
+    }
+
+    /// Brings the zone of a node's endpoints up to date; models without any there stay the same value.
+    fn stands_elsewhere(&mut self, node_id: &str) {
+        let Some(zone) = self.view.zone_of(node_id).map(str::to_owned) else { return };
+        let is_wrong = |e: &Arc<RegisteredEndpoint>| e.node_id == node_id && e.zone != zone;
+        for model in self.view.models.values_mut().filter(|model| model.endpoints.values().any(is_wrong)) {
+            for endpoint in Arc::make_mut(model).endpoints.values_mut().filter(|e| is_wrong(e)) {
+                Arc::make_mut(endpoint).zone.clone_from(&zone);
+            }
+        }
     }
 
     fn set_placement(&mut self, name: &str, placement: Option<Stored<Placement>>) {
@@ -408,6 +434,31 @@ mod tests {
         builder.put(&entry(keys::placement("a/b"), PLACED, 1)).expect("valid");
         builder.put(&entry(keys::placement("a/b"), "{garbage", 2)).expect_err("garbage");
         assert_eq!(builder.view.models["a/b"].placement.as_ref().expect("kept").mod_revision, 1);
+    }
+
+    #[test]
+    fn an_operators_zone_goes_before_the_agents_and_comes_off_again() {
+        let mut builder = Builder::default();
+        let endpoint = r#"{"model":"m","replica_id":"m-0","generation":1,"address":"h:1","pid":1,"node_id":"n","zone":"a"}"#;
+        let other = endpoint.replace("m-0", "m-1").replace("\"n\"", "\"other\"");
+        for (id, value) in [("m-0", endpoint), ("m-1", &other)] {
+            builder.put(&entry(keys::endpoint("m", id), value, 1)).expect("valid");
+        }
+        builder.put(&entry(keys::node("n"), r#"{"node_id":"n","zone":"a"}"#, 2)).expect("valid");
+        let zones = |view: &View| {
+            let of = |id: &str| view.models["m"].endpoints[id].zone.clone();
+            (view.zone_of("n").map(str::to_owned), of("m-0"), of("m-1"))
+        };
+        let untouched = builder.view.models["m"].clone();
+        let policy = r#"{"node_id":"n","labels":{"zone":"b"}}"#;
+        builder.put(&entry(keys::node_policy("n"), policy, 3)).expect("valid");
+        assert_eq!(zones(&builder.view), (Some("b".into()), "b".into(), "a".into()));
+        // Registered again, by an agent that knows nothing of it.
+        builder.put(&entry(keys::endpoint("m", "m-0"), endpoint, 4)).expect("valid");
+        assert_eq!(zones(&builder.view).1, "b");
+        builder.delete(&keys::node_policy("n"));
+        assert_eq!(zones(&builder.view), (Some("a".into()), "a".into(), "a".into()));
+        assert_eq!(builder.view.models["m"], untouched);
     }
 
     #[test]

@@ -220,3 +220,28 @@ async fn a_control_plane_whose_term_has_passed_cannot_write() {
     assert!(refused.contains("schema version \"999\""), "{refused}");
     store.close().await;
 }
+
+#[tokio::test]
+async fn a_zone_that_is_corrected_late_is_told_to_proxies_and_restarts_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let plane = Plane::start(dir.path()).await;
+    let proxy = Proxy::connect(&plane, "p").await;
+    let agent = Agent::connect(&plane, "n", 1).await;
+    plane.call("PUT", "/api/v2/deployments/m", Some(r#"{"replicas":1}"#)).await;
+    let assigned = agent.wait_assigned(1).await;
+    assert!(agent.serve(&assigned[0], 10_814).await.accepted);
+    let in_zone = |zone: &'static str| {
+        move |p: &common::Applied| {
+            p.tables.get("m").is_some_and(|t| t.endpoints.iter().any(|e| e.zone == zone))
+        }
+    };
+    proxy.wait("the agent's zone", in_zone("z1")).await;
+    let (status, answer) = plane.call("PUT", "/api/v2/nodes/n", Some(r#"{"labels":{"zone":"z2"}}"#)).await;
+    assert!(status < 300, "{answer}");
+    proxy.wait("the operator's zone", in_zone("z2")).await;
+    assert_eq!(plane.get("/api/v2/nodes/n").await["zone"], "z2");
+    assert_eq!(agent.assignments(), assigned, "nothing else was changed");
+    plane.call("PUT", "/api/v2/nodes/n", Some("{}")).await;
+    proxy.wait("the agent's zone again", in_zone("z1")).await;
+    plane.stop().await;
+}

@@ -94,7 +94,7 @@ fn shown(
     });
     let programs = live.map(|live| live.programs.iter().map(program).collect::<Vec<_>>());
     let seen_as = NodeSeen {
-        zone: node.map_or("", |n| n.zone.as_str()),
+        zone: view.zone_of(name).unwrap_or_default(),
         labels: node.map(|n| &n.labels),
         policy,
         ..NodeSeen::default()
@@ -106,7 +106,7 @@ fn shown(
         "node_id": name,
         "state": if present.is_some() { "ready" } else { "lost" },
         "connected": live.is_some_and(|live| live.connected),
-        "zone": node.map_or("", |n| &n.zone),
+        "zone": seen_as.zone,
         "region": node.map_or("", |n| &n.region),
         "labels": labels,
         "gpus": live_gpus.map(|gpus| json!(gpus)).or(node.map(|n| json!(n.gpus))).unwrap_or_else(|| json!([])),
