@@ -21,6 +21,13 @@ pub(crate) struct Outcome {
     pub(crate) result: Result<(), String>,
 }
 
+/// None of these failed; else it says how many did, and shows some.
+pub(crate) fn none_failed(outcomes: &[Outcome]) {
+    let failed: Vec<_> = outcomes.iter().filter_map(|outcome| outcome.result.as_ref().err()).collect();
+    let some = &failed[..failed.len().min(5)];
+    assert!(failed.is_empty(), "{} of {} failed: {some:?}", failed.len(), outcomes.len());
+}
+
 /// Workers that send one streamed request after the other.
 pub(crate) struct Load {
     stop: Arc<AtomicBool>,
