@@ -20,7 +20,10 @@ use super::{
     supervisor::{Order, Served, Supervisor, ordered, ordered_to_end},
     watch as watching,
 };
-use crate::registrations::{Standing, Wanted};
+use crate::{
+    assignment::Assignment,
+    registrations::{Standing, Wanted},
+};
 
 impl Supervisor {
     /// Until the engine should no longer run.
@@ -67,10 +70,18 @@ impl Supervisor {
                 false => std::future::pending().await,
             }
         };
+        let (pulse, target) = (pulse(&self.cx), engine.target.clone());
+        let wedged = async {
+            match engine.was_ready {
+                true => until_wedged(&self.cx, &self.assignment, &target, &pulse).await,
+                false => std::future::pending().await,
+            }
+        };
         Some(tokio::select! {
             order = ordered_to_end(&mut orders) => Served::Ordered(order),
             exit = engine.tree.exited() => Served::Failed(self.explain(exit)),
             reason = silent => Served::Hung(reason, Kind::Other),
+            reason = wedged => Served::Hung(reason, Kind::Other),
             ready = timeout(engine.ready_within, ready) => match ready {
                 Ok(Ok(())) => return None,
                 Ok(Err(lost)) => Served::Failed(Failure::passing(lost.to_string())),
@@ -94,26 +105,9 @@ impl Supervisor {
         let ms = Duration::from_millis;
         let mut orders = self.orders.clone();
         let id = self.id().to_owned();
-        let limits = Limits {
-            canary: Duration::from_secs(config.canary_s),
-            wedge: Duration::from_secs(config.wedge_s),
-        };
-        let pulse = Pulse::new(limits);
-        let served = self.assignment.spec.served_model_name.clone();
-        let subject = Subject { replica_id: &id, target: &engine.target, model: &served };
-        let wedged = async {
-            match config.wedge_s {
-                0 => std::future::pending().await,
-                _ => pulse.until_wedged(&cx, subject).await,
-            }
-        };
+        let (pulse, assignment) = (pulse(&cx), self.assignment.clone());
+        let wedged = until_wedged(&cx, &assignment, &engine.target, &pulse);
         let silent = until_silent(&cx, &engine.target, |since| pulse.moved() >= since);
-        let (period, deadline) = (ms(config.load_ms), ms(config.load_timeout_ms));
-        // Of other servers than vLLM nobody expects vLLM's figures.
-        let is_vllm =
-            config.programs.get(&self.assignment.spec.engine).is_some_and(|program| !program.is_exec());
-        let notes = load_notes(&cx, &id, &pulse, is_vllm);
-        let load = watching::follow_load(&cx.probe, &engine.target, period, deadline, notes);
         let (wanted, name) = (self.wanted(engine), self.assignment.spec.served_model_name.clone());
         let note = |adapters| {
             let wanted = Wanted { adapters, ..wanted.clone() };
@@ -135,7 +129,6 @@ impl Supervisor {
             reason = wedged => Served::Hung(reason, Kind::Other),
             order = follow_registration(&cx, &id) => Served::Ordered(order),
             order = stable => Served::Ordered(order),
-            never = load => match never {},
             never = adapters => match never {},
         }
     }
@@ -164,6 +157,34 @@ async fn until_silent(cx: &Context, target: &Target, moved_since: impl Fn(Instan
     let reason = watching::until_silent(&cx.probe, target, period, deadline, failures, moved_since).await;
     cx.metrics.liveness_failures.inc();
     reason
+}
+
+/// Of an engine that has proved itself, now or under an earlier agent.
+fn pulse(cx: &Context) -> Pulse {
+    let seconds = Duration::from_secs;
+    Pulse::new(Limits { canary: seconds(cx.config.canary_s), wedge: seconds(cx.config.wedge_s) })
+}
+
+/// Follows what the engine says of its load; returns, with the reason, when it gets nowhere.
+async fn until_wedged(cx: &Context, assignment: &Assignment, target: &Target, pulse: &Pulse) -> String {
+    let Assignment { replica_id, spec, .. } = assignment;
+    let ms = Duration::from_millis;
+    let (period, deadline) = (ms(cx.config.load_ms), ms(cx.config.load_timeout_ms));
+    // Of other servers than vLLM nobody expects vLLM's figures.
+    let is_vllm = cx.config.programs.get(&spec.engine).is_some_and(|program| !program.is_exec());
+    let notes = load_notes(cx, replica_id, pulse, is_vllm);
+    let load = watching::follow_load(&cx.probe, target, period, deadline, notes);
+    let subject = Subject { replica_id, target, model: &spec.served_model_name };
+    let wedged = async {
+        match cx.config.wedge_s {
+            0 => std::future::pending().await,
+            _ => pulse.until_wedged(cx, subject).await,
+        }
+    };
+    tokio::select! {
+        reason = wedged => reason,
+        never = load => match never {},
+    }
 }
 
 /// Puts readings on the board and into the engine's pulse; what is wrong with them is logged when it changes.
