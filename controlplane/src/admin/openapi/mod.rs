@@ -1,4 +1,5 @@
-//! `/openapi.json`: the API's document, made from the table of routes ([`super::api`]) and the schemas in `answers.json` and `bodies.json`.
+//! `/openapi.json`: the API's document, made from the table of routes ([`super::api`]) and the schemas in `answers.json`,
+//! `fleet.json` and `bodies.json`.
 //!
 //! Paths, methods, parameters, bodies, answers, refusals and roles come from the rows that make the router, so no route can
 //! be missing here or be too many. The schemas are written by hand, and closed: a field that an answer has and its schema
@@ -19,8 +20,11 @@ use super::{
 };
 
 /// Files of schemas by name.
-const SCHEMAS: [(&str, &str); 2] =
-    [("answers.json", include_str!("answers.json")), ("bodies.json", include_str!("bodies.json"))];
+const SCHEMAS: [(&str, &str); 3] = [
+    ("answers.json", include_str!("answers.json")),
+    ("fleet.json", include_str!("fleet.json")),
+    ("bodies.json", include_str!("bodies.json")),
+];
 
 /// Refusals by status: what each means.
 const REFUSALS: [(u16, &str); 14] = [
