@@ -5,9 +5,11 @@
 //! what a line does is in the module it names.
 
 mod attempts;
+mod go_on;
 mod host;
 mod models;
 mod realtime;
+mod stream;
 mod take;
 mod targets;
 
@@ -19,7 +21,7 @@ use penstock_config::proxy::{LimitsConfig, ProxyConfig};
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
 use tokio::{sync::Notify, time::Instant};
 
-pub use self::host::Host;
+pub use self::{host::Host, take::RESUME};
 use crate::{
     admission::auth::KeyRing,
     downstream::{body::BodyBudget, peer::Peer, respond},

@@ -25,9 +25,16 @@
 //! *Again* (nothing of text seen): the request as it was; what opens the stream comes once.
 
 pub mod body;
+pub mod chunks;
+mod plan;
 pub mod refusal;
+pub mod sample;
+pub mod stitch;
+pub mod stop;
+pub mod tracker;
 
 pub use self::refusal::Refusal;
+use crate::error::UpstreamFailure;
 
 /// How a stream was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +85,17 @@ impl Loss {
         }
     }
 
+    /// What it says of the engine's health; nothing where the engine did as it was told.
+    #[must_use]
+    pub const fn failure(self) -> Option<UpstreamFailure> {
+        match self {
+            Self::Broken | Self::Unfinished | Self::ErrorEvent | Self::Aborted => Some(UpstreamFailure::MidStream),
+            Self::Garbage => Some(UpstreamFailure::Garbage),
+            Self::Stalled => Some(UpstreamFailure::IdleTimeout),
+            Self::Moved | Self::Fenced => None,
+        }
+    }
+
     /// Whether the stream can go on where it is if no other engine takes it.
     #[must_use]
     pub const fn is_optional(self) -> bool {
@@ -92,6 +110,8 @@ pub enum Verdict {
     Pass,
     /// Whether it is the client's, the next event tells.
     Hold,
+    /// The client has it already.
+    Drop,
     /// It, and what is held, says that the stream is lost; the client must not see it.
     Lost(Loss),
 }
