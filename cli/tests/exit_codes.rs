@@ -216,3 +216,26 @@ fn completions_are_scripts_that_know_the_commands() {
         assert!(stdout(&output).contains("undrain"), "{shell}");
     }
 }
+
+#[test]
+fn a_drain_asks_for_moves_only_where_it_shall_and_says_what_is_left() {
+    let left = |running: u32| (200, json!({"id": "m-0", "state": "draining", "running": running}));
+    let (address, server) = controlplane(vec![left(0), left(7), left(7), left(1), left(0)]);
+    assert!(run(&address, &["drain", "m-0", "--wait"]).status.success());
+    let output = run(&address, &["drain", "m-0", "--move-streams", "--wait"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(stderr(&output), "penstock: m-0: 7 requests left\npenstock: m-0: 1 request left\n");
+    assert_eq!(
+        server.join().unwrap(),
+        [
+            "POST /api/v2/endpoints/m-0/drain",
+            "POST /api/v2/endpoints/m-0/drain?move_streams=true",
+            "GET /api/v2/endpoints/m-0",
+            "GET /api/v2/endpoints/m-0",
+            "GET /api/v2/endpoints/m-0",
+        ]
+    );
+    let output = run("http://127.0.0.1:9", &["drain", "node/a", "--move-streams"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("rollout.move_streams"), "{}", stderr(&output));
+}

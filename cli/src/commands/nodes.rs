@@ -58,7 +58,8 @@ pub(crate) async fn drain(args: &DrainArgs) -> Result<(), ApiError> {
             break;
         }
         if said.replace(left) != Some(left) {
-            say(&format!("{}: {left} requests left", args.target));
+            let s = if left == 1 { "" } else { "s" };
+            say(&format!("{}: {left} request{s} left", args.target));
         }
         in_time(deadline, &server, &args.target).await?;
         reply = server.endpoint(&args.target).await?;
