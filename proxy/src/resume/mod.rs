@@ -11,6 +11,7 @@
 //!   the ways in which a stream dies inside a 200: an error event, an abort that is not ours, an end that is none, garbage.
 //! - [`chunks`]: that memory for chat and text completions, token by token; [`sample`] is what makes it cheap.
 //! - [`messages`], [`responses`]: the same for Anthropic's messages and for responses, by text.
+//! - [`unary`]: a whole answer made of a stream, so that it can be resumed too.
 //! - [`plan`]: what is asked of the next engine. [`body`] reads the request's members for it, [`refusal`] says why not.
 //! - [`stitch`]: the continuation's events become events of the stream: its id, its shape, its counts. [`stop`] finds stop
 //!   strings that span the cut.

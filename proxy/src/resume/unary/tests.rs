@@ -63,7 +63,11 @@ fn assembled(api: Api, asked: &str, stream: &str) -> Result<Option<String>, Refu
 #[test]
 fn the_body_is_what_the_engine_would_have_given() {
     for Sample { api, asked, stream, body } in SAMPLES {
-        assert_eq!(assembled(api, asked, stream).expect("an answer").as_deref(), Some(body.trim_end()), "{api:?}");
+        assert_eq!(
+            assembled(api, asked, stream).expect("an answer").as_deref(),
+            Some(body.trim_end()),
+            "{api:?}"
+        );
     }
 }
 
@@ -96,7 +100,11 @@ fn what_is_no_whole_answer_is_refused() {
     assert_eq!(of(Api::ChatCompletions, &call), Some(Refusal::ToolCall));
     for api in [Api::ChatCompletions, Api::Completions, Api::Messages, Api::Responses] {
         assert_eq!(of(api, "data: {\n\n"), Some(Refusal::Unreadable), "{api:?}");
-        assert_eq!(of(api, "data: {\"error\":{\"message\":\"m\"}}\n\n"), Some(Refusal::Unreadable), "{api:?}");
+        assert_eq!(
+            of(api, "data: {\"error\":{\"message\":\"m\"}}\n\n"),
+            Some(Refusal::Unreadable),
+            "{api:?}"
+        );
     }
     assert_eq!(of(Api::Completions, "data: {}\n\n"), Some(Refusal::Unreadable));
     let block = |kind: &str| {
@@ -109,12 +117,14 @@ fn what_is_no_whole_answer_is_refused() {
 
 #[test]
 fn thoughts_and_cached_tokens_have_their_places() {
-    let stream = [&chat(r#"{"role":"assistant","content":""}"#), &chat(r#"{"reasoning":"h\n"}"#), CHAT_END].concat();
+    let stream =
+        [&chat(r#"{"role":"assistant","content":""}"#), &chat(r#"{"reasoning":"h\n"}"#), CHAT_END].concat();
     let body = assembled(Api::ChatCompletions, "{}", &stream).expect("an answer").expect("a whole one");
     let body: Value = serde_json::from_str(&body).expect("JSON");
     assert_eq!(body["choices"][0]["message"]["reasoning"], "h\n");
     assert_eq!(body["choices"][0]["message"]["content"], Value::Null);
-    let details = serde_json::json!({"cached_tokens": 1, "created_cache_tokens": null, "multimodal_tokens": null});
+    let details =
+        serde_json::json!({"cached_tokens": 1, "created_cache_tokens": null, "multimodal_tokens": null});
     assert_eq!(body["usage"]["prompt_tokens_details"], details);
 
     let event = |data: &str| format!("data: {data}\n\n");
@@ -125,7 +135,9 @@ fn thoughts_and_cached_tokens_have_their_places() {
         event(r#"{"type":"content_block_delta","delta":{"type":"signature_delta","signature":"s"}}"#),
         event(r#"{"type":"content_block_start","content_block":{"type":"text","text":""}}"#),
         event(r#"{"type":"content_block_delta","delta":{"type":"text_delta","text":"t"}}"#),
-        event(r#"{"type":"message_delta","delta":{"stop_reason":"stop_sequence","stop_sequence":"S"},"usage":{"input_tokens":1}}"#),
+        event(
+            r#"{"type":"message_delta","delta":{"stop_reason":"stop_sequence","stop_sequence":"S"},"usage":{"input_tokens":1}}"#,
+        ),
         event(r#"{"type":"message_stop"}"#),
     ];
     assert_eq!(
@@ -146,7 +158,10 @@ fn streamed(api: Api, body: &str) -> Option<String> {
 fn a_request_for_a_whole_answer_becomes_one_for_a_stream() {
     let options = r#""stream":true,"stream_options":{"include_usage":true},"return_token_ids":true"#;
     assert_eq!(
-        streamed(Api::ChatCompletions, r#"{"n":1,"temperature":1e-05,"stream":false,"response_format":{"type":"text"}}"#),
+        streamed(
+            Api::ChatCompletions,
+            r#"{"n":1,"temperature":1e-05,"stream":false,"response_format":{"type":"text"}}"#
+        ),
         Some(format!(r#"{{"n":1,"temperature":1e-05,"response_format":{{"type":"text"}},{options}}}"#))
     );
     for prompt in [r#""x""#, "[1,2]", r#"["x"]"#, "[[1,2]]"] {
