@@ -132,7 +132,8 @@ pub struct EnginesConfig {
     pub ready_s: u64,
     /// Pause between two tries to find out whether an engine is ready.
     pub ready_poll_ms: u64,
-    /// Longest wait for the completion that proves an engine ready.
+    /// Longest wait for the completion that proves an engine ready; one whose port is open and that answers nothing for so
+    /// long is started anew.
     pub first_completion_ms: u64,
     /// Pause between two liveness checks of a ready engine.
     pub liveness_ms: u64,

@@ -205,17 +205,21 @@ async fn a_client_that_leaves_closes_its_engines_connection_at_once() {
 #[tokio::test]
 async fn a_connection_that_the_engine_closed_meanwhile_costs_nothing() {
     // The engine answers once on a connection, then closes it as soon as the next request has come.
-    let script = |n: usize| match n {
-        1 => vec![Step::Close],
-        _ => vec![Step::Send(json_answer("200 OK", "{}").into_bytes())],
-    };
-    let engine = Engine::start(script).await;
+    let engine = Engine::replying(|_, seen| match seen.before {
+        0 => vec![Step::Send(json_answer("200 OK", "{}").into_bytes())],
+        _ => vec![Step::Close],
+    })
+    .await;
     let proxy = Proxy::start(ProxyConfig::default(), &[engine.address]);
-    for _ in 0..2 {
+    // A connection that was just put aside may be out of reach for a moment: then there is a new one, and nothing is closed.
+    let mut asked = 0;
+    while engine.seen().len() == asked {
+        assert!(asked < 100, "no connection is ever used again");
         let answer = proxy.exchange(&post(CHAT, &chat(false))).await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        asked += 1;
     }
-    assert_eq!(engine.seen().len(), 3, "the second request was sent again on a new connection");
+    assert_eq!(engine.seen().len(), asked + 1, "the last request was sent again on a new connection");
     assert_eq!(ejections(&proxy, "consecutive_failures"), 0);
 }
 

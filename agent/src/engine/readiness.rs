@@ -7,6 +7,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::{
     probe::{Probe, Target},
     procfs::{self, Listener},
@@ -34,45 +36,64 @@ pub(crate) struct Question {
 
 /// Why waiting is pointless.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("port {port} is listened on by another program (pid {pid}); the next start takes another port")]
-pub(crate) struct PortLost {
-    port: u16,
-    pid: i32,
+pub(crate) enum Lost {
+    /// Somebody else has the port.
+    #[error("port {port} is listened on by another program (pid {pid}); the next start takes another port")]
+    Port { port: u16, pid: i32 },
+    /// Its server took questions, as no engine does that still loads, and answered none of them.
+    #[error("its port is open and for {} ms nothing was answered: {last}", .waited.as_millis())]
+    Silent { waited: Duration, last: String },
 }
 
 /// Returns when the engine is ready; `tell` gets what it is waiting for whenever that changes.
 ///
 /// # Errors
-/// [`PortLost`]. Everything else may still come right and is waited for; the caller has the deadline.
+/// [`Lost`]. Everything else may still come right and is waited for; the caller has the deadline.
 pub(crate) async fn until_ready(
     probe: &Probe,
     question: &Question,
     tell: impl Fn(&str),
-) -> Result<(), PortLost> {
+) -> Result<(), Lost> {
     let mut told = String::new();
+    let mut silent_since = None;
     loop {
-        let Err(waiting_for) = attempt(probe, question).await? else { return Ok(()) };
-        if waiting_for != told {
-            tell(&waiting_for);
-            told = waiting_for;
+        let began = Instant::now();
+        let Err(waiting) = attempt(probe, question).await? else { return Ok(()) };
+        if waiting.reason != told {
+            tell(&waiting.reason);
+            told = waiting.reason;
+        }
+        silent_since = waiting.silent.then(|| silent_since.unwrap_or(began));
+        if let Some(waited) = silent_since.map(|since| since.elapsed()).filter(|w| *w >= question.completion) {
+            return Err(Lost::Silent { waited, last: told });
         }
         tokio::time::sleep(question.poll).await;
     }
 }
 
-async fn attempt(probe: &Probe, question: &Question) -> Result<Result<(), String>, PortLost> {
+/// It is not ready.
+struct Waiting {
+    reason: String,
+    /// Whether that took the whole deadline: nothing was refused, nothing was answered.
+    silent: bool,
+}
+
+async fn attempt(probe: &Probe, question: &Question) -> Result<Result<(), Waiting>, Lost> {
     let Question { target, model, .. } = question;
+    let began = Instant::now();
     if let Err(reason) = probe.health(target, HEALTH_DEADLINE).await {
-        return Ok(Err(reason));
+        return Ok(Err(Waiting { reason, silent: began.elapsed() >= HEALTH_DEADLINE }));
     }
     owns_port(question).await?;
     if let Err(reason) = probe.serves(target, model).await {
-        return Ok(Err(reason));
+        return Ok(Err(Waiting { reason, silent: false }));
     }
-    Ok(probe.completes(target, model, question.completion).await)
+    let began = Instant::now();
+    let completed = probe.completes(target, model, question.completion).await;
+    Ok(completed.map_err(|reason| Waiting { reason, silent: began.elapsed() >= question.completion }))
 }
 
-async fn owns_port(question: &Question) -> Result<(), PortLost> {
+async fn owns_port(question: &Question) -> Result<(), Lost> {
     let (port, pgid) = (question.port, question.pgid);
     let look = move || {
         let own = |p: &procfs::Proc| p.pgrp == pgid || p.session == pgid;
@@ -80,7 +101,7 @@ async fn owns_port(question: &Question) -> Result<(), PortLost> {
         procfs::listener(port, &pids)
     };
     match tokio::task::spawn_blocking(look).await {
-        Ok(Listener::Other(pid)) => Err(PortLost { port, pid }),
+        Ok(Listener::Other(pid)) => Err(Lost::Port { port, pid }),
         _ => Ok(()),
     }
 }

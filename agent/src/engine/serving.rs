@@ -16,7 +16,7 @@ use super::{
     load::Scrape,
     probe::Target,
     progress::Limits,
-    readiness::{self, Question},
+    readiness::{self, Lost, Question},
     supervisor::{Order, Served, Supervisor, ordered, ordered_to_end},
     watch as watching,
 };
@@ -84,7 +84,8 @@ impl Supervisor {
             reason = wedged => Served::Hung(reason, Kind::Other),
             ready = timeout(engine.ready_within, ready) => match ready {
                 Ok(Ok(())) => return None,
-                Ok(Err(lost)) => Served::Failed(Failure::passing(lost.to_string())),
+                Ok(Err(lost @ Lost::Port { .. })) => Served::Failed(Failure::passing(lost.to_string())),
+                Ok(Err(lost @ Lost::Silent { .. })) => Served::Hung(lost.to_string(), Kind::Stuck),
                 Err(_) => Served::Hung(
                     format!(
                         "not ready within {} s ({}); last: {}",

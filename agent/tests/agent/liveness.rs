@@ -172,3 +172,21 @@ async fn an_engine_that_was_stopped_and_one_whose_server_was_are_ended() {
     eventually("its end", || (!lives(second)).then_some(())).await;
     node.no_process_is_left().await;
 }
+
+/// An engine that loads has no open port. One that has and answers nothing has its core stopped, or its server.
+#[tokio::test]
+async fn an_engine_that_was_never_ready_and_answers_nothing_is_started_anew() {
+    let cp = ControlPlane::start().await;
+    let mut node = impatient(&cp);
+    node.config.engines.first_completion_ms = 700;
+    let frozen = node.path("frozen");
+    fs::write(&frozen, "").unwrap();
+    cp.assign(1, 2, vec![assignment("m-0", 7, &["--frozen-while", &frozen])]).await;
+    node.start().await;
+    let failed = cp.hears_status("m-0", 0, |s| s.state == i32::from(EngineState::Failed)).await;
+    assert!(failed.reason.contains("its port is open and for 7"), "{}", failed.reason);
+    fs::remove_file(&frozen).unwrap();
+    node.registered("m-0").await;
+    cp.assign(1, 3, vec![]).await;
+    node.no_process_is_left().await;
+}

@@ -30,9 +30,10 @@ const REPLICAS: usize = 4;
 const HANGS: Duration = Duration::from_secs(25);
 
 /// Times short enough for a test: what takes half a minute takes two seconds.
-const AGENT: [(&str, &str); 14] = [
+const AGENT: [(&str, &str); 15] = [
     ("LOG__LEVEL", "info"),
     ("ENGINES__READY_POLL_MS", "50"),
+    ("ENGINES__FIRST_COMPLETION_MS", "5000"),
     ("ENGINES__LIVENESS_MS", "200"),
     ("ENGINES__LIVENESS_TIMEOUT_MS", "1000"),
     ("ENGINES__WEDGE_S", "3"),

@@ -189,6 +189,8 @@ pub enum Step {
 pub struct Seen {
     pub head: String,
     pub body: Vec<u8>,
+    /// Requests that came before it on its connection.
+    pub before: usize,
 }
 
 /// An engine that follows a script.
@@ -259,7 +261,10 @@ async fn converse(
     closed_at: Arc<Mutex<Vec<Instant>>>,
     script: Arc<impl Fn(usize, &Seen) -> Vec<Step>>,
 ) {
-    while let Some(request) = read_request(&mut stream).await {
+    let mut before = 0;
+    while let Some(mut request) = read_request(&mut stream).await {
+        request.before = before;
+        before += 1;
         let number = {
             let mut seen = seen.lock().unwrap();
             seen.push(request.clone());
@@ -310,7 +315,7 @@ async fn read_request(stream: &mut TcpStream) -> Option<Seen> {
             return None;
         }
     }
-    Some(Seen { head, body })
+    Some(Seen { head, body, before: 0 })
 }
 
 /// A client that sees every byte.
