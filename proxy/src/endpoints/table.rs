@@ -17,7 +17,12 @@ use arc_swap::ArcSwap;
 use penstock_config::proxy::UpstreamConfig;
 use penstock_proto::{Version, v1, xds::split_load_name};
 
-use super::{endpoint::Endpoint, gone, reported::Measured};
+use super::{
+    departure::{Departures, Order},
+    endpoint::Endpoint,
+    gone,
+    reported::Measured,
+};
 use crate::{
     admission::queue::WaitQueue,
     routing::policy::Memory,
@@ -104,17 +109,28 @@ pub struct EndpointTable {
     /// Serialises updates, and remembers those that left; requests never take it.
     updating: Mutex<gone::Memory>,
     upstream: UpstreamConfig,
+    departures: Departures,
 }
 
 impl EndpointTable {
     /// Nothing routable yet.
     pub fn new(upstream: UpstreamConfig) -> Self {
-        Self { current: ArcSwap::default(), updating: Mutex::default(), upstream }
+        Self {
+            current: ArcSwap::default(),
+            updating: Mutex::default(),
+            upstream,
+            departures: Departures::default(),
+        }
     }
 
     /// The present snapshot. Cheap; hold it for one attempt, not for a whole stream.
     pub fn load(&self) -> arc_swap::Guard<Arc<Snapshot>> {
         self.current.load()
+    }
+
+    /// The endpoints that streams leave.
+    pub fn departures(&self) -> &Departures {
+        &self.departures
     }
 
     /// Swaps in what the control plane said. Endpoints whose host name cannot be resolved now are left out and logged;
@@ -207,12 +223,13 @@ impl EndpointTable {
                 gone.left(&table.pool, left, now);
             }
             let known = before.next_if(|endpoint| *endpoint.id == *wire.id);
-            match self.next_endpoint(known, wire, &table.pool, gone) {
+            match self.next_endpoint(known, wire, &table.pool, gone, now) {
                 Some(endpoint) => endpoints.push(endpoint),
                 None => known.into_iter().for_each(|left| gone.left(&table.pool, left, now)),
             }
         }
         before.for_each(|left| gone.left(&table.pool, left, now));
+        self.see_off(old, table, gone, now);
         let budget = old.map_or_else(
             || Arc::new(RetryBudget::new(self.upstream.retry_percent, self.upstream.retry_floor_per_s)),
             |pool| Arc::clone(&pool.budget),
@@ -222,12 +239,28 @@ impl EndpointTable {
         Arc::new(Pool { endpoints, budget, queue, memory, source: Arc::clone(table) })
     }
 
+    /// What is said of endpoints that have left the table. Nothing to do for those that had no streams here.
+    fn see_off(&self, old: Option<&Arc<Pool>>, table: &Table, gone: &gone::Memory, now: Instant) {
+        for departing in &table.departing {
+            let (id, generation) = (departing.id.as_str(), departing.generation);
+            let here = old.and_then(|pool| {
+                let at = pool.endpoints.binary_search_by(|endpoint| (*endpoint.id).cmp(id)).ok()?;
+                pool.endpoints.get(at).filter(|endpoint| endpoint.generation == generation)
+            });
+            let live = here.map(|endpoint| &endpoint.live);
+            let Some(live) = live.or_else(|| gone.find(&table.pool, id, generation)) else { continue };
+            let order = Order::of_departing(departing.departure.as_ref(), live.drain());
+            self.departures.order(live, order, now.into());
+        }
+    }
+
     fn next_endpoint(
         &self,
         old: Option<&Arc<Endpoint>>,
         wire: &Arc<Told>,
         pool: &str,
         gone: &mut gone::Memory,
+        now: Instant,
     ) -> Option<Arc<Endpoint>> {
         if let Some(same) = old.filter(|old| Arc::ptr_eq(&old.told, wire)) {
             return Some(Arc::clone(same));
@@ -250,6 +283,8 @@ impl EndpointTable {
             .map(|old| Arc::clone(&old.live))
             .or_else(|| gone.back(pool, &wire.id, &wire.address, wire.generation))
             .unwrap_or_default();
+        live.note_drain(wire.drain_ms);
+        self.departures.order(&live, Order::of(wire.departure.as_ref()), now.into());
         let mut endpoint =
             Endpoint::new(&wire.id, &wire.address, resolved, wire.generation, &self.upstream, live);
         endpoint.draining = draining;
@@ -334,7 +369,7 @@ mod tests {
     }
 
     fn with_table(before: &XdsState, revision: u64, endpoints: Vec<v1::Endpoint>) -> XdsState {
-        let table = v1::EndpointTable { pool: "p".into(), endpoints, wakes: false };
+        let table = v1::EndpointTable { pool: "p".into(), endpoints, ..Default::default() };
         let table = resource("p", xds::ENDPOINT_TABLE_TYPE, &table);
         before.apply(&response(xds::ENDPOINT_TABLE_TYPE, revision, table)).expect("a good table")
     }

@@ -19,11 +19,13 @@ use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, I
 pub use self::{listeners::ListenerMetrics, resumes::ResumeMetrics};
 pub use super::state::State;
 use super::{
+    decisions::Why,
     make::{Maker, status_text},
     models::{ModelSeries, Models},
 };
 
 use crate::{
+    endpoints::Leave,
     error::UpstreamFailure,
     health::{Reason, probe::Probed, progress::Verdict},
     routing::policy::{How, Policy},
@@ -96,6 +98,8 @@ pub struct Metrics {
     /// How long they waited.
     pub queue_wait: Histogram,
     pub(super) queue_depth: IntGaugeVec,
+    /// Streams told to go on at another engine while theirs still served them, by [`Leave::label`].
+    pub streams_leave: IntCounterVec,
     /// Endpoints taken out of picks for their health, by reason.
     pub ejections: IntCounterVec,
     /// Endpoints that passed their trials after an ejection.
@@ -246,6 +250,11 @@ impl Metrics {
                 "Requests that wait for a place, by pool.",
                 &["pool"],
             )?,
+            streams_leave: make.counters(
+                "penstock_proxy_streams_leave_total",
+                "Streams told to go on elsewhere: moved off a drained engine, or their engine is fenced or stopped soon.",
+                &["reason"],
+            )?,
             ejections: make.counters(
                 "penstock_proxy_ejections_total",
                 "Endpoints taken out of picks for their health.",
@@ -341,41 +350,28 @@ impl Metrics {
             models_seen: Models::default(),
             registry: registry.clone(),
         };
-        for failure in UpstreamFailure::ALL {
-            metrics.attempt_failures.with_label_values(&[failure.label()]).inc_by(0);
-            metrics.retries.with_label_values(&[failure.label()]).inc_by(0);
-        }
         for (policy, how) in Policy::ALL.iter().flat_map(|policy| How::ALL.map(|how| (policy, how))) {
             metrics.picks.with_label_values(&[policy.name(), how.label()]).inc_by(0);
         }
-        let known: [(&IntCounterVec, &[&str]); 3] = [
+        let failures = UpstreamFailure::ALL.map(|failure| failure.label());
+        let known: [(&IntCounterVec, &[&str]); 13] = [
+            (&metrics.attempt_failures, &failures),
+            (&metrics.retries, &failures),
             (&metrics.load_reports, &["known", "unknown"]),
             (&metrics.wakes_asked, &["taken", "failed"]),
             (&metrics.queue_outcomes, &QUEUE_OUTCOMES),
+            (&metrics.ejections, &Reason::ALL.map(|reason| reason.label())),
+            (&metrics.probes, &Probed::ALL.map(|probed| probed.label())),
+            (&metrics.hang_checks, &Verdict::ALL.map(|verdict| verdict.label())),
+            (&metrics.access_log_dropped, &LOG_LOSSES),
+            (&metrics.decisions, &Why::ALL.map(|why| why.label())),
+            (&metrics.upgrades, &["done", "failed"]),
+            (&metrics.upstream_connections, &["new", "reused"]),
+            (&metrics.streams_leave, &Leave::ALL.map(Leave::label)),
         ];
         for (counter, label) in known.into_iter().flat_map(|(c, labels)| labels.iter().map(move |l| (c, *l)))
         {
             counter.with_label_values(&[label]).inc_by(0);
-        }
-        for reason in Reason::ALL {
-            metrics.ejections.with_label_values(&[reason.label()]).inc_by(0);
-        }
-        for probed in Probed::ALL {
-            metrics.probes.with_label_values(&[probed.label()]).inc_by(0);
-        }
-        for verdict in Verdict::ALL {
-            metrics.hang_checks.with_label_values(&[verdict.label()]).inc_by(0);
-        }
-        for reason in LOG_LOSSES {
-            metrics.access_log_dropped.with_label_values(&[reason]).inc_by(0);
-        }
-        for why in super::decisions::Why::ALL {
-            metrics.decisions.with_label_values(&[why.label()]).inc_by(0);
-        }
-        let pairs =
-            [(&metrics.upgrades, ["done", "failed"]), (&metrics.upstream_connections, ["new", "reused"])];
-        for (counters, label) in pairs.iter().flat_map(|(counters, two)| two.map(|label| (counters, label))) {
-            counters.with_label_values(&[label]).inc_by(0);
         }
         Ok(metrics)
     }
