@@ -25,7 +25,11 @@
 //! *Again* (nothing of text seen): the request as it was; what opens the stream comes once.
 
 pub mod body;
+pub mod messages;
 pub mod refusal;
+pub mod responses;
+pub mod unary;
+mod wire;
 
 pub use self::refusal::Refusal;
 
