@@ -26,6 +26,8 @@
 
 pub mod body;
 pub mod messages;
+#[cfg(test)]
+mod model;
 pub mod refusal;
 pub mod responses;
 pub mod unary;
