@@ -89,7 +89,9 @@ impl From<Refusal> for NotOn {
 impl From<GatewayError> for NotOn {
     fn from(error: GatewayError) -> Self {
         match error {
-            GatewayError::ClientGone | GatewayError::ClientStalled | GatewayError::Draining => Self::Failed(error),
+            GatewayError::ClientGone | GatewayError::ClientStalled | GatewayError::Draining => {
+                Self::Failed(error)
+            }
             // Nobody has room, nobody is there: whichever words a new request would get.
             _ => Self::Refused(Refusal::NoCapacity),
         }
@@ -274,7 +276,7 @@ impl Gateway {
         };
         let first_byte = Duration::from_millis(errand.patience.first_byte_ms);
         let mut questions = 0;
-        let Plan { ask, stitch, kept } = loop {
+        let Plan { ask, seam, kept } = loop {
             let question = match relay.tracker.plan(&request.body, answers) {
                 Ok(plan) => break plan,
                 Err(NoPlan::Refused(refusal)) => return Ok(Err(Declined::Refused(refusal))),
@@ -310,7 +312,7 @@ impl Gateway {
         Ok(match answered {
             Ok(Answer::Open(open)) if open.events.is_some() && open.head.status.is_success() => {
                 relay.tracker.resumed(kept);
-                let (leg, first) = Leg::next(*open, stitch);
+                let (leg, first) = Leg::next(*open, seam);
                 Ok((leg, first, ask.recomputed))
             }
             // Whatever it says against the request, another engine would say, too.

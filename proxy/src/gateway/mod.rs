@@ -101,7 +101,7 @@ impl Gateway {
             keys: KeyRing::new(&config.auth.keys)?,
             bodies: BodyBudget::new(config.limits.buffered_bytes),
             engines: EngineClient::new(&config.upstream, metrics.upstream_kept.clone()),
-            table: EndpointTable::new(config.upstream.clone()),
+            table: EndpointTable::new(config.upstream.clone(), &config.resume),
             metrics,
             telemetry,
             wanted: Notify::new(),

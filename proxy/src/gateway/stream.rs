@@ -51,7 +51,7 @@ impl Gateway {
             let copied = match interrupted {
                 Ok(()) => {
                     let ticket = place.ticket();
-                    let leave = async { Loss::from(ticket.leave().await) };
+                    let leave = async { Loss::of_leave(ticket.leave().await) };
                     let leave = (!relay.tracker.is_idle() && !resumes.stays()).then_some(leave);
                     relay.copy(&mut leg, &ticket.pulse(self.started), leave).await
                 }

@@ -81,7 +81,8 @@ impl Gateway {
             body: Bytes::new(),
             resume: self.wishes(&session.req_header().headers, api, &facts, from.caller),
         };
-        let asks_ids = request.resume.is_some() && self.config.resume.token_ids && !facts.echo;
+        let tells_ids = matches!(api, Api::ChatCompletions | Api::Completions);
+        let asks_ids = request.resume.is_some() && tells_ids && self.config.resume.token_ids && !facts.echo;
         let user = facts.user.clone().and_then(|range| held.bytes.get(range));
         let session_key = self.session_key(&session.req_header().headers, user);
         let prefix = chain.map(Chain::hashes).unwrap_or_default();

@@ -57,6 +57,8 @@ pub struct Seen {
     pub(super) several: bool,
     /// Something came that is none of the above.
     pub(super) unknown: bool,
+    /// Chunks have a place for a finish reason.
+    tells_ends: bool,
     /// The choice has its finish reason.
     finished: bool,
     /// Ids of a chunk that is held.
@@ -86,8 +88,6 @@ struct Choice {
     index: u32,
     #[serde(default)]
     delta: Option<Delta>,
-    #[serde(default)]
-    text: Option<String>,
     #[serde(default)]
     finish_reason: Option<String>,
 }
@@ -132,6 +132,7 @@ impl Seen {
             tool_call: false,
             several: false,
             unknown: false,
+            tells_ends: false,
             finished: false,
             held: 0,
         }
@@ -214,8 +215,9 @@ impl Seen {
     /// Any other event.
     pub fn on_event(&mut self, data: &[u8], changes: &mut Vec<Change>) -> Verdict {
         if data == b"[DONE]" {
-            let (finished, several) = (self.finished, self.several);
-            return if finished || several { Verdict::Pass } else { Verdict::Lost(Loss::Unfinished) };
+            // An engine that never speaks of an end says it all with this.
+            let is_end = self.finished || self.several || !self.tells_ends;
+            return if is_end { Verdict::Pass } else { Verdict::Lost(Loss::Unfinished) };
         }
         let Ok(chunk) = serde_json::from_slice::<Chunk>(data) else {
             // JSON that is no chunk is somebody's extension; what is no JSON was cut.
@@ -275,6 +277,7 @@ impl Seen {
         let told =
             ids_at.clone().is_some_and(|range| push_ids(data.get(range).unwrap_or_default(), &mut ids));
         let finish = choice.finish_reason.is_some();
+        self.tells_ends |= span::find(data, &[Key("choices"), At(0), Key("finish_reason")]).is_some();
         if let Some(delta) = &choice.delta {
             let is_opening = delta.role.is_some() && text.is_empty() && ids.is_empty() && !finish;
             self.note_delta(delta);

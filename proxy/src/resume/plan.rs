@@ -7,6 +7,7 @@ use super::{
     body::Members,
     chunks::Seen,
     sample::ids_json,
+    seam::Seam,
     stitch::{Form, Merge, Stitch},
     stop::Stops,
     tracker::Plan,
@@ -86,7 +87,11 @@ pub(super) fn plan(seen: &Seen, original: &Members<'_>, answers: &Answers) -> Re
 fn again(seen: &Seen, original: &Members<'_>) -> Plan {
     let path = if seen.wishes().chat { "/v1/chat/completions" } else { "/v1/completions" };
     let ask = Ask { path, body: original.write(&[], &[]), recomputed: 0 };
-    Plan { ask, stitch: Stitch::new(seen.names.clone(), Form::Native, Merge::default()), kept: 0 }
+    Plan { ask, seam: seam(Stitch::new(seen.names.clone(), Form::Native, Merge::default())), kept: 0 }
+}
+
+fn seam(stitch: Stitch) -> Seam {
+    Seam::Chunks(Box::new(stitch))
 }
 
 /// Whether a continuation can be right at all.
@@ -228,7 +233,7 @@ fn with_ids(seen: &Seen, original: &Members<'_>, answers: &Answers) -> Result<Pl
             .is_some_and(|options| options.get("include_usage") == Some(&Value::Bool(true)));
         stitch = stitch.stopping_at(stops, min, usage);
     }
-    Ok(Plan { ask, stitch, kept })
+    Ok(Plan { ask, seam: seam(stitch), kept })
 }
 
 /// How many of the ids end with a whole character.
@@ -321,7 +326,7 @@ fn with_text(seen: &Seen, original: &Members<'_>, answers: &Answers) -> Result<P
     let path = if seen.wishes().chat { "/v1/chat/completions" } else { "/v1/completions" };
     let ask = Ask { path, body: original.write(&OF_THE_BEGINNING, &added), recomputed: prompt + before };
     let stitch = Stitch::new(seen.names.clone(), Form::Native, merge);
-    Ok(Plan { ask, stitch, kept: if seen.without_ids { seen.ids.len() } else { seen.whole } })
+    Ok(Plan { ask, seam: seam(stitch), kept: if seen.without_ids { seen.ids.len() } else { seen.whole } })
 }
 
 /// The messages with the text so far as the last of them, which is not closed.

@@ -33,15 +33,6 @@ pub struct Merge {
     pub characters: u64,
 }
 
-/// Whether more of the continuation is wanted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flow {
-    /// It goes on.
-    More,
-    /// The stream has its end; what the engine still says is not wanted.
-    Over,
-}
-
 /// Makes events of the stream out of those of its continuation.
 #[derive(Debug)]
 pub struct Stitch {
@@ -89,7 +80,7 @@ impl Stitch {
     ///
     /// # Errors
     /// They are not what was asked for.
-    pub fn push(&mut self, events: &Bytes, first: bool) -> Result<(Bytes, Flow), Refusal> {
+    pub fn push(&mut self, events: &Bytes, first: bool) -> Result<Bytes, Refusal> {
         let mut out = Vec::with_capacity(events.len());
         for one in walk(events, first) {
             if self.over {
@@ -102,7 +93,7 @@ impl Stitch {
                 self.chunk(&one.data, &mut out)?;
             }
         }
-        Ok((out.into(), if self.over { Flow::Over } else { Flow::More }))
+        Ok(out.into())
     }
 
     fn chunk(&mut self, data: &[u8], out: &mut Vec<u8>) -> Result<(), Refusal> {

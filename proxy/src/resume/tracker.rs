@@ -8,8 +8,8 @@ use super::{
     Answers, Ask, Loss, NoPlan, Refusal, Verdict,
     body::Members,
     chunks::{self, Change, Wishes},
-    plan,
-    stitch::Stitch,
+    messages, plan, responses,
+    seam::Seam,
 };
 use crate::openai::{
     Api,
@@ -24,6 +24,8 @@ enum Memory {
     /// Nothing: it cannot be continued.
     None,
     Chunks(Box<chunks::Seen>),
+    Messages(Box<messages::Seen>),
+    Responses(Box<responses::Seen>),
 }
 
 /// What the client has seen of one stream.
@@ -61,6 +63,8 @@ impl Tracker {
         let memory = match api {
             Api::ChatCompletions => chunks(true),
             Api::Completions => chunks(false),
+            Api::Messages => Memory::Messages(Box::default()),
+            Api::Responses => Memory::Responses(Box::default()),
             _ => Memory::None,
         };
         Self { memory, ..Self::idle() }
@@ -145,6 +149,8 @@ impl Tracker {
                 }
                 seen.on_event(data, changes)
             }
+            Memory::Messages(seen) => seen.on_event(name, data),
+            Memory::Responses(seen) => seen.on_event(name, data),
         };
         if matches!(verdict, Verdict::Pass | Verdict::Hold) {
             self.facts.on_event(name, data);
@@ -166,6 +172,16 @@ impl Tracker {
         match &self.memory {
             Memory::None => Err(Refusal::Api.into()),
             Memory::Chunks(seen) => plan::plan(seen, &original, answers),
+            Memory::Messages(seen) => seen.plan(&original, answers).map(|(ask, stitch)| Plan {
+                ask,
+                seam: Seam::Messages(Box::new(stitch)),
+                kept: 0,
+            }),
+            Memory::Responses(seen) => seen.plan(&original, answers).map(|(ask, stitch)| Plan {
+                ask,
+                seam: Seam::Responses(Box::new(stitch)),
+                kept: 0,
+            }),
         }
     }
 
@@ -175,15 +191,20 @@ impl Tracker {
         match &mut self.memory {
             Memory::None => {}
             Memory::Chunks(seen) => seen.resumed(kept),
+            Memory::Messages(seen) => seen.resumed(),
+            Memory::Responses(seen) => seen.resumed(),
         }
     }
 
-    /// Tokens of the prompt and of the answer, as far as ids were told: they count even where no usage was.
+    /// Tokens of the prompt, 0 where that is not known, and of the answer, as far as they were told: they count even where no
+    /// usage was.
     #[must_use]
     pub fn tokens(&self) -> Option<(u64, u64)> {
         match &self.memory {
             Memory::None => None,
             Memory::Chunks(seen) => seen.tokens(),
+            Memory::Messages(seen) => seen.tokens().map(|output| (0, output)),
+            Memory::Responses(seen) => seen.tokens().map(|output| (0, output)),
         }
     }
 }
@@ -194,7 +215,7 @@ pub struct Plan {
     /// What the next engine is asked.
     pub ask: Ask,
     /// What becomes of its events.
-    pub stitch: Stitch,
+    pub seam: Seam,
     /// Of the ids delivered, those that do not come again.
     pub kept: usize,
 }

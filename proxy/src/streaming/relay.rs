@@ -28,13 +28,9 @@ use crate::{
     openai::{
         ErrorShape, error_body,
         event::EventSplitter,
-        usage::StreamFacts,
+        usage::{StreamFacts, Usage},
     },
-    resume::{
-        Loss, Refusal,
-        stitch::{Flow, Stitch},
-        tracker::Tracker,
-    },
+    resume::{Loss, Refusal, seam::Seam, tracker::Tracker},
     telemetry::metrics::Metrics,
     upstream::client::Open,
 };
@@ -83,13 +79,24 @@ pub struct Relayed {
     pub outcome: Result<(), GatewayError>,
 }
 
+impl Relayed {
+    /// Tokens as the engines counted them; where they did not, by their ids.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        let told = |tokens: u64| (tokens > 0).then_some(tokens);
+        let (prompt, completion) = self.tokens.map_or((None, None), |(p, c)| (told(p), Some(c)));
+        let usage = self.facts.usage;
+        Usage { prompt: usage.prompt.or(prompt), completion: usage.completion.or(completion), ..usage }
+    }
+}
+
 /// One engine's part in an answer.
 pub struct Leg {
     connection: Http1Session,
     /// Present for a stream of events.
     splitter: Option<EventSplitter>,
     /// Present for a part that is not the first.
-    stitch: Option<Stitch>,
+    seam: Option<Seam>,
     /// Whether anything has come of it.
     begun: bool,
     /// Whether the engine has ended it in order.
@@ -100,13 +107,13 @@ impl Leg {
     /// The first part, or the only one. What it begins with is handed to [`Relay::begin`].
     pub fn first(open: Open) -> (Self, ResponseHeader, Bytes) {
         let Open { head, first, connection, events } = open;
-        (Self { connection, splitter: events, stitch: None, begun: false, ended: false }, head, first)
+        (Self { connection, splitter: events, seam: None, begun: false, ended: false }, head, first)
     }
 
     /// One that goes on where another was lost; what it begins with is handed to [`Relay::go_on`].
-    pub fn next(open: Open, stitch: Stitch) -> (Self, Bytes) {
+    pub fn next(open: Open, seam: Seam) -> (Self, Bytes) {
         let (leg, _, first) = Self::first(open);
-        (Self { stitch: Some(stitch), ..leg }, first)
+        (Self { seam: Some(seam), ..leg }, first)
     }
 
     /// The engine's connection, if it can be used again.
@@ -224,7 +231,7 @@ impl<'a> Relay<'a> {
         let mut idle = pin!(sleep_until(self.last_progress + patience));
         let mut cut = pin!(self.context.cut.cancelled());
         loop {
-            if self.tracker.facts.is_over() && leg.stitch.as_ref().is_some_and(Stitch::is_over) {
+            if self.tracker.facts.is_over() && leg.seam.as_ref().is_some_and(Seam::is_over) {
                 return self.end(leg).await;
             }
             let read = tokio::select! {
@@ -279,13 +286,9 @@ impl<'a> Relay<'a> {
             return Ok(true);
         }
         let first = !std::mem::replace(&mut leg.begun, true);
-        let bytes = match &mut leg.stitch {
+        let bytes = match &mut leg.seam {
             None => bytes,
-            Some(stitch) => {
-                let (bytes, flow) = stitch.push(&bytes, first).map_err(Interrupted::Unfit)?;
-                debug_assert_eq!(flow == Flow::Over, stitch.is_over());
-                bytes
-            }
+            Some(seam) => seam.push(&bytes, first).map_err(Interrupted::Unfit)?,
         };
         let (before, came) = (self.tracker.facts.events, self.tracker.came());
         let sound = self.tracker.facts.error.is_none();
@@ -310,14 +313,22 @@ impl<'a> Relay<'a> {
         if leg.splitter.as_ref().is_some_and(|splitter| !over || splitter.pending_bytes() > 0 && leg.ended) {
             return Err(Interrupted::Lost(Loss::Unfinished));
         }
-        self.session.write_response_body(Bytes::new(), true).await.map_err(|e| write_error(&e))?;
-        Ok(())
+        Ok(self.close().await?)
     }
 
     async fn write(&mut self, bytes: Bytes, pulse: &Pulse<'_>) -> Result<(), GatewayError> {
         self.pace.bytes += bytes.len() as u64;
         self.context.metrics.bytes_out.inc_by(bytes.len() as u64);
         pulse.while_written(self.session.write_response_body(bytes, false)).await.map_err(|e| write_error(&e))
+    }
+
+    /// Ends an answer of which the client has all: its engine's end did not come.
+    ///
+    /// # Errors
+    /// The client left.
+    pub async fn close(&mut self) -> Result<(), GatewayError> {
+        self.session.write_response_body(Bytes::new(), true).await.map_err(|e| write_error(&e))?;
+        Ok(())
     }
 
     /// Tells the client of what went wrong, if it can still be told: a stream of events ends with an error event; any other
