@@ -14,6 +14,7 @@
 //! 7. [`upstream::client`] connects, sends, and waits for the answer's beginning. A failure here is invisible to the
 //!    client: [`health`] hears of it, [`upstream::retry`] decides, and 6 comes again.
 //! 8. [`streaming::relay`] hands the answer on, event by event, watching for a client that leaves.
+//!    An engine that is lost in the middle costs the client nothing where [`resume`] knows how another can go on.
 //! 9. [`record`] counts the request when it is dropped, however it ended; every guard gives back what it held.
 //!
 //! Beside it: [`xds`] follows the control plane and keeps its last good word on disk, [`private`] serves probes and metrics,
@@ -44,6 +45,7 @@ pub mod openai;
 pub mod private;
 pub mod process;
 pub mod record;
+pub mod resume;
 pub mod routing;
 mod signals;
 pub mod simulator;

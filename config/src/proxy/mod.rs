@@ -7,6 +7,7 @@ mod health;
 mod limits;
 mod listeners;
 mod queue;
+mod resume;
 mod routing;
 mod telemetry;
 mod trust;
@@ -24,6 +25,7 @@ pub use self::{
     limits::LimitsConfig,
     listeners::{ListenerConfig, PUBLIC, PrivateConfig, PublicConfig},
     queue::QueueConfig,
+    resume::{ResumeConfig, Unary},
     routing::{Policy, RoutingConfig},
     telemetry::TelemetryConfig,
     trust::TrustConfig,
@@ -55,6 +57,8 @@ pub struct ProxyConfig {
     pub upstream: UpstreamConfig,
     /// What happens while every engine of a model is at its limit.
     pub queue: QueueConfig,
+    /// When a stream that loses its engine goes on at another.
+    pub resume: ResumeConfig,
     /// Which endpoint takes a request.
     pub routing: RoutingConfig,
     /// When an endpoint is left out of picks, and how that is found out.
@@ -107,6 +111,7 @@ impl ProxyConfig {
         self.health.validate()?;
         self.upstream.validate()?;
         self.queue.validate()?;
+        self.resume.validate()?;
         self.routing.validate()?;
         self.telemetry.validate()?;
         self.trust.validate()?;
@@ -133,9 +138,12 @@ mod tests {
     #[test]
     fn a_key_entry_is_a_name_and_a_hash() {
         let entry = format!("alice:{}", "ab".repeat(32));
-        let key = |trusted| KeyEntry { name: "alice".into(), hash: [0xab; 32], trusted };
-        assert_eq!(parse_key(&entry), Ok(key(false)));
-        assert_eq!(parse_key(&format!("{entry}:trusted")), Ok(key(true)));
+        let key = |trusted, resume| KeyEntry { name: "alice".into(), hash: [0xab; 32], trusted, resume };
+        assert_eq!(parse_key(&entry), Ok(key(false, true)));
+        assert_eq!(parse_key(&format!("{entry}:trusted")), Ok(key(true, true)));
+        assert_eq!(parse_key(&format!("{entry}:no-resume")), Ok(key(false, false)));
+        assert_eq!(parse_key(&format!("{entry}:trusted:no-resume")), Ok(key(true, false)));
+        assert_eq!(parse_key(&format!("{entry}:no-resume:trusted")), Ok(key(true, false)));
         for bad in [
             "",
             "alice",
@@ -144,6 +152,8 @@ mod tests {
             &format!("alice:{}", "zz".repeat(32)),
             &format!("a:{}", "é".repeat(32)),
             &format!("{entry}:other"),
+            &format!("{entry}:trusted:trusted"),
+            &format!("{entry}:no-resume:"),
             ":trusted",
         ] {
             let error = parse_key(bad).expect_err(bad);

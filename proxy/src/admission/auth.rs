@@ -24,12 +24,20 @@ pub struct KeyRing {
 }
 
 /// Who is calling.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Caller<'a> {
     /// The key's name; empty when the gateway is open.
     pub name: &'a str,
     /// Whether engines may be told what `[trust]` keeps from them.
     pub trusted: bool,
+    /// Whether this caller's streams go on at another engine when they lose theirs (`:no-resume` says that they do not).
+    pub resume: bool,
+}
+
+impl Default for Caller<'_> {
+    fn default() -> Self {
+        Self { name: "", trusted: false, resume: true }
+    }
 }
 
 impl KeyRing {
@@ -64,7 +72,7 @@ impl KeyRing {
             .ok_or(GatewayError::MissingKey)?;
         let digest: [u8; 32] = Sha256::digest(key).into();
         let key = self.keys.get(&digest).ok_or(GatewayError::InvalidKey)?;
-        Ok(Caller { name: &key.name, trusted: key.trusted })
+        Ok(Caller { name: &key.name, trusted: key.trusted, resume: key.resume })
     }
 }
 
@@ -91,10 +99,14 @@ mod tests {
     fn ring() -> KeyRing {
         let hash: String = Sha256::digest(b"secret").iter().map(|b| format!("{b:02x}")).collect();
         let ours: String = Sha256::digest(b"ours").iter().map(|b| format!("{b:02x}")).collect();
-        KeyRing::new(&[format!("alice:{hash}"), format!("batch:{ours}:trusted")]).expect("valid")
+        let picky: String = Sha256::digest(b"once").iter().map(|b| format!("{b:02x}")).collect();
+        let entries =
+            [format!("alice:{hash}"), format!("batch:{ours}:trusted"), format!("picky:{picky}:no-resume")];
+        KeyRing::new(&entries).expect("valid")
     }
 
-    const ALICE: Result<Caller<'static>, GatewayError> = Ok(Caller { name: "alice", trusted: false });
+    const ALICE: Result<Caller<'static>, GatewayError> =
+        Ok(Caller { name: "alice", trusted: false, resume: true });
 
     fn with(name: &'static str, value: &'static str) -> HeaderMap {
         HeaderMap::from_iter([(http::HeaderName::from_static(name), HeaderValue::from_static(value))])
@@ -109,11 +121,18 @@ mod tests {
 
     #[test]
     fn a_key_can_be_trusted_and_come_as_a_subprotocol() {
-        let trusted = Ok(Caller { name: "batch", trusted: true });
+        let trusted = Ok(Caller { name: "batch", trusted: true, resume: true });
         assert_eq!(ring().caller(&with("authorization", "Bearer ours")), trusted);
         let protocols = with("sec-websocket-protocol", "realtime, openai-insecure-api-key.secret");
         assert_eq!(ring().caller(&protocols), ALICE);
         assert_eq!(ring().caller(&with("sec-websocket-protocol", "realtime")), Err(GatewayError::MissingKey));
+    }
+
+    #[test]
+    fn a_key_can_be_left_out_of_resumes() {
+        let picky = Ok(Caller { name: "picky", trusted: false, resume: false });
+        assert_eq!(ring().caller(&with("authorization", "Bearer once")), picky);
+        assert!(Caller::default().resume, "an open gateway resumes");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! - [`multipart`]: the same for the forms of `/v1/audio`; [`query`]: for the URL of `/v1/realtime`.
 //! - [`event`]: server-sent events out of a byte stream, whole, whatever the chunk boundaries.
 //! - [`usage`]: what those events say about the stream's end: finish reason, tokens, in-band errors.
+//! - [`span`]: where a value stands in a JSON text, to change it and nothing else.
 //! - [`error_body`]: an engine's error, in whatever shape it came, in the shape of the API.
 //!
 //! Why not typed requests: an engine accepts fields we have never heard of, and a body parsed and written again is a
@@ -19,6 +20,7 @@ pub mod multipart;
 pub mod query;
 pub mod request;
 pub mod route;
+pub mod span;
 pub mod usage;
 
 pub use self::route::{Route, route};

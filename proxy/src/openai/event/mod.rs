@@ -17,8 +17,11 @@
 
 #[cfg(test)]
 mod tests;
+mod walk;
 
 use bytes::{Bytes, BytesMut};
+
+pub use self::walk::{Event, Walk, walk};
 
 /// Default limit of a single event: a first frame with 100,000 prompt token ids is 0.6 MB.
 pub const DEFAULT_MAX_EVENT_BYTES: usize = 16 << 20;

@@ -18,9 +18,11 @@
 mod tests;
 mod wire;
 
-use std::{borrow::Cow, sync::LazyLock};
+use std::sync::LazyLock;
 
 use memchr::memmem::Finder;
+
+use super::event::walk;
 
 static FINISH_REASON: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(br#""finish_reason":"#));
 static USAGE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(br#""usage":"#));
@@ -152,29 +154,10 @@ impl StreamFacts {
     /// Takes in one or more whole events, as [`super::event::EventSplitter::push`] hands them out. An unfinished
     /// event at the end is ignored.
     pub fn observe(&mut self, whole_events: &[u8]) {
-        let mut rest = whole_events;
         let first = !self.begun;
         self.begun |= !whole_events.is_empty();
-        if first {
-            rest = rest.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(rest);
-        }
-        let mut name: &[u8] = b"";
-        let mut data: Option<Cow<'_, [u8]>> = None;
-        while let Some((line, tail)) = take_line(rest) {
-            rest = tail;
-            if line.is_empty() {
-                if let Some(data) = data.take() {
-                    self.on_event(name, &data);
-                }
-                name = b"";
-            } else if let Some(value) = field(line, b"data") {
-                data = Some(match data {
-                    None => Cow::Borrowed(value),
-                    Some(first) => Cow::Owned([&first, value].join(&b'\n')),
-                });
-            } else if let Some(value) = field(line, b"event") {
-                name = value;
-            }
+        for event in walk(whole_events, first) {
+            self.on_event(event.name, &event.data);
         }
     }
 
@@ -196,7 +179,8 @@ impl StreamFacts {
         finished && self.error.is_none() && !self.finish_reason.is_some_and(FinishReason::is_failure)
     }
 
-    fn on_event(&mut self, name: &[u8], data: &[u8]) {
+    /// Takes in one event, as [`walk`] hands it out.
+    pub fn on_event(&mut self, name: &[u8], data: &[u8]) {
         self.events += 1;
         if data == b"[DONE]" {
             return self.end(Terminal::Done);
@@ -316,26 +300,6 @@ impl BodyFacts {
             .into_iter()
             .chain(recent)
             .reduce(|kept, next| if kept.is_failure() { kept } else { next })
-    }
-}
-
-/// Splits `bytes` behind its first line; `None` when no line ends.
-#[inline]
-fn take_line(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let end = memchr::memchr2(b'\n', b'\r', bytes)?;
-    let (line, rest) = bytes.split_at(end);
-    let rest = rest.strip_prefix(b"\r\n").unwrap_or_else(|| rest.get(1..).unwrap_or_default());
-    Some((line, rest))
-}
-
-/// The value of the line's field if it is called `name`.
-#[inline]
-fn field<'a>(line: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
-    let rest = line.strip_prefix(name)?;
-    match rest.split_first() {
-        None => Some(rest),
-        Some((b':', value)) => Some(value.strip_prefix(b" ").unwrap_or(value)),
-        Some(_) => None,
     }
 }
 
