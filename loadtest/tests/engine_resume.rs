@@ -206,7 +206,8 @@ fn chunks_have_exactly_the_members_that_vllm_sets() {
 #[test]
 fn limits_are_those_of_vllm() {
     let sim = Sim::start(&["--sim-speed", "0", "--max-model-len", "100"]);
-    let unary = |max_tokens: Value| json!({"prompt": vec![5; 60], "max_tokens": max_tokens, "ignore_eos": true});
+    let unary =
+        |max_tokens: Value| json!({"prompt": vec![5; 60], "max_tokens": max_tokens, "ignore_eos": true});
     let made =
         |max_tokens| sim.post(COMPLETIONS, &unary(max_tokens)).json()["usage"]["completion_tokens"].clone();
     assert_eq!(made(Value::Null), 16);
