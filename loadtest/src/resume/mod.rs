@@ -149,10 +149,10 @@ async fn window(
     ads.ready().await?;
     proxy.wait_for_revision(1).await?;
     // What a first request brings along is not a stream's.
-    load(options, proxy.public, 1, 2, 0).await?;
+    load(proxy.public, 1, 2, 0).await?;
     let (idle, cpu, began) = (proxy.memory()?, proxy.cpu()?, Instant::now());
     let mut most = idle;
-    let loading = load(options, proxy.public, streams, tokens, options.prompt_bytes);
+    let loading = load(proxy.public, streams, tokens, options.prompt_bytes);
     tokio::pin!(loading);
     loop {
         tokio::select! {
@@ -171,13 +171,7 @@ async fn window(
 }
 
 /// That many verified streams, all at once.
-async fn load(
-    options: &Options,
-    proxy: SocketAddr,
-    streams: u64,
-    tokens: u64,
-    prompt_bytes: usize,
-) -> Result<(), String> {
+async fn load(proxy: SocketAddr, streams: u64, tokens: u64, prompt_bytes: usize) -> Result<(), String> {
     let wanted = load::Options {
         url: format!("http://{proxy}"),
         model: model(),
