@@ -319,7 +319,7 @@ impl Render for Chat {
             push_finish(&mut out, &outcome.finish, self.reason(&outcome.finish, outcome.ids.len() as u64));
             out.extend_from_slice(b",\"token_ids\":");
             push_optional_ids(&mut out, self.prompt_ids.as_ref().map(|_| &outcome.ids));
-            out.push(b'}');
+            out.extend_from_slice(b",\"routed_experts\":null}");
         }
         out.extend_from_slice(b"],\"service_tier\":null");
         push_fingerprint(&mut out, &self.fingerprint);
@@ -369,10 +369,11 @@ pub(super) fn push_optional_ids(out: &mut Vec<u8>, ids: Option<&Vec<u32>>) {
 /// Appends the usage of a unary response, where vLLM spells the absent details out.
 pub(super) fn push_unary_usage(out: &mut Vec<u8>, usage: Usage) {
     usage.push_openai(out);
+    out.pop();
     if usage.cached == 0 {
-        out.pop();
-        out.extend_from_slice(b",\"prompt_tokens_details\":null}");
+        out.extend_from_slice(b",\"prompt_tokens_details\":null");
     }
+    out.extend_from_slice(b",\"completion_tokens_details\":null}");
 }
 
 /// The reason a list of outcomes gives for /metrics and records: that of the first.

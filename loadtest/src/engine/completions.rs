@@ -196,13 +196,13 @@ impl Render for Completion {
             push_optional_ids(&mut out, prompt_ids.map(|_| &outcome.ids));
             out.extend_from_slice(b",\"prompt_logprobs\":null,\"prompt_token_ids\":");
             push_optional_ids(&mut out, prompt_ids);
-            out.push(b'}');
+            out.extend_from_slice(b",\"routed_experts\":null}");
         }
         out.extend_from_slice(b"],\"service_tier\":null");
         push_fingerprint(&mut out, &self.fingerprint);
         out.extend_from_slice(b",\"usage\":");
         push_unary_usage(&mut out, usage);
-        out.extend_from_slice(b",\"kv_transfer_params\":null}");
+        out.extend_from_slice(b",\"kv_transfer_params\":null,\"ec_transfer_params\":null,\"metrics\":null}");
         out
     }
 }

@@ -62,7 +62,8 @@ pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Res
 /// 400 or 404, naming the field.
 pub(super) fn count_tokens(mut fields: Fields, options: &Options) -> Result<String, ApiError> {
     fields.model(options)?;
-    Ok(json!({"input_tokens": prompt(&mut fields)?.len()}).to_string())
+    let tokens = prompt(&mut fields)?.len();
+    Ok(json!({"input_tokens": tokens, "context_management": {"original_input_tokens": tokens}}).to_string())
 }
 
 fn prompt(fields: &mut Fields) -> Result<Vec<u32>, ApiError> {

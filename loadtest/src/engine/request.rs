@@ -254,15 +254,19 @@ impl Sampling {
     ) -> Result<Vec<Generation>, ApiError> {
         if let Some(wanted) = self.max_tokens.filter(|&wanted| wanted > max_model_len) {
             let message = format!(
-                "{}={wanted} cannot be greater than max_model_len={max_model_len}. Please request fewer output tokens.",
-                self.limit_name
+                "{name}={wanted} cannot be greater than max_model_len={max_model_len}. Please request fewer output tokens. \
+                 (parameter={name}, value={wanted})",
+                name = self.limit_name
             );
             return Err(ApiError::bad(self.limit_name, message));
         }
         let room = room_after(prefix.len(), max_model_len)?;
         let max_tokens = self.max_tokens.map_or(room, |wanted| wanted.min(room));
         if max_tokens == 0 {
-            return Err(ApiError::bad("max_tokens", "max_tokens must be at least 1, got 0."));
+            return Err(ApiError::bad(
+                "max_tokens",
+                "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)",
+            ));
         }
         if self.min_tokens > max_tokens {
             let message = format!(
@@ -297,7 +301,7 @@ pub(super) fn room_after(prompt_tokens: u64, max_model_len: u64) -> Result<u64, 
         let message = format!(
             "This model's maximum context length is {max_model_len} tokens. However, your prompt contains \
              {at_least}{prompt_tokens} input tokens, which exceeds this limit even without any output tokens. Please \
-             reduce the length of the input prompt."
+             reduce the length of the input prompt. (parameter=input_tokens, value={prompt_tokens})"
         );
         ApiError::bad("input_tokens", message)
     })

@@ -42,10 +42,13 @@ pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Res
         item: format!("msg_{}", origin.id),
         response: json!({
             "id": id, "created_at": origin.created, "instructions": null, "metadata": null, "model": model,
-            "object": "response", "output": [], "parallel_tool_calls": true, "tool_choice": "auto", "tools": [],
-            "background": false, "max_output_tokens": sampling.max_tokens, "previous_response_id": null,
-            "service_tier": "auto", "status": "in_progress", "incomplete_details": null, "truncation": "disabled",
-            "usage": null, "user": null,
+            "object": "response", "output": [], "parallel_tool_calls": true, "temperature": 1.0, "tool_choice": "none",
+            "tools": [], "top_p": 1.0, "background": false, "max_output_tokens": sampling.max_tokens,
+            "max_tool_calls": null, "previous_response_id": null, "prompt": null, "reasoning": null,
+            "service_tier": "auto", "status": "in_progress", "text": null, "top_logprobs": null,
+            "incomplete_details": null, "truncation": "disabled", "usage": null, "user": null,
+            "presence_penalty": 0.0, "frequency_penalty": 0.0, "kv_transfer_params": null,
+            "ec_transfer_params": null, "input_messages": null, "output_messages": null,
         }),
         sequence: 0,
         text: String::new(),
@@ -134,8 +137,9 @@ impl Responses {
         }
         let item = self.message("", "in_progress");
         self.event(frame, "response.output_item.added", json!({"item": item, "output_index": 0}));
-        let place =
-            json!({"content_index": 0, "item_id": self.item, "output_index": 0, "part": Self::part("")});
+        let place = json!({"content_index": 0, "item_id": self.item, "output_index": 0, "part": {
+            "annotations": [], "text": "", "type": "output_text", "logprobs": [],
+        }});
         self.event(frame, "response.content_part.added", place);
         self.before = format!(
             "event: response.output_text.delta\ndata: {{\"content_index\":0,\"item_id\":{},\"logprobs\":[],\
@@ -158,7 +162,9 @@ impl Responses {
 
     fn message(&self, text: &str, status: &str) -> Value {
         let content = if status == "in_progress" { json!([]) } else { json!([Self::part(text)]) };
-        json!({"id": self.item, "content": content, "role": "assistant", "status": status, "type": "message"})
+        json!({
+            "id": self.item, "content": content, "role": "assistant", "status": status, "type": "message", "phase": null,
+        })
     }
 
     /// The response object at its end.
@@ -175,8 +181,14 @@ impl Responses {
             response["output"] = json!([self.message(text, "completed")]);
         }
         response["usage"] = json!({
-            "input_tokens": usage.prompt, "input_tokens_details": {"cached_tokens": usage.cached},
-            "output_tokens": usage.completion, "output_tokens_details": {"reasoning_tokens": 0},
+            "input_tokens": usage.prompt, "input_tokens_details": {
+                "cached_tokens": usage.cached, "cache_write_tokens": 0, "input_tokens_per_turn": [],
+                "cached_tokens_per_turn": [],
+            },
+            "output_tokens": usage.completion, "output_tokens_details": {
+                "reasoning_tokens": 0, "tool_output_tokens": 0, "output_tokens_per_turn": [],
+                "tool_output_tokens_per_turn": [],
+            },
             "total_tokens": usage.prompt + usage.completion,
         });
         response
