@@ -46,13 +46,12 @@ fn setting(name: &str, unless: u64) -> u64 {
     text.map_or(unless, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
-/// The sum of a series of the proxy over all labels that contain `label`; none if it does not exist.
-async fn metric(up: &Up, name: &str, label: &str) -> Option<f64> {
+/// A series of the proxy, over all its labels.
+async fn metric(up: &Up, name: &str) -> Option<f64> {
     let url = format!("http://{}/metrics", up.address("proxy_private"));
     let text = client().get(url).send().await.ok()?.text().await.ok()?;
-    let of_name = text.lines().filter(|line| {
-        line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']) && rest.contains(label))
-    });
+    let of_name =
+        text.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
     of_name.map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
@@ -91,7 +90,7 @@ async fn rage(up: &Up, seconds: u64, rng: &mut fastrand::Rng) -> u32 {
 
 /// Everything that is still counted as under way.
 async fn under_way(up: &Up) -> Option<f64> {
-    let mut left = metric(up, "penstock_proxy_requests_inflight", "").await?;
+    let mut left = metric(up, "penstock_proxy_requests_inflight").await?;
     let seen = get(&up.address("proxy_private"), "/debug/endpoints").await?;
     for endpoint in seen["models"]["sim-model"].as_array()? {
         left += endpoint["inflight"].as_f64()?;
@@ -137,19 +136,23 @@ async fn a_thousand_streams_outlive_their_engines() {
     };
     let load = tokio::spawn(run(options));
     until("the streams are open", LONGEST, async || {
-        let open = metric(&up, "penstock_proxy_requests_inflight", "").await?;
+        let open = metric(&up, "penstock_proxy_requests_inflight").await?;
         (open >= streams as f64 * 0.95).then_some(())
     })
     .await;
     let kills = rage(&up, seconds, &mut rng).await;
     let report = load.await.unwrap().unwrap();
-    let resumed = metric(&up, "penstock_proxy_resumes_total", "").await;
-    let history = format!("PENSTOCK_DRILL_SEED={seed}: {kills} kills in {seconds} s, {resumed:?} resumes");
+    let count =
+        async |what: &str| metric(&up, &format!("penstock_proxy_{what}_total")).await.unwrap_or_default();
+    let (resumed, refused) = (count("resumes").await, count("resume_refusals").await);
+    let history = format!(
+        "PENSTOCK_DRILL_SEED={seed}: {kills} kills in {seconds} s, {resumed} resumes, {refused} refused"
+    );
     println!("{history}\n{}", report.table());
     assert!(kills >= u32::try_from(seconds / 5).unwrap(), "{history}");
     assert!(report.good >= streams, "{history}");
-    assert!(resumed.is_some_and(|n| n >= f64::from(kills)), "streams were resumed: {history}");
     assert_whole(&report, &history);
+    assert!(resumed >= f64::from(kills) && refused == 0.0, "streams were resumed: {history}");
     until("nothing is under way", LONGEST, async || (under_way(&up).await? == 0.0).then_some(())).await;
     up.stop();
 }

@@ -92,8 +92,10 @@ impl Generation {
     /// A generation after `prefix`. `salt` comes from [`tokens::salt`].
     pub fn new(prefix: Prefix, salt: u64, limits: Limits) -> Self {
         let longest = limits.stop.iter().map(String::len).max().unwrap_or(0);
-        let longest_chars = limits.stop.iter().map(|stop| stop.chars().count()).max().unwrap_or(0);
-        let limits_include = limits.include_stop;
+        let held_back = match limits.include_stop {
+            true => 0,
+            false => limits.stop.iter().map(|stop| stop.chars().count()).max().unwrap_or(0).saturating_sub(1),
+        };
         Self {
             prefix,
             salt,
@@ -102,7 +104,7 @@ impl Generation {
             window: String::new(),
             given: 0,
             reach: longest.saturating_sub(1),
-            held_back: if limits_include { 0 } else { longest_chars.saturating_sub(1) },
+            held_back,
             open: None,
             finished: false,
             piece: Vec::with_capacity(8),
@@ -152,6 +154,12 @@ impl Generation {
         let finish = self.finish_at(id, ends, past_minimum, text);
         self.finished = finish.is_some();
         Some(Step { id, finish })
+    }
+
+    /// Ends it where it is, and appends the text that was held back.
+    pub fn abort(&mut self, text: &mut String) {
+        self.finished = true;
+        self.release(0, text);
     }
 
     /// Takes the text of token `id` in, gives out what may be given, and says whether this was the last token.
@@ -349,6 +357,13 @@ mod tests {
             assert_eq!(text.chars().count(), whole.saturating_sub(kept));
         }
         assert!(text.chars().any(|c| c.len_utf8() == 4), "characters of several bytes are there");
+        let mut aborted =
+            Generation::new(Prefix::of(&[9]), 0, Limits { stop: vec!["1".repeat(8)], ..limits(9) });
+        let (mut text, ids) =
+            (String::new(), [(); 4].map(|()| aborted.step(&mut String::new()).map(|s| s.id)));
+        aborted.abort(&mut text);
+        let whole = tokens::decoded(&ids.map(Option::unwrap));
+        assert!(whole.ends_with(&text) && text.chars().count() == 7 && aborted.is_finished());
     }
 
     #[test]

@@ -142,9 +142,12 @@ impl Run<'_> {
             self.render.open(frame, usage);
         }
         for choice in 0..self.choices.len() {
-            if !self.choices[choice].generation.is_finished() {
-                self.choices[choice].end();
-                let token = Token { choice, id: None, text: "", finish: Some(&Finish::Abort), usage };
+            let one = &mut self.choices[choice];
+            if !one.generation.is_finished() {
+                self.text.clear();
+                one.generation.abort(&mut self.text);
+                one.end();
+                let token = Token { choice, id: None, text: &self.text, finish: Some(&Finish::Abort), usage };
                 self.render.token(frame, &token);
             }
         }
