@@ -293,7 +293,7 @@ fn observed<'a>(
         observed.nodes.insert(name, NodeSeen { lost_since, zone, policy, ..NodeSeen::default() });
     }
     for model in view.models.values() {
-        observed.drained.extend(model.drains.iter().map(String::as_str));
+        observed.drained.extend(model.drains.keys().map(String::as_str));
     }
     for endpoint in view.models.values().flat_map(|model| model.endpoints.values()) {
         observed.registered.insert(&endpoint.replica_id, endpoint.generation);
@@ -328,7 +328,7 @@ async fn commit(core: &Core, view: &View, plan: &Plan) -> Result<Committed, Stor
                 .put(keys::GENERATION, newest.to_string());
         }
         let stays = |id: &str| change.as_ref().is_some_and(|p| p.find(id).is_some());
-        let drains = model.iter().flat_map(|m| &m.drains);
+        let drains = model.iter().flat_map(|m| m.drains.keys());
         for id in drains.filter(|id| !stays(id)) {
             txn = txn.delete(keys::drain(name, id));
         }

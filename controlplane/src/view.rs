@@ -46,8 +46,8 @@ pub struct ModelView {
     pub placement: Option<Stored<Placement>>,
     /// Engines that are registered, by replica.
     pub endpoints: BTreeMap<String, Arc<RegisteredEndpoint>>,
-    /// Replicas that an operator drains.
-    pub drains: BTreeSet<String>,
+    /// Replicas that an operator drains, and how.
+    pub drains: BTreeMap<String, Drain>,
     /// Generation of each active assignment that is to serve, by replica: not of those that shall sleep.
     pub generations: BTreeMap<String, u64>,
 }
@@ -57,7 +57,7 @@ impl ModelView {
     /// drained.
     pub fn takes_requests(&self, endpoint: &RegisteredEndpoint) -> bool {
         let present = self.generations.get(&endpoint.replica_id) == Some(&endpoint.generation);
-        present && !self.drains.contains(&endpoint.replica_id)
+        present && !self.drains.contains_key(&endpoint.replica_id)
     }
 
     /// Names of its LoRA adapters while it is deployed: those it shall have and those that engines say they have.
@@ -176,8 +176,9 @@ impl Builder {
             Slot::Endpoint(name, id)
         } else if key.starts_with(keys::DRAINS) {
             let drain: Drain = read(entry)?.value;
-            self.model(&drain.model).drains.insert(drain.replica_id.clone());
-            Slot::Drain(drain.model, drain.replica_id)
+            let (name, id) = (drain.model.clone(), drain.replica_id.clone());
+            self.model(&name).drains.insert(id.clone(), drain);
+            Slot::Drain(name, id)
         } else if key.starts_with(keys::ROUTES) {
             let route: Stored<Route> = read(entry)?;
             let name = route.value.name.clone();

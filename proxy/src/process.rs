@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    endpoints::reported,
+    endpoints::{departure, reported},
     gateway::Gateway,
     health,
     listener::{self, Listener, reload},
@@ -188,6 +188,7 @@ async fn run(config: ProxyConfig, announce: Option<PathBuf>) -> Result<(), Strin
     let xds = Arc::new(XdsStatus::default());
     discover(&config, &gateway, &xds, &tasks, &stop)?;
     tasks.spawn(health::watch::run(Arc::clone(&gateway), stop.clone()));
+    tasks.spawn(departure::run(Arc::clone(&gateway), served.clone()));
     tasks.spawn(access_log.clone().reopen_on_hangup(served.clone()));
     tasks.spawn(reload::run(open.watched, Arc::clone(&gateway), hangup, stop.clone()));
     if let Some(predecessor) = &predecessor {

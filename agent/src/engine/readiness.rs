@@ -49,11 +49,7 @@ pub(crate) enum Lost {
 ///
 /// # Errors
 /// [`Lost`]. Everything else may still come right and is waited for; the caller has the deadline.
-pub(crate) async fn until_ready(
-    probe: &Probe,
-    question: &Question,
-    tell: impl Fn(&str),
-) -> Result<(), Lost> {
+pub(crate) async fn until_ready(probe: &Probe, question: &Question, tell: impl Fn(&str)) -> Result<(), Lost> {
     let mut told = String::new();
     let mut silent_since = None;
     loop {
@@ -64,7 +60,8 @@ pub(crate) async fn until_ready(
             told = waiting.reason;
         }
         silent_since = waiting.silent.then(|| silent_since.unwrap_or(began));
-        if let Some(waited) = silent_since.map(|since| since.elapsed()).filter(|w| *w >= question.completion) {
+        if let Some(waited) = silent_since.map(|since| since.elapsed()).filter(|w| *w >= question.completion)
+        {
             return Err(Lost::Silent { waited, last: told });
         }
         tokio::time::sleep(question.poll).await;

@@ -17,7 +17,7 @@ use super::{
     probe::Target,
     progress::Limits,
     readiness::{self, Lost, Question},
-    supervisor::{Order, Served, Supervisor, ordered, ordered_to_end},
+    supervisor::{Order, Served, Supervisor, drain_times, ordered, ordered_to_end},
     watch as watching,
 };
 use crate::{
@@ -141,6 +141,7 @@ impl Supervisor {
             address: engine.address.clone(),
             pid: u32::try_from(engine.tree.pid()).unwrap_or_default(),
             adapters: Vec::new(),
+            drain_ms: u32::try_from(drain_times(&self.cx).longest().as_millis()).unwrap_or(u32::MAX),
         }
     }
 

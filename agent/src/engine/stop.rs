@@ -46,6 +46,13 @@ pub(crate) struct DrainTimes {
     pub(crate) reading: Duration,
 }
 
+impl DrainTimes {
+    /// The longest that a drain takes.
+    pub(crate) fn longest(&self) -> Duration {
+        self.longest.max(self.settle)
+    }
+}
+
 /// Waits until the engine has nothing to do, within `times`. How it went, for the log.
 pub(crate) async fn drain(probe: &Probe, target: &Target, times: DrainTimes) -> &'static str {
     let quiet = async {
@@ -61,7 +68,7 @@ pub(crate) async fn drain(probe: &Probe, target: &Target, times: DrainTimes) -> 
             sleep(times.poll).await;
         }
     };
-    match tokio::time::timeout(times.longest.max(times.settle), quiet).await {
+    match tokio::time::timeout(times.longest(), quiet).await {
         Ok(()) => DRAINED,
         Err(_) => "not drained in time",
     }

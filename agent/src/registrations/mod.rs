@@ -28,6 +28,8 @@ pub(crate) struct Wanted {
     pub(crate) pid: u32,
     /// LoRA adapters it has loaded, in order.
     pub(crate) adapters: Vec<String>,
+    /// How long its requests are waited for once it is deregistered.
+    pub(crate) drain_ms: u32,
 }
 
 /// How a registration stands.
@@ -150,6 +152,7 @@ impl Registrations {
                             pid: wanted.pid,
                             adapters: wanted.adapters.clone(),
                             weight_percent: self.weights.get(replica_id).copied(),
+                            drain_ms: Some(wanted.drain_ms),
                         }));
                     }
                 }

@@ -5,7 +5,14 @@ use super::*;
 const RETRY: Duration = Duration::from_secs(5);
 
 fn wanted(generation: u64) -> Wanted {
-    Wanted { model: "m".into(), generation, address: "h:1".into(), pid: 9, adapters: vec![] }
+    Wanted {
+        model: "m".into(),
+        generation,
+        address: "h:1".into(),
+        pid: 9,
+        adapters: vec![],
+        drain_ms: 30_000,
+    }
 }
 
 fn result(generation: u64, accepted: bool) -> v1::RegistrationResult {

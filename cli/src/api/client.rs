@@ -116,8 +116,18 @@ impl ControlPlane {
         self.call(Method::DELETE, &["api", "v2", "routes", name], None::<&()>).await
     }
 
-    pub(crate) async fn drain(&self, endpoint: &str) -> Result<Reply<Endpoint>, ApiError> {
-        self.call(Method::POST, &["api", "v2", "endpoints", endpoint, "drain"], None::<&()>).await
+    /// `move_streams`: its streams go on at others.
+    pub(crate) async fn drain(
+        &self,
+        endpoint: &str,
+        move_streams: bool,
+    ) -> Result<Reply<Endpoint>, ApiError> {
+        // Not said where it is not asked for: a control plane of before it existed would refuse it.
+        let query = move_streams.then(|| ("move_streams", "true".to_owned()));
+        let ask = Ask { query: query.as_slice(), ..Ask::default() };
+        let path = ["api", "v2", "endpoints", endpoint, "drain"];
+        let (call, response) = self.send(Method::POST, &path, &ask).await?;
+        self.read(call, response).await
     }
 
     pub(crate) async fn undrain(&self, endpoint: &str) -> Result<Reply<Endpoint>, ApiError> {

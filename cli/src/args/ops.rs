@@ -123,6 +123,9 @@ pub(crate) struct DrainArgs {
     /// Why, for other operators (nodes)
     #[arg(long, value_name = "TEXT")]
     pub(crate) reason: Option<String>,
+    /// Move the endpoint's streams to others, one after another, instead of letting them end there
+    #[arg(long)]
+    pub(crate) move_streams: bool,
     /// Come back only when the endpoint has no request, or the node no engine, left
     #[arg(long)]
     pub(crate) wait: bool,

@@ -8,7 +8,7 @@ use super::{connect, views};
 use crate::{
     api::{ApiError, ControlPlane},
     args::{DrainArgs, EndpointArgs, NodeArgs},
-    output::show,
+    output::{say, show},
 };
 
 /// Between two looks at what drains.
@@ -32,6 +32,13 @@ pub(crate) async fn drain(args: &DrainArgs) -> Result<(), ApiError> {
     let server = connect(&args.remote)?;
     let deadline = Instant::now() + Duration::from_secs(args.timeout_s);
     if let Some(node) = node(&args.target) {
+        if args.move_streams {
+            return Err(ApiError::Usage(
+                "--move-streams is for endpoints: what happens to streams when engines leave a node, rollout.move_streams of \
+                 their deployments says"
+                    .into(),
+            ));
+        }
         let mut reply = server.speak_of_node(node, "maintenance", args.reason.as_deref()).await?;
         while args.wait && reply.value.engines > 0 {
             in_time(deadline, &server, node).await?;
@@ -43,8 +50,16 @@ pub(crate) async fn drain(args: &DrainArgs) -> Result<(), ApiError> {
     if args.reason.is_some() {
         return Err(ApiError::Usage("--reason is for nodes: penstock drain node/NAME --reason TEXT".into()));
     }
-    let mut reply = server.drain(&args.target).await?;
-    while args.wait && reply.value.running + reply.value.waiting > 0 {
+    let mut reply = server.drain(&args.target, args.move_streams).await?;
+    let mut said = None;
+    loop {
+        let left = reply.value.running + reply.value.waiting;
+        if !args.wait || left == 0 {
+            break;
+        }
+        if said.replace(left) != Some(left) {
+            say(&format!("{}: {left} requests left", args.target));
+        }
         in_time(deadline, &server, &args.target).await?;
         reply = server.endpoint(&args.target).await?;
     }

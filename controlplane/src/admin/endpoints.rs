@@ -37,15 +37,22 @@ pub(super) async fn get(State(core): State<Arc<Core>>, id: Id) -> Result<Json<En
     Ok(Json(find(&core, id)?))
 }
 
-pub(super) async fn drain(State(core): State<Arc<Core>>, ask: Ask, id: Id) -> Result<Reply, ApiError> {
-    set(&core, &ask, id, true).await
+/// The last word counts: one that does not move streams stops an earlier one that does.
+pub(super) async fn drain(
+    State(core): State<Arc<Core>>,
+    params: Params,
+    ask: Ask,
+    id: Id,
+) -> Result<Reply, ApiError> {
+    set(&core, &ask, id, Some(params.flag("move_streams")?)).await
 }
 
 pub(super) async fn undrain(State(core): State<Arc<Core>>, ask: Ask, id: Id) -> Result<Reply, ApiError> {
-    set(&core, &ask, id, false).await
+    set(&core, &ask, id, None).await
 }
 
-async fn set(core: &Core, ask: &Ask, id: Id, drained: bool) -> Result<Reply, ApiError> {
+/// `moves`: whether its streams are moved; None: it is not drained.
+async fn set(core: &Core, ask: &Ask, id: Id, moves: Option<bool>) -> Result<Reply, ApiError> {
     let endpoint = find(core, id)?;
     let (model, id) = (&endpoint.model, &endpoint.id);
     let place = Place {
@@ -55,8 +62,8 @@ async fn set(core: &Core, ask: &Ask, id: Id, drained: bool) -> Result<Reply, Api
         beside: Some(keys::placement(model)),
     };
     let edited = edit(core, ask, &place, |_: Option<&Drain>, _| {
-        let drain = drained.then(|| Drain { model: model.clone(), replica_id: id.clone() });
-        Ok(drain.into())
+        let drain = |move_streams| Drain { model: model.clone(), replica_id: id.clone(), move_streams };
+        Ok(moves.map(drain).into())
     })
     .await?;
     let shown = serde_json::to_value(find_id(core, id)?).unwrap_or_default();

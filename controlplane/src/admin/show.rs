@@ -174,8 +174,11 @@ fn state(
         (Phase::Leaving, None, Some(e)) if e.state == EngineState::Draining => ("draining", said()),
         (Phase::Leaving, None, _) => ("stopping", "it shall end".into()),
         (Phase::Active, Some(_), _) if a.asleep => ("draining", "it is put to sleep".into()),
-        (Phase::Active, Some(_), _) if model.drains.contains(&a.replica_id) => {
-            ("draining", "an operator drains it".into())
+        (Phase::Active, Some(_), _) if model.drains.contains_key(&a.replica_id) => {
+            let moves = model.drains.get(&a.replica_id).is_some_and(|drain| drain.move_streams);
+            let reason =
+                if moves { "an operator drains it and moves its streams" } else { "an operator drains it" };
+            ("draining", reason.into())
         }
         // What its agent says of a ready one: figures that it does not tell, for one.
         (Phase::Active, Some(_), Some(e)) if e.state == EngineState::Ready => ("ready", said()),

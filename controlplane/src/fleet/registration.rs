@@ -107,6 +107,7 @@ pub async fn register(core: &Core, node: &Node, asked: &v1::Registration) -> Res
                 .weight_percent
                 .filter(|percent| *percent < 100)
                 .map(|percent| percent.max(1)),
+            drain_ms: asked.drain_ms,
         };
         let value = serde_json::to_vec(&endpoint)
             .map_err(|e| Refusal::new("store_error", format!("not registered: {e}")))?;

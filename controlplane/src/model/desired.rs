@@ -161,6 +161,9 @@ pub struct RegisteredEndpoint {
     /// Of a full share of requests; None: all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight_percent: Option<u32>,
+    /// How long its agent waits for its requests, once it is deregistered, until it is stopped; None: not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_ms: Option<u32>,
 }
 
 /// A GPU as far as placement cares; live figures are not stored.
@@ -220,6 +223,9 @@ pub struct Drain {
     pub model: String,
     /// The replica.
     pub replica_id: String,
+    /// Its streams are moved to others.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub move_streams: bool,
 }
 
 /// `model` as it appears in replica ids: every character but ASCII letters and digits becomes '-'.

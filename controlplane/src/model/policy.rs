@@ -148,6 +148,10 @@ impl Toleration {
 }
 
 /// How a changed spec takes over.
+///
+/// Streams are moved unless it says otherwise, and after ten seconds: by then a usual answer has ended by itself and costs nobody
+/// a second prefill, and of the 30 s that an agent waits by default, most are left to move the long ones one after another.
+/// Not moved, they would all leave at once when that time is over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RolloutPolicy {
@@ -159,11 +163,22 @@ pub struct RolloutPolicy {
     pub progress_deadline_s: u32,
     /// Nothing is replaced because of a changed spec.
     pub paused: bool,
+    /// Streams that a replica still has some time after it began to leave, for whatever reason, are moved to others.
+    pub move_streams: bool,
+    /// That time.
+    pub move_streams_after_s: u32,
 }
 
 impl Default for RolloutPolicy {
     fn default() -> Self {
-        Self { max_surge: 1, max_unavailable: 0, progress_deadline_s: 600, paused: false }
+        Self {
+            max_surge: 1,
+            max_unavailable: 0,
+            progress_deadline_s: 600,
+            paused: false,
+            move_streams: true,
+            move_streams_after_s: 10,
+        }
     }
 }
 

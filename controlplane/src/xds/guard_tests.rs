@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    model::{Deployment, EngineSpec},
+    model::{Deployment, EngineSpec, desired::Drain},
     view::Stored,
     xds::project::Projector,
 };
@@ -84,6 +84,7 @@ impl Fleet {
             zone: String::new(),
             adapters: vec![],
             weight_percent: None,
+            drain_ms: None,
         };
         let model = self.model(pool);
         model.generations.insert(endpoint.replica_id.clone(), 1);
@@ -169,7 +170,12 @@ fn what_was_asked_for_is_never_held() {
     assert_eq!(fleet.tables(), Some(vec![0]));
     for change in [
         (|model| model.generations.clear()) as fn(&mut ModelView),
-        |model| model.drains.extend((0..4).map(|n| format!("a-{n}"))),
+        |model| {
+            model.drains.extend((0..4).map(|n| {
+                let replica_id = format!("a-{n}");
+                (replica_id.clone(), Drain { model: "a".into(), replica_id, move_streams: false })
+            }))
+        },
         |model| model.deployment = None,
     ] {
         let mut fleet = Fleet::new(&[("a", 4)]);

@@ -4,7 +4,7 @@
 //! [`v1::ModelRoute`] ([`super::routes`]). A deployment without endpoints has a route and an empty table, so that proxies
 //! answer "nobody serves it now" and not "no such model". A deleted one loses its route at once; its table stays while
 //! engines are registered, which are draining by then. The same for a stock Envoy is made by [`super::envoy`]. What the
-//! [`super::guard`] holds stays in the tables.
+//! [`super::guard`] holds stays in the tables. What becomes of streams is said by [`super::departure`].
 //!
 //! Cost: a changed model costs its own resources, once for all subscribers; the others cost a pointer comparison.
 
@@ -14,6 +14,7 @@ use penstock_config::controlplane::XdsConfig;
 use penstock_proto::{Version, v1};
 
 use super::{
+    departure,
     envoy::Envoy,
     guard::{Guard, Held},
     kind::Kind,
@@ -87,7 +88,8 @@ fn table(pool: &str, model: Option<&Arc<ModelView>>, guard: &Guard) -> Option<v1
     let mut endpoints: Vec<v1::Endpoint> = registered
         .map(|(model, endpoint)| {
             let ready = model.deployment.is_some() && model.takes_requests(endpoint);
-            on_wire(endpoint, if ready { v1::EndpointState::Ready } else { v1::EndpointState::Draining })
+            let state = if ready { v1::EndpointState::Ready } else { v1::EndpointState::Draining };
+            v1::Endpoint { departure: departure::of(model, endpoint), ..on_wire(endpoint, state) }
         })
         .collect();
     endpoints.extend(guard.kept(pool).map(|endpoint| on_wire(endpoint, v1::EndpointState::Ready)));
@@ -95,7 +97,13 @@ fn table(pool: &str, model: Option<&Arc<ModelView>>, guard: &Guard) -> Option<v1
     let deployed = model.is_some_and(|model| model.deployment.is_some());
     let autoscaling = |model: &Arc<ModelView>| model.deployment.as_ref()?.value.policy.autoscaling.clone();
     let wakes = model.and_then(autoscaling).is_some_and(|autoscaling| autoscaling.min == 0);
-    (deployed || !endpoints.is_empty()).then(|| v1::EndpointTable { pool: pool.to_owned(), endpoints, wakes })
+    let departing = model.map(|model| departure::departing(model)).unwrap_or_default();
+    (deployed || !endpoints.is_empty()).then(|| v1::EndpointTable {
+        pool: pool.to_owned(),
+        endpoints,
+        wakes,
+        departing,
+    })
 }
 
 fn on_wire(endpoint: &crate::model::RegisteredEndpoint, state: v1::EndpointState) -> v1::Endpoint {
@@ -108,6 +116,8 @@ fn on_wire(endpoint: &crate::model::RegisteredEndpoint, state: v1::EndpointState
         node_id: endpoint.node_id.clone(),
         adapters: endpoint.adapters.clone(),
         weight_percent: endpoint.weight_percent,
+        departure: None,
+        drain_ms: endpoint.drain_ms,
     }
 }
 

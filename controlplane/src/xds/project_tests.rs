@@ -35,6 +35,7 @@ pub(crate) fn model(name: &str, deployed: bool, endpoints: &[&str]) -> Arc<Model
         zone: String::new(),
         adapters: vec![],
         weight_percent: None,
+        drain_ms: None,
     };
     Arc::new(ModelView {
         deployment: deployed.then_some(Stored { value: deployment, mod_revision: 1, lease: 0 }),

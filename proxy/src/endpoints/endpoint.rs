@@ -18,7 +18,10 @@ use penstock_config::proxy::UpstreamConfig;
 use pingora_core::upstreams::peer::HttpPeer;
 use tokio::time::Instant;
 
-use super::reported::{Measured, Reported, ReportedLoad};
+use super::{
+    departure::{self, Departure, Leave},
+    reported::{Measured, Reported, ReportedLoad},
+};
 use crate::{
     admission::saturation::{Busy, Learnt, Limits},
     error::UpstreamFailure,
@@ -74,6 +77,10 @@ pub(super) struct Live {
     key: OnceLock<u64>,
     /// When a pick first saw it, in milliseconds; what came before nobody needs to know.
     first_seen_ms: OnceLock<u64>,
+    /// What becomes of its streams.
+    pub(super) departure: Departure,
+    /// How long its streams go on once it has left the tables; 0: not known.
+    drain_ms: AtomicU32,
 }
 
 impl Endpoint {
@@ -154,6 +161,11 @@ impl Endpoint {
         if self.live.limited.load(Relaxed) { self.live.learnt().busy() } else { None }
     }
 
+    /// What becomes of its streams, if they do not end here.
+    pub fn departure(&self) -> Option<departure::Shown> {
+        self.live.departure.shown(Instant::now())
+    }
+
     /// What is seen of its work.
     pub fn signs(&self, now_ms: u64) -> Signs {
         self.live.vitals.signs(now_ms, self.inflight(), self.live.busy_since_ms.load(Relaxed))
@@ -188,6 +200,17 @@ impl Live {
         self.inflight.load(Relaxed) > 0 || self.vitals.is_in_doubt()
     }
 
+    /// How long its streams go on once it has left the tables, by what its entry said.
+    pub(super) fn drain(&self) -> Option<Duration> {
+        let ms = self.drain_ms.load(Relaxed);
+        (ms > 0).then(|| Duration::from_millis(ms.into()))
+    }
+
+    /// What its entry says of that.
+    pub(super) fn note_drain(&self, ms: Option<u32>) {
+        self.drain_ms.store(ms.unwrap_or(0), Relaxed);
+    }
+
     fn learnt(&self) -> MutexGuard<'_, Learnt> {
         // A poisoned lock holds plain numbers: they are as good as before.
         self.learnt.lock().unwrap_or_else(PoisonError::into_inner)
@@ -218,6 +241,13 @@ impl Ticket {
     /// Where the request goes.
     pub fn endpoint(&self) -> &Arc<Endpoint> {
         &self.endpoint
+    }
+
+    /// Resolves when this request's stream should go on elsewhere; never, as long as its engine may keep it. To be made and
+    /// pinned once for a stream: from the first poll on it stands in line, in the order in which streams began. When it has
+    /// resolved and no other engine takes the stream, that may stay; to be told again it may call this anew.
+    pub async fn leave(&self) -> Leave {
+        self.endpoint.live.departure.turn().await
     }
 
     /// A good answer has begun: a stream's first event, or all of another's.

@@ -72,6 +72,15 @@ impl Memory {
         (gone.address == address && gone.generation == generation).then_some(gone.live)
     }
 
+    /// The figures of one that left, with the generation it had.
+    pub(super) fn find(&self, pool: &str, id: &str, generation: u64) -> Option<&Arc<Live>> {
+        if self.gone.is_empty() {
+            return None;
+        }
+        let gone = self.gone.get(&(pool.to_owned(), Arc::from(id)))?;
+        (gone.generation == generation).then_some(&gone.live)
+    }
+
     /// Forgets what is too old, or too much.
     pub(super) fn forget(&mut self, now: Instant) {
         while let Some(first) = self.order.first_entry() {

@@ -14,10 +14,15 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use penstock_config::proxy::UpstreamConfig;
+use penstock_config::proxy::{ResumeConfig, UpstreamConfig};
 use penstock_proto::{Version, v1, xds::split_load_name};
 
-use super::{endpoint::Endpoint, gone, reported::Measured};
+use super::{
+    departure::{Departures, Order},
+    endpoint::Endpoint,
+    gone,
+    reported::Measured,
+};
 use crate::{
     admission::queue::WaitQueue,
     routing::policy::Memory,
@@ -32,6 +37,8 @@ pub struct Pool {
     pub endpoints: Vec<Arc<Endpoint>>,
     /// Shared by all requests to the pool, across snapshots.
     pub budget: Arc<RetryBudget>,
+    /// Streams that may still go on elsewhere, across snapshots.
+    pub resumes: Arc<RetryBudget>,
     /// Requests that wait for a place, across snapshots.
     pub queue: Arc<WaitQueue>,
     /// What its routing policy remembers, across snapshots.
@@ -104,17 +111,31 @@ pub struct EndpointTable {
     /// Serialises updates, and remembers those that left; requests never take it.
     updating: Mutex<gone::Memory>,
     upstream: UpstreamConfig,
+    /// What a pool's streams may do: so many resumes a second, and so many at once.
+    resumes: (u32, u32),
+    departures: Departures,
 }
 
 impl EndpointTable {
     /// Nothing routable yet.
-    pub fn new(upstream: UpstreamConfig) -> Self {
-        Self { current: ArcSwap::default(), updating: Mutex::default(), upstream }
+    pub fn new(upstream: UpstreamConfig, resume: &ResumeConfig) -> Self {
+        Self {
+            current: ArcSwap::default(),
+            updating: Mutex::default(),
+            upstream,
+            resumes: (resume.per_second, resume.burst),
+            departures: Departures::default(),
+        }
     }
 
     /// The present snapshot. Cheap; hold it for one attempt, not for a whole stream.
     pub fn load(&self) -> arc_swap::Guard<Arc<Snapshot>> {
         self.current.load()
+    }
+
+    /// The endpoints that streams leave.
+    pub fn departures(&self) -> &Departures {
+        &self.departures
     }
 
     /// Swaps in what the control plane said. Endpoints whose host name cannot be resolved now are left out and logged;
@@ -207,19 +228,40 @@ impl EndpointTable {
                 gone.left(&table.pool, left, now);
             }
             let known = before.next_if(|endpoint| *endpoint.id == *wire.id);
-            match self.next_endpoint(known, wire, &table.pool, gone) {
+            match self.next_endpoint(known, wire, &table.pool, gone, now) {
                 Some(endpoint) => endpoints.push(endpoint),
                 None => known.into_iter().for_each(|left| gone.left(&table.pool, left, now)),
             }
         }
         before.for_each(|left| gone.left(&table.pool, left, now));
+        self.see_off(old, table, gone, now);
         let budget = old.map_or_else(
             || Arc::new(RetryBudget::new(self.upstream.retry_percent, self.upstream.retry_floor_per_s)),
             |pool| Arc::clone(&pool.budget),
         );
+        let (per_second, burst) = self.resumes;
+        let resumes = old.map_or_else(
+            || Arc::new(RetryBudget::of_time(per_second, burst)),
+            |pool| Arc::clone(&pool.resumes),
+        );
         let queue = old.map(|pool| Arc::clone(&pool.queue)).unwrap_or_default();
         let memory = old.map(|pool| Arc::clone(&pool.memory)).unwrap_or_default();
-        Arc::new(Pool { endpoints, budget, queue, memory, source: Arc::clone(table) })
+        Arc::new(Pool { endpoints, budget, resumes, queue, memory, source: Arc::clone(table) })
+    }
+
+    /// What is said of endpoints that have left the table. Nothing to do for those that had no streams here.
+    fn see_off(&self, old: Option<&Arc<Pool>>, table: &Table, gone: &gone::Memory, now: Instant) {
+        for departing in &table.departing {
+            let (id, generation) = (departing.id.as_str(), departing.generation);
+            let here = old.and_then(|pool| {
+                let at = pool.endpoints.binary_search_by(|endpoint| (*endpoint.id).cmp(id)).ok()?;
+                pool.endpoints.get(at).filter(|endpoint| endpoint.generation == generation)
+            });
+            let live = here.map(|endpoint| &endpoint.live);
+            let Some(live) = live.or_else(|| gone.find(&table.pool, id, generation)) else { continue };
+            let order = Order::of_departing(departing.departure.as_ref(), live.drain());
+            self.departures.order(live, order, now.into());
+        }
     }
 
     fn next_endpoint(
@@ -228,6 +270,7 @@ impl EndpointTable {
         wire: &Arc<Told>,
         pool: &str,
         gone: &mut gone::Memory,
+        now: Instant,
     ) -> Option<Arc<Endpoint>> {
         if let Some(same) = old.filter(|old| Arc::ptr_eq(&old.told, wire)) {
             return Some(Arc::clone(same));
@@ -250,6 +293,8 @@ impl EndpointTable {
             .map(|old| Arc::clone(&old.live))
             .or_else(|| gone.back(pool, &wire.id, &wire.address, wire.generation))
             .unwrap_or_default();
+        live.note_drain(wire.drain_ms);
+        self.departures.order(&live, Order::of(wire.departure.as_ref()), now.into());
         let mut endpoint =
             Endpoint::new(&wire.id, &wire.address, resolved, wire.generation, &self.upstream, live);
         endpoint.draining = draining;
@@ -334,7 +379,7 @@ mod tests {
     }
 
     fn with_table(before: &XdsState, revision: u64, endpoints: Vec<v1::Endpoint>) -> XdsState {
-        let table = v1::EndpointTable { pool: "p".into(), endpoints, wakes: false };
+        let table = v1::EndpointTable { pool: "p".into(), endpoints, ..Default::default() };
         let table = resource("p", xds::ENDPOINT_TABLE_TYPE, &table);
         before.apply(&response(xds::ENDPOINT_TABLE_TYPE, revision, table)).expect("a good table")
     }
@@ -353,7 +398,7 @@ mod tests {
 
     #[test]
     fn counts_survive_a_swap_and_a_change_of_state() {
-        let table = EndpointTable::new(UpstreamConfig::default());
+        let table = EndpointTable::new(UpstreamConfig::default(), &ResumeConfig::default());
         let before = state(vec![wire("a", "127.0.0.1:1", 7)]);
         table.apply(&before);
         let ticket = first(&table).reserve(0);
@@ -369,7 +414,7 @@ mod tests {
 
     #[test]
     fn a_new_generation_starts_clean() {
-        let table = EndpointTable::new(UpstreamConfig::default());
+        let table = EndpointTable::new(UpstreamConfig::default(), &ResumeConfig::default());
         let before = state(vec![wire("a", "127.0.0.1:1", 7)]);
         table.apply(&before);
         let _ticket = first(&table).reserve(0);
@@ -379,7 +424,7 @@ mod tests {
 
     #[test]
     fn an_unchanged_pool_is_kept_as_it_is() {
-        let table = EndpointTable::new(UpstreamConfig::default());
+        let table = EndpointTable::new(UpstreamConfig::default(), &ResumeConfig::default());
         let state = state(vec![wire("a", "127.0.0.1:1", 7)]);
         table.apply(&state);
         let before = Arc::clone(&table.load().pools["p"]);
@@ -392,7 +437,7 @@ mod tests {
     fn an_ejected_endpoint_that_leaves_and_returns_is_ejected_still() {
         let rules =
             crate::health::Rules { consecutive_failures: 1, ..crate::health::rules(&Default::default()) };
-        let table = EndpointTable::new(UpstreamConfig::default());
+        let table = EndpointTable::new(UpstreamConfig::default(), &ResumeConfig::default());
         let (a, b) = (wire("a", "127.0.0.1:1", 7), wire("b", "127.0.0.1:2", 7));
         let with_both = state(vec![a.clone(), b.clone()]);
         table.apply(&with_both);
@@ -410,7 +455,7 @@ mod tests {
 
     #[test]
     fn an_unresolvable_endpoint_does_not_take_the_others_with_it() {
-        let table = EndpointTable::new(UpstreamConfig::default());
+        let table = EndpointTable::new(UpstreamConfig::default(), &ResumeConfig::default());
         table.apply(&state(vec![wire("a", "no-such-host.invalid:1", 1), wire("b", "127.0.0.1:2", 1)]));
         let snapshot = table.load();
         assert_eq!(snapshot.pools["p"].endpoints.len(), 1);

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::PrivateState;
 use crate::{
-    endpoints::{Endpoint, Pool, Route, Snapshot, table::Target},
+    endpoints::{Endpoint, Pool, Route, Snapshot, departure, table::Target},
     health,
     telemetry::decisions::Decision,
 };
@@ -39,6 +39,7 @@ struct EndpointView<'a> {
     inflight: u32,
     adapters: &'a BTreeSet<String>,
     weight_percent: u32,
+    departure: Option<departure::Shown>,
     reported: Option<Value>,
 }
 
@@ -54,6 +55,7 @@ fn view(endpoint: &Endpoint, now_ms: u64) -> EndpointView<'_> {
         inflight: endpoint.inflight(),
         adapters: &endpoint.adapters,
         weight_percent: endpoint.weight_percent,
+        departure: endpoint.departure(),
         reported: endpoint.reported(now_ms).map(|report| {
             json!({
                 "running": report.running,

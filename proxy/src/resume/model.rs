@@ -130,6 +130,7 @@ impl<S: Stream> Relay<S> {
                         self.delivered.extend_from_slice(event_bytes);
                     }
                     Verdict::Hold => self.held.extend_from_slice(event_bytes),
+                    Verdict::Drop => {}
                     Verdict::Lost(loss) => return Err(loss),
                 }
             }

@@ -121,7 +121,7 @@ pub fn table(pool: &str, engines: &[SocketAddr]) -> v1::EndpointTable {
     v1::EndpointTable {
         pool: pool.into(),
         endpoints: engines.iter().enumerate().map(endpoint).collect(),
-        wakes: false,
+        ..Default::default()
     }
 }
 

@@ -64,13 +64,14 @@ pub(super) fn rows() -> Vec<Row> {
         )
         .named()
         .edits()
+        .query(&["move_streams"])
         .gives("Endpoint"),
         row(
             OPERATOR,
             Method::POST,
             "/api/v2/endpoints/{id}/undrain",
             "undrain_endpoint",
-            "Undoes a drain.",
+            "Undoes a drain. Streams that were not moved yet stay.",
             post(endpoints::undrain),
         )
         .named()

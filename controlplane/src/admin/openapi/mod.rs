@@ -220,6 +220,9 @@ fn query_schema(name: &str, path: &str) -> (&'static str, Value) {
         }
         "dry_run" => ("Says what would be, and changes nothing.", json!({ "type": "boolean" })),
         "force" => ("Also changes and deletes what is there.", json!({ "type": "boolean" })),
+        "move_streams" => {
+            ("Also moves the streams that it has to others, one after another.", json!({ "type": "boolean" }))
+        }
         "only_missing" => ("Leaves what is there as it is.", json!({ "type": "boolean" })),
         "without_placements" => ("Places every replica anew.", json!({ "type": "boolean" })),
         "from" => ("The earlier revision; without it the one before `to`.", number),

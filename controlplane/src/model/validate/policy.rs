@@ -15,6 +15,8 @@ use crate::model::policy::{
 const MAX_ENTRIES: usize = 64;
 /// A week, in seconds.
 const MAX_SECONDS: u64 = 604_800;
+/// A day, in seconds: no agent waits that long for streams.
+const MAX_MOVE_AFTER_S: u64 = 86_400;
 
 type Fields = Map<String, Value>;
 
@@ -40,7 +42,14 @@ pub(super) fn policy(fields: &Fields, max_replicas: u32) -> Result<Policy, Field
             rebalance: flag(placement, "rebalance")?.unwrap_or(false),
         })
     })?;
-    let known = ["max_surge", "max_unavailable", "progress_deadline_s", "paused"];
+    let known = [
+        "max_surge",
+        "max_unavailable",
+        "progress_deadline_s",
+        "paused",
+        "move_streams",
+        "move_streams_after_s",
+    ];
     let rollout = part(fields, "rollout", &known, |rollout| {
         let default = RolloutPolicy::default();
         let most = u64::from(max_replicas);
@@ -50,6 +59,9 @@ pub(super) fn policy(fields: &Fields, max_replicas: u32) -> Result<Policy, Field
             progress_deadline_s: whole(rollout, "progress_deadline_s", 0, MAX_SECONDS)?
                 .unwrap_or(default.progress_deadline_s),
             paused: flag(rollout, "paused")?.unwrap_or(default.paused),
+            move_streams: flag(rollout, "move_streams")?.unwrap_or(default.move_streams),
+            move_streams_after_s: whole(rollout, "move_streams_after_s", 0, MAX_MOVE_AFTER_S)?
+                .unwrap_or(default.move_streams_after_s),
         };
         if policy.max_surge == 0 && policy.max_unavailable == 0 {
             let message = "max_surge and max_unavailable cannot both be 0: nothing could ever be replaced";
@@ -326,7 +338,8 @@ mod tests {
             "resources": {"gpu_memory_bytes": 42_949_672_960_u64, "tensor_parallel": 2},
             "placement": {"node_selector": {"gpu": "h100"}, "tolerations": [{"key": "spot", "effect": "no_execute"}],
                 "spread": {"max_skew": 2, "min_domains": 2}, "rebalance": true},
-            "rollout": {"max_surge": 2, "max_unavailable": 1, "progress_deadline_s": 60, "paused": true},
+            "rollout": {"max_surge": 2, "max_unavailable": 1, "progress_deadline_s": 60, "paused": true,
+                "move_streams": false, "move_streams_after_s": 60},
             "disruption": {"min_available": 2},
             "autoscaling": {"min": 0, "max": 9, "target_ttft_ms": 800, "idle_to_zero_s": 900},
         });

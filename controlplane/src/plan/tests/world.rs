@@ -216,6 +216,7 @@ impl World {
             zone: String::new(),
             adapters: vec![],
             weight_percent: None,
+            drain_ms: None,
         };
         self.registered.insert(id.to_owned(), endpoint);
     }
@@ -240,6 +241,7 @@ impl World {
                     zone: String::new(),
                     adapters: vec![],
                     weight_percent: None,
+                    drain_ms: None,
                 };
                 self.registered.insert(a.replica_id.clone(), endpoint);
             }

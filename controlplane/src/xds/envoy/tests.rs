@@ -40,12 +40,12 @@ fn endpoints_stand_in_their_zones_and_draining_ones_say_so() {
     };
     let table = v1::EndpointTable {
         pool: "m".into(),
-        wakes: false,
         endpoints: vec![
             endpoint("m-0", "10.0.0.1:8000", "a", v1::EndpointState::Ready),
             endpoint("m-1", "[::1]:8001", "b", v1::EndpointState::Draining),
             endpoint("m-2", "10.0.0.2:8000", "a", v1::EndpointState::Ready),
         ],
+        ..Default::default()
     };
     let assignment = pool::assignment(&table);
     let mut seen = Vec::new();

@@ -16,7 +16,7 @@ fn state(endpoints: usize, revision: u64) -> XdsState {
     let table = v1::EndpointTable {
         pool: "m".to_owned(),
         endpoints: (0..endpoints).map(endpoint).collect(),
-        wakes: false,
+        ..Default::default()
     };
     let route = v1::ModelRoute {
         model: "m".to_owned(),

@@ -137,7 +137,7 @@ fn tables(version: &str, addresses: &[&str]) -> DeltaDiscoveryResponse {
     let table = v1::EndpointTable {
         pool: "m".to_owned(),
         endpoints: addresses.iter().map(endpoint).collect(),
-        wakes: false,
+        ..Default::default()
     };
     response(ENDPOINT_TABLE_TYPE, version, &table)
 }

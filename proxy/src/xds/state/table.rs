@@ -51,12 +51,14 @@ pub struct Table {
     pub endpoints: Vec<Arc<Told>>,
     /// Whether the pool may sleep: an engine comes for a request that waits.
     pub wakes: bool,
+    /// Engines that have left it and are about to be stopped. Advice: nothing in it is wrong enough to refuse a table.
+    pub departing: Vec<v1::Departing>,
 }
 
 impl PartialEq for Table {
     fn eq(&self, other: &Self) -> bool {
         let same = |(one, other): (&Arc<Told>, &Arc<Told>)| Arc::ptr_eq(one, other) || one == other;
-        (&self.pool, self.wakes) == (&other.pool, other.wakes)
+        (&self.pool, self.wakes, &self.departing) == (&other.pool, other.wakes, &other.departing)
             && self.endpoints.len() == other.endpoints.len()
             && self.endpoints.iter().zip(&other.endpoints).all(same)
     }
@@ -71,13 +73,16 @@ struct Unread {
     endpoints: Vec<Bytes>,
     #[prost(bool, tag = "3")]
     wakes: bool,
+    #[prost(message, repeated, tag = "4")]
+    departing: Vec<v1::Departing>,
 }
 
 impl Table {
     /// As [`v1::EndpointTable`] would be written.
     pub(in crate::xds) fn encode(&self) -> Vec<u8> {
         let endpoints = self.endpoints.iter().map(|told| told.raw.clone()).collect();
-        Unread { pool: self.pool.clone(), endpoints, wakes: self.wakes }.encode_to_vec()
+        let (pool, departing) = (self.pool.clone(), self.departing.clone());
+        Unread { pool, endpoints, wakes: self.wakes, departing }.encode_to_vec()
     }
 
     /// Reads the table `name`, sharing with `before` what is the same. What is wrong with it goes to `reasons`.
@@ -102,7 +107,7 @@ impl Table {
             endpoints.push(endpoint);
         }
         check_unique(name, &endpoints, reasons);
-        Ok(Self { pool: unread.pool, endpoints, wakes: unread.wakes })
+        Ok(Self { pool: unread.pool, endpoints, wakes: unread.wakes, departing: unread.departing })
     }
 }
 
@@ -198,7 +203,18 @@ mod tests {
     }
 
     fn wire(endpoints: &[v1::Endpoint]) -> Vec<u8> {
-        v1::EndpointTable { pool: "p".into(), endpoints: endpoints.to_vec(), wakes: true }.encode_to_vec()
+        let departing = v1::Departing {
+            id: "e-99".into(),
+            generation: 3,
+            departure: Some(v1::Departure { move_after_ms: Some(5), fenced: false }),
+        };
+        v1::EndpointTable {
+            pool: "p".into(),
+            endpoints: endpoints.to_vec(),
+            wakes: true,
+            departing: vec![departing],
+        }
+        .encode_to_vec()
     }
 
     fn read(endpoints: &[v1::Endpoint], before: Option<&Table>) -> (Table, Vec<String>) {

@@ -25,7 +25,11 @@ fn resource(type_url: &str, name: &str, message: &impl Message) -> xds::Resource
 }
 
 fn table(pool: &str, endpoints: Vec<v1::Endpoint>) -> xds::Resource {
-    resource(ENDPOINT_TABLE_TYPE, pool, &v1::EndpointTable { pool: pool.to_owned(), endpoints, wakes: false })
+    resource(
+        ENDPOINT_TABLE_TYPE,
+        pool,
+        &v1::EndpointTable { pool: pool.to_owned(), endpoints, ..Default::default() },
+    )
 }
 
 fn route(model: &str, pool: &str) -> xds::Resource {

@@ -19,6 +19,7 @@ fn every_series_exists_at_zero() {
         "penstock_proxy_retries_total{reason=\"connect\"} 0",
         "penstock_proxy_requests_inflight 0",
         "penstock_proxy_ejections_total{reason=\"hang\"} 0",
+        "penstock_proxy_streams_leave_total{reason=\"moved\"} 0",
         "penstock_proxy_endpoints_by_health{state=\"half_open\"} 0",
         "penstock_proxy_upstream_connections_total{origin=\"reused\"} 0",
         "penstock_proxy_xds_last_response_age_seconds -1",
