@@ -46,8 +46,7 @@ impl Engine {
         let announce = folder.path().join("announce.json");
         let child = Command::new(env!("CARGO_BIN_EXE_penstock"))
             .args(["engine-sim", "serve", MODEL, "--host", "127.0.0.1", "--port", "0"])
-            .args(["--sim-no-core", "--sim-load-ms", "1", "--sim-itl-ms", "0", "--sim-ttft-ms", "0"])
-            .args(["--sim-itl-growth-us", "0", "--sim-announce"])
+            .args(["--sim-no-core", "--sim-load-ms", "1", "--sim-speed", "0", "--sim-announce"])
             .arg(&announce)
             .args(flags)
             .stdin(Stdio::null())
@@ -89,6 +88,7 @@ pub(crate) fn config() -> ProxyConfig {
     config.health.max_ejected_percent = 0;
     config.routing.policy = Policy::SessionAffinity;
     config.resume.stall_ms = 150;
+    config.upstream.first_byte_ms = 5_000;
     config
 }
 
@@ -119,7 +119,8 @@ impl Proxy {
             now_ms: 0,
             max_ejected_percent: 0,
         });
-        let of_name = text.lines().filter(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
+        let of_name =
+            text.lines().filter(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
         of_name.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }
 
@@ -153,7 +154,8 @@ fn state(engines: &[SocketAddr]) -> XdsState {
         endpoints: engines.iter().enumerate().map(endpoint).collect(),
         ..Default::default()
     };
-    let target = v1::RouteTarget { pool: MODEL.into(), served_model: MODEL.into(), weight: 1, ..Default::default() };
+    let target =
+        v1::RouteTarget { pool: MODEL.into(), served_model: MODEL.into(), weight: 1, ..Default::default() };
     let route = v1::ModelRoute { model: MODEL.into(), targets: vec![target], ..Default::default() };
     let response = |type_url: &str, value: Vec<u8>| xds::DeltaDiscoveryResponse {
         type_url: type_url.into(),
