@@ -8,6 +8,8 @@ CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Flags of `penstock up`: make up ARGS="--engines 2 --ports auto"
 ARGS ?=
+# How long `make drill-resume` kills engines.
+DRILL_SECONDS ?= 60
 # What `make load-*` talks to.
 BASE_URL ?= http://127.0.0.1:8081
 MODEL ?=
@@ -72,6 +74,15 @@ bench-updates: setup-build ## what table updates cost the streams of a proxy, se
 bench-fanout: setup-build ## what it costs a control plane to tell many proxies of changes, see docs/benchmarks.md; flags in ARGS="..."
 	$(CARGO) build --locked --release -p penstock-controlplane -p penstock-loadtest --bin penstock-controlplane --bin penstock-bench-fanout
 	@"$(TARGET)/release/penstock-bench-fanout" --controlplane "$(TARGET)/release/penstock-controlplane" $(ARGS)
+
+.PHONY: bench-resume
+bench-resume: setup-build ## what it costs a proxy to be ready to continue streams, see docs/benchmarks.md; flags in ARGS="..."
+	$(CARGO) build --locked --release -p penstock-proxy -p penstock-loadtest --bin penstock-proxy --bin penstock-engine-sim --bin penstock-bench-resume
+	@"$(TARGET)/release/penstock-bench-resume" --proxy "$(TARGET)/release/penstock-proxy" --engine-sim "$(TARGET)/release/penstock-engine-sim" $(ARGS)
+
+.PHONY: drill-resume
+drill-resume: setup-build ## a thousand streams while engines are killed for a minute, see docs/drills.md; DRILL_SECONDS=60
+	PENSTOCK_DRILL_SECONDS=$(DRILL_SECONDS) $(CARGO) test --locked -p penstock --test drill_resume_storm -- --nocapture
 
 .PHONY: dist
 dist: setup-build ## the binary that is shipped: slower to build, faster to run

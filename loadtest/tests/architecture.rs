@@ -106,11 +106,11 @@ const IMPURE_PATHS: &[&str] = &[
 /// Modules of `std` that a pure core has no business in.
 const IMPURE_STD: &[&str] = &["env", "fs", "process", "thread"];
 
-/// The one file of a crate that names metrics.
+/// The one file, or folder, of a crate that names metrics.
 const METRICS: &[(&str, &str)] = &[
     ("agent", "agent/src/metrics.rs"),
     ("controlplane", "controlplane/src/metrics.rs"),
-    ("proxy", "proxy/src/telemetry/metrics.rs"),
+    ("proxy", "proxy/src/telemetry/metrics/"),
 ];
 
 /// Longest file, in lines. A longer one is split by its nouns, not by its length.
@@ -293,12 +293,12 @@ fn impurity_is_told_from_plain_types() {
 fn metric_names_live_in_one_file_per_process() {
     let mut offences = Vec::new();
     for (krate, home) in METRICS {
-        if !root().join(home).is_file() {
+        if !root().join(home).exists() {
             offences.push(format!("{home}: is in the table METRICS and does not exist"));
         }
         let prefix = format!("penstock_{krate}_");
         for file in rust_files(&format!("{krate}/src")) {
-            if file == *home || is_test_file(&file) {
+            if file.starts_with(home) || is_test_file(&file) {
                 continue;
             }
             for (line, text) in Source::new(&read(&file)).strings {

@@ -174,7 +174,7 @@ fn refusals_have_the_shapes_of_vllm() {
         (CHAT, chat(true, json!({"model": 5})).to_string(), 400, "Bad Request", json!("body.model")),
         (
             CHAT,
-            chat(true, json!({"max_tokens": 99})).to_string(),
+            chat(true, json!({"max_tokens": 101})).to_string(),
             400,
             "BadRequestError",
             json!("max_tokens"),

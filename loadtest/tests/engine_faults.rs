@@ -151,8 +151,11 @@ fn a_vanished_client_is_seen_within_50_ms_in_every_phase() {
         let seen_us = sim.last_record()["disconnect_seen_unix_us"].as_u64().unwrap();
         assert!(seen_us.saturating_sub(left_us) < 50_000, "{phase}: {} µs", seen_us - left_us);
         let still = u64::from(phase == "queued");
-        wait_for("the books", || sim.state()["in_flight"] == still);
-        assert_eq!(sim.state()["waiting"], 0, "{phase}");
+        // The batch looks at its sequences once in a while.
+        wait_for("the books", || {
+            let state = sim.state();
+            state["in_flight"] == still && state["waiting"] == 0
+        });
     }
 }
 

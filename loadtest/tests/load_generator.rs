@@ -27,7 +27,8 @@ async fn unary_and_unthrottled_runs() {
     let sim = Sim::start(&["--sim-speed", "0", "--sim-burst", "8", "--api-key", "k"]);
     let keyed = Options { api_key: Some("k".into()), tokens: 500, prompt_bytes: 3000, ..Options::default() };
     assert!(load(&sim, keyed.clone()).await.is_good());
-    assert!(load(&sim, Options { unary: true, ..keyed }).await.is_good());
+    assert!(load(&sim, Options { token_ids: true, ..keyed.clone() }).await.is_good());
+    assert!(load(&sim, Options { unary: true, token_ids: true, ..keyed }).await.is_good());
     let refused = load(&sim, Options { api_key: None, ..Options::default() }).await;
     assert_eq!(refused.failures["status 401"].count, 10);
 }
@@ -37,7 +38,7 @@ async fn damage_is_found_and_named() {
     let sim = Sim::start(&["--sim-itl-ms", "1"]);
     for (kind, found) in [
         ("error", "error in the stream"),
-        ("abort", "wrong"),
+        ("abort", "lost tokens"),
         ("close", "cut"),
         ("reset", "cut"),
         ("end", "cut"),
@@ -50,6 +51,7 @@ async fn damage_is_found_and_named() {
         let options = Options { streams: 1, tokens: 20, idle_timeout_s: 1.0, ..Options::default() };
         let report = load(&sim, options).await;
         assert!(report.failures.contains_key(found) && !report.is_good(), "{kind}: {}", report.table());
+        assert_eq!(report.error_events, u64::from(kind == "error"));
     }
 }
 

@@ -6,7 +6,10 @@
 
 use serde_json::{Value, json};
 
-use crate::openai::{ErrorShape, request::ScanError};
+use crate::{
+    openai::{ErrorShape, request::ScanError},
+    resume::Refusal,
+};
 
 /// Who caused a failure; a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,6 +164,13 @@ pub enum GatewayError {
     Overloaded,
     /// Engines failed, and no attempt is left.
     Upstream(UpstreamFailure),
+    /// The engine was lost in the middle of its answer, and no other went on with it.
+    Lost {
+        /// How it was lost.
+        failure: UpstreamFailure,
+        /// Why no other went on.
+        refusal: Refusal,
+    },
     /// The gateway is stopping and the answer was cut at its deadline.
     Draining,
     /// The client left. Never rendered.
@@ -189,6 +199,7 @@ impl GatewayError {
             Self::Upstream(UpstreamFailure::Busy | UpstreamFailure::Connect) => 503,
             Self::Upstream(UpstreamFailure::FirstByteTimeout | UpstreamFailure::IdleTimeout) => 504,
             Self::Upstream(_) => 502,
+            Self::Lost { failure, .. } => Self::Upstream(*failure).status(),
         }
     }
 
@@ -197,7 +208,7 @@ impl GatewayError {
         match self {
             Self::NotReady | Self::Overloaded | Self::Draining => Blame::Gateway,
             Self::NoEndpoint { .. } | Self::Saturated { .. } | Self::Asleep { .. } => Blame::Upstream,
-            Self::Upstream(_) => Blame::Upstream,
+            Self::Upstream(_) | Self::Lost { .. } => Blame::Upstream,
             _ => Blame::Client,
         }
     }
@@ -242,6 +253,7 @@ impl GatewayError {
             Self::Upstream(UpstreamFailure::IdleTimeout) => "engine_stalled",
             Self::Upstream(UpstreamFailure::MidStream) => "stream_interrupted",
             Self::Upstream(_) => "engine_failed",
+            Self::Lost { failure, .. } => Self::Upstream(*failure).code(),
             Self::Draining => "gateway_draining",
             Self::ClientGone => "client_gone",
             Self::ClientStalled => "client_stalled",
@@ -313,6 +325,10 @@ impl GatewayError {
                 }
             }
             .into(),
+            Self::Lost { failure, refusal } => {
+                let lost = Self::Upstream(*failure).message();
+                format!("{lost} It could not be continued on another engine: {}.", refusal.reason())
+            }
             Self::Draining => {
                 "The gateway is stopping and could not wait for the rest of this answer.".into()
             }
@@ -325,6 +341,7 @@ impl GatewayError {
         match self {
             Self::Body(e) => e.param(),
             Self::UnknownModel { .. } => Some("model"),
+            Self::Lost { refusal, .. } => refusal.param(),
             _ => None,
         }
     }

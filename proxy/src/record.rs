@@ -21,6 +21,7 @@ use crate::{
         ErrorShape,
         usage::{BodyFacts, Usage},
     },
+    resume::{Loss, Refusal},
     routing::{
         considered::Considered,
         policy::{How, Policy},
@@ -218,6 +219,36 @@ impl<'a> Record<'a> {
         }
     }
 
+    /// The stream lost its engine, and another is looked for.
+    pub fn lost(&mut self, loss: Loss) {
+        self.broke(loss.label(), "while streaming");
+        let Some(mut attempt) = self.attempt.take() else { return };
+        attempt.next = "resume";
+        if self.failed.len() < MAX_ATTEMPTS {
+            self.failed.push(attempt);
+        }
+    }
+
+    /// It goes on with the attempt under way, so much later.
+    pub fn resumed(&mut self, added: Duration) {
+        self.facts.resumes += 1;
+        self.facts.resume.0 += added;
+        let now = self.started.elapsed();
+        if let Some(attempt) = &mut self.attempt {
+            attempt.first_byte = Some(attempt.since(now));
+        }
+    }
+
+    /// It does not go on elsewhere.
+    pub fn not_resumed(&mut self, loss: Loss, refusal: Refusal) {
+        self.facts.resume_refused = refusal.label();
+        let detail = format!("not resumed: {}", refusal.label());
+        if loss.is_optional() {
+            return;
+        }
+        self.broke(loss.label(), &detail);
+    }
+
     /// The answer is about to be written.
     pub fn begun(&mut self) {
         let now = self.started.elapsed();
@@ -268,7 +299,7 @@ impl<'a> Record<'a> {
 
     /// A stream was handed on, to this end.
     pub fn relayed(&mut self, relayed: &Relayed) {
-        self.usage(&relayed.facts.usage);
+        self.usage(&relayed.usage());
         self.facts.bytes_out += relayed.pace.bytes;
         let gaps = relayed.facts.events.saturating_sub(relayed.pace.events_before);
         if let (Ok(gaps @ 1..), true) = (u32::try_from(gaps), relayed.pace.longest_gap > Duration::ZERO) {
@@ -287,7 +318,6 @@ impl<'a> Record<'a> {
                 self.facts.blame = "upstream";
                 self.broke("error_in_stream", message);
             }
-            (Err(GatewayError::Upstream(failure)), _) => self.broke(failure.label(), "while streaming"),
             _ => {}
         }
     }
@@ -322,6 +352,7 @@ impl<'a> Record<'a> {
     fn why(&self) -> Option<Why> {
         match () {
             () if self.facts.blame != "none" => Some(Why::Failed),
+            () if self.facts.resumes > 0 => Some(Why::Resumed),
             () if !self.failed.is_empty() => Some(Why::Retried),
             () if self.asked => Some(Why::Asked),
             () if self.sampled => Some(Why::Sampled),

@@ -321,7 +321,9 @@ async fn an_error_event_of_the_wrong_shape_is_put_right_and_no_other() {
     let wrong =
         "data: {\"object\":\"error\",\"message\":\"died\",\"type\":\"InternalServerError\",\"code\":500}\n\n";
     let stream = format!("{SSE_HEAD}{}{}0\r\n\r\n", chunk(&good), chunk(&format!("{wrong}data: [DONE]\n\n")));
-    let (proxy, _engine) = proxy(stream).await;
+    let (engine, mut config) = (Engine::answering(stream).await, ProxyConfig::default());
+    config.resume.enabled = false;
+    let proxy = Proxy::start(config, &[engine.address]);
     let answer = proxy.exchange(&post(CHAT, &chat(true))).await;
     let right = r#"data: {"error":{"message":"died","type":"InternalServerError","param":null,"code":500}}"#;
     assert!(answer.contains(&good) && answer.contains(right) && answer.contains("[DONE]"), "{answer}");

@@ -106,6 +106,10 @@ pub(super) struct SimOptions {
     pub records: usize,
     /// Compute SHA-256 of bodies for /sim/requests.
     pub sha256: bool,
+    /// First tokens of chat answers that are reasoning.
+    pub reasoning_tokens: u64,
+    /// Tokens behind them that are the arguments of a tool call.
+    pub tool_call_tokens: u64,
 }
 
 impl Default for SimOptions {
@@ -128,6 +132,8 @@ impl Default for SimOptions {
             sigterm: FaultKind::Abort,
             records: 1024,
             sha256: false,
+            reasoning_tokens: 0,
+            tool_call_tokens: 0,
         }
     }
 }

@@ -5,11 +5,17 @@ use serde_json::Value;
 use super::{
     args::Options,
     error::ApiError,
-    generation::{Outcome, block_hashes},
+    generation::{Finish, Outcome, block_hashes},
+    logprobs::{self, Logprobs},
+    parser::{Parser, Part},
     render::{Frame, Job, Render, Token, Usage, push_escaped, push_finish, push_ids, quoted},
     request::{Fields, Sampling, StreamUsage},
     template::{Ending, Message, render},
+    tokens,
 };
+
+/// The start of a tool call: the one that an answer can have.
+const TOOL_CALL: &str = "\"id\":\"chatcmpl-tool-0\",\"type\":\"function\"";
 
 /// What is known of a request before its body.
 #[derive(Debug, Clone)]
@@ -22,23 +28,40 @@ pub(super) struct Origin {
     pub(super) fingerprint: String,
 }
 
+/// What a chat request asks about.
+pub(super) struct Asked {
+    /// The prompt's ids.
+    pub(super) ids: Vec<u32>,
+    /// Whose message the answer is: the assistant's, or its who is continued.
+    role: String,
+    /// The first tool that may be called.
+    tool: Option<String>,
+}
+
 /// Makes a job of a chat request.
 ///
 /// # Errors
 /// 400 or 404, naming the field.
 pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Result<Job, ApiError> {
-    let (model, ids, stream) =
-        (fields.model(options)?, prompt(&mut fields, options)?, fields.flag("stream")?);
+    let (model, asked, stream) =
+        (fields.model(options)?, asked(&mut fields, options)?, fields.flag("stream")?);
     let usage = StreamUsage::take(&mut fields, stream, options)?;
     let return_ids = fields.flag("return_token_ids")?;
+    let top = logprobs::of_chat(&mut fields)?;
     let sampling = Sampling::take(&mut fields, &["max_completion_tokens", "max_tokens"], "stop")?;
-    let (prefix, blocks) = block_hashes(&ids);
-    let generations = sampling.generations(prefix, options.max_model_len)?;
+    let (prefix, blocks) = block_hashes(&asked.ids);
+    let generations = sampling.generations(&asked.ids, prefix, options.max_model_len)?;
+    let choices = generations.len();
     let id = format!("chatcmpl-{}", origin.id);
-    let renderer =
-        Chat::new(&id, &model, origin, usage, if return_ids { Some(ids) } else { None }, generations.len());
+    let renderer = Chat {
+        role: asked.role,
+        prompt_ids: return_ids.then_some(asked.ids),
+        logprobs: top.map(|top| Logprobs::new(top, vec![prefix; choices])),
+        parser: parser(options, asked.tool),
+        ..Chat::new(&id, &model, origin, usage, choices)
+    };
     Ok(Job {
-        blocks: vec![blocks; generations.len()],
+        blocks: vec![blocks; choices],
         generations,
         prompt_tokens: prefix.len(),
         n: sampling.n,
@@ -48,20 +71,25 @@ pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Res
     })
 }
 
-/// The prompt's ids of a chat request.
+/// How this engine parses an answer to a request with that tool.
+pub(super) fn parser(options: &Options, tool: Option<String>) -> Parser {
+    Parser::new(options.sim.reasoning_tokens, options.sim.tool_call_tokens, tool)
+}
+
+/// Takes what a chat request asks about out.
 ///
 /// # Errors
 /// 400, naming the field.
-pub(super) fn prompt(fields: &mut Fields, options: &Options) -> Result<Vec<u32>, ApiError> {
+pub(super) fn asked(fields: &mut Fields, options: &Options) -> Result<Asked, ApiError> {
     let messages = match fields.take("messages") {
         Some(Value::Array(items)) => items.into_iter().map(message).collect::<Result<Vec<_>, _>>()?,
         Some(_) => return Err(ApiError::invalid("list_type", "messages", "Input should be a valid list")),
         None => return Err(ApiError::invalid("missing", "messages", "Field required")),
     };
-    if messages.is_empty() {
+    let Some(last) = messages.last() else {
         return Err(ApiError::bad("messages", "messages must have at least one element"));
-    }
-    refuse_tools(fields, options)?;
+    };
+    let tool = tool(fields, options)?;
     let continues = fields.flag("continue_final_message")?;
     let answers = fields.optional_flag("add_generation_prompt")?.unwrap_or(true);
     let ending = match (continues, answers) {
@@ -73,18 +101,23 @@ pub(super) fn prompt(fields: &mut Fields, options: &Options) -> Result<Vec<u32>,
         (false, true) => Ending::Answer,
         (false, false) => Ending::Closed,
     };
-    Ok(render(&messages, ending))
+    let role = if answers { "assistant".into() } else { last.role.clone() };
+    Ok(Asked { ids: render(&messages, ending), role, tool })
 }
 
-fn refuse_tools(fields: &mut Fields, options: &Options) -> Result<(), ApiError> {
-    let tools = fields.take("tools").is_some_and(|t| t.as_array().is_none_or(|t| !t.is_empty()));
-    let choice = fields.take("tool_choice");
-    if tools && !options.auto_tool_choice && choice != Some("none".into()) {
+/// The name of the first tool, if it may be called.
+fn tool(fields: &mut Fields, options: &Options) -> Result<Option<String>, ApiError> {
+    let tools = fields.take("tools").filter(|t| t.as_array().is_none_or(|t| !t.is_empty()));
+    let refused = fields.take("tool_choice") == Some("none".into());
+    let Some(tools) = tools.filter(|_| !refused) else { return Ok(None) };
+    if !options.auto_tool_choice {
         let message =
             "\"auto\" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set";
         return Err(ApiError::bad("tool_choice", message));
     }
-    Ok(())
+    let first = tools.get(0);
+    let name = first.and_then(|tool| tool.pointer("/function/name").or_else(|| tool.get("name")));
+    Ok(Some(name.and_then(Value::as_str).unwrap_or("tool").to_string()))
 }
 
 /// One message, its parts joined.
@@ -134,42 +167,74 @@ fn part(part: Value) -> Result<String, ApiError> {
 struct Chat {
     /// The object's start, up to `created` and `model`.
     head: String,
-    /// Before the text of choice i, from `data:`.
+    /// Before the delta of choice i, from `data:`.
     before: Vec<Vec<u8>>,
+    /// Tokens of choice i so far.
+    made: Vec<u64>,
     fingerprint: String,
     usage: StreamUsage,
+    role: String,
     prompt_ids: Option<Vec<u32>>,
-    unfinished: usize,
+    logprobs: Option<Logprobs>,
+    parser: Parser,
 }
 
 impl Chat {
-    fn new(
-        id: &str,
-        model: &str,
-        origin: &Origin,
-        usage: StreamUsage,
-        prompt_ids: Option<Vec<u32>>,
-        choices: usize,
-    ) -> Self {
+    fn new(id: &str, model: &str, origin: &Origin, usage: StreamUsage, choices: usize) -> Self {
         let rest = format!("\"created\":{},\"model\":{}", origin.created, quoted(model));
         let head = format!("{{\"id\":{},\"object\":\"chat.completion.chunk\",{rest}", quoted(id));
-        let before =
-            |i| format!("data: {head},\"choices\":[{{\"index\":{i},\"delta\":{{\"content\":\"").into_bytes();
+        let before = |i| format!("data: {head},\"choices\":[{{\"index\":{i},\"delta\":{{").into_bytes();
         Self {
             before: (0..choices).map(before).collect(),
+            made: vec![0; choices],
             head,
             fingerprint: origin.fingerprint.clone(),
             usage,
-            prompt_ids,
-            unfinished: choices,
+            role: "assistant".into(),
+            prompt_ids: None,
+            logprobs: None,
+            parser: Parser::default(),
         }
     }
 
     fn push_usage(&self, out: &mut Vec<u8>, usage: Usage) {
         if self.usage.continuous {
             out.extend_from_slice(b",\"usage\":");
-            usage.push_openai(out);
+            Usage { cached: 0, ..usage }.push_openai(out);
+            out.pop();
+            out.extend_from_slice(b",\"completion_tokens_details\":null}");
         }
+    }
+
+    /// Appends the inside of a delta with this text.
+    fn push_delta(&self, out: &mut Vec<u8>, part: Part, text: &str) {
+        match part {
+            Part::Content => out.extend_from_slice(b"\"content\":\""),
+            Part::Reasoning => out.extend_from_slice(b"\"reasoning\":\""),
+            Part::Call { first: true } => {
+                let start = format!("\"tool_calls\":[{{{TOOL_CALL},\"index\":0,\"function\":{{\"name\":");
+                out.extend_from_slice(start.as_bytes());
+                out.extend_from_slice(quoted(self.parser.tool()).as_bytes());
+                out.extend_from_slice(b",\"arguments\":\"");
+            }
+            Part::Call { first: false } => {
+                out.extend_from_slice(b"\"tool_calls\":[{\"index\":0,\"function\":{\"arguments\":\"");
+            }
+        }
+        push_escaped(out, text);
+        out.extend_from_slice(if matches!(part, Part::Call { .. }) { b"\"}}]" } else { b"\"" });
+    }
+
+    fn push_logprobs(&mut self, out: &mut Vec<u8>, choice: usize, ids: &[u32]) {
+        match &mut self.logprobs {
+            Some(logprobs) => logprobs.push_chat(out, choice, ids),
+            None => out.extend_from_slice(b"null"),
+        }
+    }
+
+    /// The `finish_reason` of a choice of so many tokens.
+    fn reason(&self, finish: &Finish, tokens: u64) -> &'static str {
+        if self.parser.calls(tokens) && finish.reason() == "stop" { "tool_calls" } else { finish.reason() }
     }
 }
 
@@ -177,41 +242,39 @@ impl Render for Chat {
     fn open(&mut self, frame: &mut Frame, usage: Usage) {
         for i in 0..self.before.len() {
             frame.event(|out| {
-                out.extend_from_slice(format!("data: {},\"choices\":[{{\"index\":{i},", self.head).as_bytes());
-                out.extend_from_slice(
-                    b"\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":null}]",
-                );
+                let start = format!("data: {},\"choices\":[{{\"index\":{i},\"delta\":{{\"role\":", self.head);
+                out.extend_from_slice(start.as_bytes());
+                out.extend_from_slice(quoted(&self.role).as_bytes());
+                out.extend_from_slice(b",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":null}]");
                 self.push_usage(out, usage);
                 out.extend_from_slice(b",\"prompt_token_ids\":");
-                match &self.prompt_ids {
-                    Some(ids) => push_ids(out, ids),
-                    None => out.extend_from_slice(b"null"),
-                }
-                out.extend_from_slice(b"}\n\n");
+                push_optional_ids(out, self.prompt_ids.as_ref());
+                out.extend_from_slice(b",\"prompt_text\":null}\n\n");
             });
         }
     }
 
     fn token(&mut self, frame: &mut Frame, token: &Token<'_>) {
-        let last = token.finish.is_some();
-        self.unfinished -= usize::from(last);
+        let part = self.parser.part(self.made[token.choice]);
+        self.made[token.choice] += u64::from(token.id.is_some());
         frame.event(|out| {
             out.extend_from_slice(&self.before[token.choice]);
-            push_escaped(out, token.text);
-            out.extend_from_slice(b"\"},\"logprobs\":null,");
+            self.push_delta(out, part, token.text);
+            out.extend_from_slice(b"},\"logprobs\":");
+            self.push_logprobs(out, token.choice, token.id.as_slice());
+            out.push(b',');
             match token.finish {
                 None => out.extend_from_slice(b"\"finish_reason\":null"),
-                Some(finish) => push_finish(out, finish),
+                Some(finish) => push_finish(out, finish, self.reason(finish, self.made[token.choice])),
             }
             out.extend_from_slice(b",\"token_ids\":");
-            match token.id {
-                _ if self.prompt_ids.is_none() => out.extend_from_slice(b"null"),
-                Some(id) => push_ids(out, &[id]),
-                None => out.extend_from_slice(b"[]"),
+            match self.prompt_ids {
+                None => out.extend_from_slice(b"null"),
+                Some(_) => push_ids(out, token.id.as_slice()),
             }
             out.extend_from_slice(b"}]");
             self.push_usage(out, token.usage);
-            if last && self.unfinished == 0 && !self.usage.at_end {
+            if token.finish.is_some() && !self.usage.at_end {
                 push_fingerprint(out, &self.fingerprint);
             }
             out.extend_from_slice(b"}\n\n");
@@ -222,8 +285,9 @@ impl Render for Chat {
         close_stream(frame, self.usage.at_end.then_some(usage), &self.head, &self.fingerprint);
     }
 
-    fn error(&mut self, frame: &mut Frame, error: &ApiError) {
+    fn error(&mut self, frame: &mut Frame, error: &ApiError) -> bool {
         break_stream(frame, error);
+        true
     }
 
     fn unary(&mut self, outcomes: &[Outcome], usage: Usage) -> Vec<u8> {
@@ -231,18 +295,31 @@ impl Render for Chat {
         let mut out = format!("{head},\"choices\":[").into_bytes();
         for (i, outcome) in outcomes.iter().enumerate() {
             let comma = if i > 0 { "," } else { "" };
+            let [reasoning, call, _] = self.parser.split(&outcome.ids).map(tokens::decoded);
+            // What stop strings cut off is missing at the end of the text alone.
+            let content = outcome.text.get(reasoning.len() + call.len()..).unwrap_or_default();
+            let role = quoted(&self.role);
             out.extend_from_slice(
-                format!("{comma}{{\"index\":{i},\"message\":{{\"role\":\"assistant\",\"content\":\"")
-                    .as_bytes(),
+                format!("{comma}{{\"index\":{i},\"message\":{{\"role\":{role},\"content\":\"").as_bytes(),
             );
-            push_escaped(&mut out, &outcome.text);
+            push_escaped(&mut out, content);
             out.extend_from_slice(
-                b"\",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"tool_calls\":[],\"reasoning\":null},\"logprobs\":null,",
+                b"\",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"tool_calls\":[",
             );
-            push_finish(&mut out, &outcome.finish);
+            if !call.is_empty() {
+                let (tool, call) = (quoted(self.parser.tool()), quoted(&call));
+                let function =
+                    format!("{{{TOOL_CALL},\"function\":{{\"name\":{tool},\"arguments\":{call}}}}}");
+                out.extend_from_slice(function.as_bytes());
+            }
+            let reasoning = if reasoning.is_empty() { "null".into() } else { quoted(&reasoning) };
+            out.extend_from_slice(format!("],\"reasoning\":{reasoning}}},\"logprobs\":").as_bytes());
+            self.push_logprobs(&mut out, i, &outcome.ids);
+            out.push(b',');
+            push_finish(&mut out, &outcome.finish, self.reason(&outcome.finish, outcome.ids.len() as u64));
             out.extend_from_slice(b",\"token_ids\":");
             push_optional_ids(&mut out, self.prompt_ids.as_ref().map(|_| &outcome.ids));
-            out.push(b'}');
+            out.extend_from_slice(b",\"routed_experts\":null}");
         }
         out.extend_from_slice(b"],\"service_tier\":null");
         push_fingerprint(&mut out, &self.fingerprint);
@@ -292,10 +369,11 @@ pub(super) fn push_optional_ids(out: &mut Vec<u8>, ids: Option<&Vec<u32>>) {
 /// Appends the usage of a unary response, where vLLM spells the absent details out.
 pub(super) fn push_unary_usage(out: &mut Vec<u8>, usage: Usage) {
     usage.push_openai(out);
+    out.pop();
     if usage.cached == 0 {
-        out.pop();
-        out.extend_from_slice(b",\"prompt_tokens_details\":null}");
+        out.extend_from_slice(b",\"prompt_tokens_details\":null");
     }
+    out.extend_from_slice(b",\"completion_tokens_details\":null}");
 }
 
 /// The reason a list of outcomes gives for /metrics and records: that of the first.
@@ -334,7 +412,8 @@ mod tests {
     fn chunks_are_json_of_the_expected_shape() {
         let origin = Origin { id: "x".into(), created: 7, fingerprint: "f".into() };
         let usage = StreamUsage { at_end: true, continuous: false };
-        let mut chat = Chat::new("chatcmpl-x", "m\"", &origin, usage, Some(vec![1, 2]), 1);
+        let mut chat =
+            Chat { prompt_ids: Some(vec![1, 2]), ..Chat::new("chatcmpl-x", "m\"", &origin, usage, 1) };
         let mut frame = Frame::default();
         let counts = Usage { prompt: 2, completion: 1, cached: 0 };
         chat.open(&mut frame, counts);
@@ -358,6 +437,7 @@ mod tests {
         assert_eq!(events[2]["choices"][0]["finish_reason"], "length");
         assert_eq!(events[3]["usage"]["total_tokens"], 3);
         assert_eq!(events.iter().filter(|e| e.get("system_fingerprint").is_some()).count(), 1);
+        assert!(events[0]["prompt_text"].is_null() && events[1].get("usage").is_none());
         assert!(text.ends_with("data: [DONE]\n\n\r\n"));
         let whole = Outcome { text: "hi\n".into(), ids: vec![5], finish: Finish::StopString("x".into()) };
         let body: Value = serde_json::from_slice(&chat.unary(&[whole], counts)).unwrap();

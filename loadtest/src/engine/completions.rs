@@ -7,6 +7,7 @@ use super::{
     chat::{Origin, break_stream, close_stream, push_fingerprint, push_optional_ids, push_unary_usage},
     error::ApiError,
     generation::{Outcome, block_hashes},
+    logprobs::{self, Logprobs},
     render::{Frame, Job, Render, Token, Usage, push_escaped, push_finish, push_ids, quoted},
     request::{Fields, Sampling, StreamUsage, token_ids},
     tokens,
@@ -25,6 +26,7 @@ pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Res
     let (model, prompts, stream) = (fields.model(options)?, prompts(&mut fields)?, fields.flag("stream")?);
     let usage = StreamUsage::take(&mut fields, stream, options)?;
     let return_ids = fields.flag("return_token_ids")?;
+    let top = logprobs::of_completion(&mut fields)?;
     let mut sampling = Sampling::take(&mut fields, &["max_tokens"], "stop")?;
     sampling.max_tokens = sampling.max_tokens.or(Some(DEFAULT_MAX_TOKENS));
     let (mut generations, mut blocks, mut prompt_ids, mut prompt_tokens) =
@@ -32,12 +34,16 @@ pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Res
     for ids in prompts {
         let (prefix, hashes) = block_hashes(&ids);
         prompt_tokens += prefix.len();
-        let choices = sampling.generations(prefix, options.max_model_len)?;
+        let choices = sampling.generations(&ids, prefix, options.max_model_len)?;
         blocks.extend(std::iter::repeat_n(hashes, choices.len()));
         prompt_ids.extend(std::iter::repeat_n(if return_ids { Some(ids) } else { None }, choices.len()));
         generations.extend(choices);
     }
-    let renderer = Completion::new(&format!("cmpl-{}", origin.id), &model, origin, usage, prompt_ids);
+    let logprobs = top.map(|top| Logprobs::new(top, generations.iter().map(|g| *g.prefix()).collect()));
+    let renderer = Completion {
+        logprobs,
+        ..Completion::new(&format!("cmpl-{}", origin.id), &model, origin, usage, prompt_ids)
+    };
     Ok(Job {
         generations,
         blocks,
@@ -94,7 +100,7 @@ struct Completion {
     prompt_ids: Vec<Option<Vec<u32>>>,
     /// Choices whose first chunk is out.
     opened: Vec<bool>,
-    unfinished: usize,
+    logprobs: Option<Logprobs>,
 }
 
 impl Completion {
@@ -119,7 +125,14 @@ impl Completion {
             usage,
             prompt_ids,
             opened: vec![false; choices],
-            unfinished: choices,
+            logprobs: None,
+        }
+    }
+
+    fn push_logprobs(&mut self, out: &mut Vec<u8>, choice: usize, ids: &[u32]) {
+        match &mut self.logprobs {
+            Some(logprobs) => logprobs.push_completion(out, choice, ids),
+            None => out.extend_from_slice(b"null"),
         }
     }
 }
@@ -128,33 +141,31 @@ impl Render for Completion {
     fn open(&mut self, _frame: &mut Frame, _usage: Usage) {}
 
     fn token(&mut self, frame: &mut Frame, token: &Token<'_>) {
-        let last = token.finish.is_some();
-        self.unfinished -= usize::from(last);
         let first = !std::mem::replace(&mut self.opened[token.choice], true);
-        let prompt_ids = self.prompt_ids[token.choice].as_ref();
         frame.event(|out| {
             out.extend_from_slice(&self.before[token.choice]);
             push_escaped(out, token.text);
-            out.extend_from_slice(b"\",\"logprobs\":null,");
+            out.extend_from_slice(b"\",\"logprobs\":");
+            self.push_logprobs(out, token.choice, token.id.as_slice());
+            out.push(b',');
             match token.finish {
                 None => out.extend_from_slice(b"\"finish_reason\":null,\"stop_reason\":null"),
-                Some(finish) => push_finish(out, finish),
+                Some(finish) => push_finish(out, finish, finish.reason()),
             }
+            let prompt_ids = self.prompt_ids[token.choice].as_ref();
             out.extend_from_slice(b",\"prompt_token_ids\":");
             push_optional_ids(out, prompt_ids.filter(|_| first));
             out.extend_from_slice(b",\"token_ids\":");
-            match token.id {
-                _ if prompt_ids.is_none() => out.extend_from_slice(b"null"),
-                Some(id) => push_ids(out, &[id]),
-                None => out.extend_from_slice(b"[]"),
+            match prompt_ids {
+                None => out.extend_from_slice(b"null"),
+                Some(_) => push_ids(out, token.id.as_slice()),
             }
-            out.extend_from_slice(b"}],\"usage\":");
+            out.extend_from_slice(b"}]");
             if self.usage.continuous {
-                token.usage.push_openai(out);
-            } else {
-                out.extend_from_slice(b"null");
+                out.extend_from_slice(b",\"usage\":");
+                Usage { cached: 0, ..token.usage }.push_openai(out);
             }
-            if last && self.unfinished == 0 && !self.usage.at_end {
+            if token.finish.is_some() && !self.usage.at_end {
                 push_fingerprint(out, &self.fingerprint);
             }
             out.extend_from_slice(b"}\n\n");
@@ -165,8 +176,9 @@ impl Render for Completion {
         close_stream(frame, self.usage.at_end.then_some(usage), &self.head, &self.fingerprint);
     }
 
-    fn error(&mut self, frame: &mut Frame, error: &ApiError) {
+    fn error(&mut self, frame: &mut Frame, error: &ApiError) -> bool {
         break_stream(frame, error);
+        true
     }
 
     fn unary(&mut self, outcomes: &[Outcome], usage: Usage) -> Vec<u8> {
@@ -175,20 +187,22 @@ impl Render for Completion {
             let comma = if i > 0 { "," } else { "" };
             out.extend_from_slice(format!("{comma}{{\"index\":{i},\"text\":\"").as_bytes());
             push_escaped(&mut out, &outcome.text);
-            out.extend_from_slice(b"\",\"logprobs\":null,");
-            push_finish(&mut out, &outcome.finish);
+            out.extend_from_slice(b"\",\"logprobs\":");
+            self.push_logprobs(&mut out, i, &outcome.ids);
+            out.push(b',');
+            push_finish(&mut out, &outcome.finish, outcome.finish.reason());
             let prompt_ids = self.prompt_ids.get(i).and_then(Option::as_ref);
             out.extend_from_slice(b",\"token_ids\":");
             push_optional_ids(&mut out, prompt_ids.map(|_| &outcome.ids));
             out.extend_from_slice(b",\"prompt_logprobs\":null,\"prompt_token_ids\":");
             push_optional_ids(&mut out, prompt_ids);
-            out.push(b'}');
+            out.extend_from_slice(b",\"routed_experts\":null}");
         }
         out.extend_from_slice(b"],\"service_tier\":null");
         push_fingerprint(&mut out, &self.fingerprint);
         out.extend_from_slice(b",\"usage\":");
         push_unary_usage(&mut out, usage);
-        out.extend_from_slice(b",\"kv_transfer_params\":null}");
+        out.extend_from_slice(b",\"kv_transfer_params\":null,\"ec_transfer_params\":null,\"metrics\":null}");
         out
     }
 }

@@ -16,8 +16,8 @@ use super::tokens;
 pub struct Fault {
     /// What happens.
     pub kind: FaultKind,
-    /// After how many tokens of the response (of its first choice). Absent: before any byte of the response, where
-    /// the kind allows it. 0: after the response header.
+    /// After how many tokens of the response (of all choices). Absent: before any byte of the response, where the kind
+    /// allows it. 0: after the response header. All of them: before what follows the last token.
     #[serde(default)]
     pub after_tokens: Option<u64>,
     /// Requests left to hit; absent = all.
@@ -38,9 +38,17 @@ pub struct Fault {
     /// For `slow`: how many times longer each token takes, 1 to 10,000.
     #[serde(default = "default_factor")]
     pub factor: f64,
-    /// For `cut`: bytes of the next event that still go out.
+    /// For `cut`: bytes of the event that still go out; as many as it has and more: all of them, and not the end of
+    /// their chunk.
     #[serde(default)]
     pub byte: usize,
+    /// For `cut`: which event of the stream, counted from 0, those with the role, the finish reason and the usage and
+    /// `[DONE]` included. Absent: the first one after `after_tokens`. A stream without such an event is left alone.
+    #[serde(default)]
+    pub event: Option<u64>,
+    /// For `freeze`: milliseconds between comments (`: keep-alive`) while it lasts; 0 = silence.
+    #[serde(default)]
+    pub keep_alive_ms: u64,
     /// For `crash`: the exit code; 137 = by SIGKILL, so that nothing is cleaned up.
     #[serde(default = "default_code")]
     pub code: u8,
@@ -92,7 +100,7 @@ pub enum FaultKind {
     Close,
     /// The body ends properly after k tokens, without finish reason or `[DONE]`.
     End,
-    /// The connection closes within the event after k tokens, after `byte` bytes of it.
+    /// The connection closes within an event, after `byte` bytes of it: the one after k tokens, or number `event`.
     Cut,
     /// /health answers 503.
     Unhealthy,
@@ -127,6 +135,8 @@ impl Fault {
             status: default_status(),
             factor: default_factor(),
             byte: 0,
+            event: None,
+            keep_alive_ms: 0,
             code: default_code(),
             hits: 0,
         }
@@ -250,9 +260,10 @@ mod tests {
 
     #[test]
     fn parses_the_short_form() {
-        let fault = Fault::parse("cut:after_tokens=5,byte=17,count=2,path=/v1/chat").unwrap();
+        let fault = Fault::parse("cut:after_tokens=5,event=3,byte=17,count=2,path=/v1/chat").unwrap();
         let wanted = Fault {
             after_tokens: Some(5),
+            event: Some(3),
             byte: 17,
             count: Some(2),
             path: "/v1/chat".into(),

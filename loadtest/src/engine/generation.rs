@@ -1,8 +1,11 @@
 //! One choice of one request: from its prompt to its last token. Pure: what an engine answers, and what a checker expects.
 //!
 //! A [`Generation`] knows its limits, stop strings and its natural end, and yields one [`Step`] per token. It holds back
-//! the text that may still turn out to be the start of a stop string, as vLLM does. No clock, no I/O: who calls
-//! [`Generation::step`] decides when.
+//! the text that may still turn out to be the start of a stop string, as vLLM does: always as many characters as the
+//! longest one has, less one. No clock, no I/O: who calls [`Generation::step`] decides when.
+//!
+//! As vLLM also does: a prompt of ids that ends within a character has all of its text given out again, in front of the
+//! character, as soon as that is complete ([`Generation::after`]). A gateway must not continue from such a place.
 //!
 //! The natural end is drawn only where the output may fill the context ([`Limits::may_end`]): a request that names a
 //! smaller `max_tokens` gets exactly that many. A continuation that keeps this property ends where the original would.
@@ -21,11 +24,11 @@ pub struct Limits {
     pub min_tokens: u64,
     /// True if the generation may end by itself: it may fill the context and has no `ignore_eos`.
     pub may_end: bool,
-    /// Strings that end the output; the first in this list that is found wins.
+    /// Strings that end the output; the one that is complete first wins, of several the first in this list.
     pub stop: Vec<String>,
     /// Ids that end the output.
     pub stop_token_ids: Vec<u32>,
-    /// Keep the stop string in the output.
+    /// Keep the stop string, or the text of the stop id, in the output.
     pub include_stop: bool,
 }
 
@@ -75,10 +78,12 @@ pub struct Generation {
     window: String,
     /// Bytes of `window` that were given out.
     given: usize,
-    /// Bytes of `window` that came before `min_tokens` and are not searched.
-    unsearched: usize,
     /// Bytes in which a stop string may begin: one less than the longest.
     reach: usize,
+    /// Characters that are held back: one less than the longest stop string.
+    held_back: usize,
+    /// The prompt's bytes and those generated since, as long as they end within a character.
+    open: Option<Vec<u8>>,
     finished: bool,
     piece: Vec<u8>,
 }
@@ -87,6 +92,10 @@ impl Generation {
     /// A generation after `prefix`. `salt` comes from [`tokens::salt`].
     pub fn new(prefix: Prefix, salt: u64, limits: Limits) -> Self {
         let longest = limits.stop.iter().map(String::len).max().unwrap_or(0);
+        let held_back = match limits.include_stop {
+            true => 0,
+            false => limits.stop.iter().map(|stop| stop.chars().count()).max().unwrap_or(0).saturating_sub(1),
+        };
         Self {
             prefix,
             salt,
@@ -94,11 +103,27 @@ impl Generation {
             generated: 0,
             window: String::new(),
             given: 0,
-            unsearched: 0,
             reach: longest.saturating_sub(1),
+            held_back,
+            open: None,
             finished: false,
             piece: Vec::with_capacity(8),
         }
+    }
+
+    /// The same with the ids of its prompt, which matter if they end within a character.
+    #[must_use]
+    pub fn after(mut self, prompt: &[u32]) -> Self {
+        // No character has more tokens than bytes, and special tokens between them are rare.
+        let tail = prompt.get(prompt.len().saturating_sub(16)..).unwrap_or(prompt);
+        if tokens::shown(tail).ends_with('\u{fffd}') {
+            let mut bytes = Vec::new();
+            for &id in prompt {
+                tokens::decode_into(id, &mut bytes);
+            }
+            self.open = Some(bytes);
+        }
+        self
     }
 
     /// Tokens generated so far.
@@ -131,10 +156,19 @@ impl Generation {
         Some(Step { id, finish })
     }
 
+    /// Ends it where it is, and appends the text that was held back.
+    pub fn abort(&mut self, text: &mut String) {
+        self.finished = true;
+        self.release(0, text);
+    }
+
     /// Takes the text of token `id` in, gives out what may be given, and says whether this was the last token.
     fn finish_at(&mut self, id: u32, ends: bool, past_minimum: bool, text: &mut String) -> Option<Finish> {
-        self.piece.clear();
-        tokens::decode_into(id, &mut self.piece);
+        let stops = !ends && past_minimum && self.limits.stop_token_ids.contains(&id);
+        self.take_piece(id);
+        if stops && !self.limits.include_stop {
+            self.piece.clear();
+        }
         // Pieces are whole characters: a head has no bytes of its own.
         let piece = std::str::from_utf8(&self.piece).unwrap_or("\u{fffd}");
         let last = self.generated >= self.limits.max_tokens;
@@ -143,36 +177,43 @@ impl Generation {
         } else {
             let before = self.window.len();
             self.window.push_str(piece);
-            if past_minimum {
-                if let Some(found) = self.found_stop(before) {
-                    return Some(self.stop_at(found, text));
-                }
-            } else {
-                self.unsearched = self.window.len();
+            if past_minimum && let Some(found) = self.found_stop(before) {
+                return Some(self.stop_at(found, text));
             }
         }
-        if ends {
+        if ends || stops {
             self.release(0, text);
-            return Some(Finish::End);
+            return Some(if ends { Finish::End } else { Finish::StopToken(id) });
         }
-        if past_minimum && self.limits.stop_token_ids.contains(&id) {
-            self.release(0, text);
-            return Some(Finish::StopToken(id));
-        }
-        self.release(if last || self.limits.include_stop { 0 } else { self.reach }, text);
+        self.release(if last { 0 } else { self.held_back }, text);
         last.then_some(Finish::Length)
     }
 
-    /// The first stop string that ends in the text added after byte `before`: its index and where it starts.
+    /// Puts the text that a token brings into `piece`.
+    fn take_piece(&mut self, id: u32) {
+        self.piece.clear();
+        tokens::decode_into(id, &mut self.piece);
+        let Some(open) = &mut self.open else { return };
+        open.append(&mut self.piece);
+        let whole = String::from_utf8_lossy(open);
+        if !self.prefix.is_mid_char() && !whole.ends_with('\u{fffd}') {
+            self.piece = whole.into_owned().into_bytes();
+            self.open = None;
+        }
+    }
+
+    /// Of the stop strings that end in the text added after byte `before`, the one that ends first: its index and where
+    /// it starts.
     fn found_stop(&self, before: usize) -> Option<(usize, usize)> {
-        self.limits.stop.iter().enumerate().find_map(|(i, stop)| {
-            let mut from = before.saturating_sub(stop.len().saturating_sub(1)).max(self.unsearched);
+        let found = self.limits.stop.iter().enumerate().filter_map(|(i, stop)| {
+            let mut from = before.saturating_sub(stop.len().saturating_sub(1));
             while !self.window.is_char_boundary(from) {
                 from += 1;
             }
-            let at = self.window.get(from..)?.find(stop.as_str())?;
-            Some((i, from + at))
-        })
+            let at = from + self.window.get(from..)?.find(stop.as_str())?;
+            Some((at + stop.len(), i, at))
+        });
+        found.min().map(|(_, i, at)| (i, at))
     }
 
     fn stop_at(&mut self, (index, start): (usize, usize), text: &mut String) -> Finish {
@@ -184,24 +225,22 @@ impl Generation {
         Finish::StopString(stop)
     }
 
-    /// Gives out the window but for its last `keep` bytes, never splitting a character, and forgets what no stop
-    /// string can begin in any more.
+    /// Gives out the window but for its last `keep` characters, and forgets what no stop string can begin in any more.
     fn release(&mut self, keep: usize, text: &mut String) {
-        let boundary = |window: &str, mut at: usize| {
-            while !window.is_char_boundary(at) {
-                at -= 1;
-            }
-            at
+        let upto = match keep {
+            0 => self.window.len(),
+            _ => self.window.char_indices().rev().nth(keep - 1).map_or(0, |(at, _)| at),
         };
-        let upto = boundary(&self.window, self.window.len().saturating_sub(keep));
         if let Some(new) = self.window.get(self.given..upto) {
             text.push_str(new);
             self.given = upto;
         }
-        let past = boundary(&self.window, self.window.len().saturating_sub(self.reach).min(self.given));
+        let mut past = self.window.len().saturating_sub(self.reach).min(self.given);
+        while !self.window.is_char_boundary(past) {
+            past -= 1;
+        }
         self.window.drain(..past);
         self.given -= past;
-        self.unsearched = self.unsearched.saturating_sub(past);
     }
 }
 
@@ -290,9 +329,55 @@ mod tests {
     #[test]
     fn stop_ids_end_the_output() {
         let all = run(limits(40));
-        let stopped = run(Limits { stop_token_ids: vec![all.ids[7]], ..limits(40) });
-        assert_eq!(stopped.ids, all.ids[..8]);
-        assert_eq!(stopped.finish, Finish::StopToken(all.ids[7]));
+        let stop = Limits { stop_token_ids: vec![all.ids[7]], ..limits(40) };
+        let stopped = run(stop.clone());
+        assert_eq!((&stopped.ids[..], stopped.finish), (&all.ids[..8], Finish::StopToken(all.ids[7])));
+        assert_eq!(stopped.text, tokens::decoded(&all.ids[..7]));
+        assert_eq!(run(Limits { include_stop: true, ..stop }).text, tokens::decoded(&all.ids[..8]));
+    }
+
+    #[test]
+    fn of_several_stop_strings_the_first_to_be_complete_wins() {
+        let all = run(limits(40)).text;
+        let (early, late) = (all[2..4].to_string(), all[1..5].to_string());
+        let stopped = run(Limits { stop: vec![late, early.clone()], ..limits(40) });
+        assert_eq!((stopped.text, stopped.finish), (all[..2].to_string(), Finish::StopString(early)));
+    }
+
+    /// Where text is held back, it is by characters, as Python counts them.
+    #[test]
+    fn as_many_characters_are_held_back_as_a_stop_string_may_need() {
+        let mut generation =
+            Generation::new(Prefix::of(&[9]), 0, Limits { stop: vec!["1".repeat(8)], ..limits(300) });
+        let (mut text, mut ids) = (String::new(), Vec::new());
+        while let Some(step) = generation.step(&mut text) {
+            ids.push(step.id);
+            let whole = tokens::decoded(&ids).chars().count();
+            let kept = if step.finish.is_some() { 0 } else { 7 };
+            assert_eq!(text.chars().count(), whole.saturating_sub(kept));
+        }
+        assert!(text.chars().any(|c| c.len_utf8() == 4), "characters of several bytes are there");
+        let mut aborted =
+            Generation::new(Prefix::of(&[9]), 0, Limits { stop: vec!["1".repeat(8)], ..limits(9) });
+        let (mut text, ids) =
+            (String::new(), [(); 4].map(|()| aborted.step(&mut String::new()).map(|s| s.id)));
+        aborted.abort(&mut text);
+        let whole = tokens::decoded(&ids.map(Option::unwrap));
+        assert!(whole.ends_with(&text) && text.chars().count() == 7 && aborted.is_finished());
+    }
+
+    #[test]
+    fn a_prompt_that_ends_within_a_character_comes_back_with_it() {
+        let prompt = [&tokens::encoded("Say it. "), &[tokens::CHAR_HEAD][..]].concat();
+        let continued = |ids: &[u32]| {
+            let generation = Generation::new(Prefix::of(ids), 0, limits(5)).after(ids);
+            complete(generation, u64::MAX)
+        };
+        let all = continued(&prompt);
+        assert_eq!(all.text, format!("Say it. {}", tokens::decoded(&all.ids)));
+        // From a clean place nothing comes back.
+        let clean = [&prompt[..], &all.ids[..1]].concat();
+        assert_eq!(continued(&clean).text, tokens::decoded(&continued(&clean).ids));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! `/v1/messages` and `/v1/messages/count_tokens`: Anthropic's API as vLLM serves it.
 //!
 //! The id keeps vLLM's `chatcmpl-` prefix; a stream ends with `message_stop`, not `[DONE]`. A last message of the
-//! assistant is a prefill: the answer continues it.
+//! assistant is no prefill: vLLM 0.32 closes it and begins a new answer behind it. Blocks open with their first text, so
+//! an answer without any has none in a stream, and an empty one in a body.
 
 use serde_json::{Value, json};
 
@@ -10,9 +11,11 @@ use super::{
     chat::{self, Origin},
     error::ApiError,
     generation::{Finish, Outcome, block_hashes},
+    parser::{Parser, Part},
     render::{Frame, Job, Render, Token, Usage, push_escaped},
     request::{Fields, Sampling},
     template::{Ending, Message, render},
+    tokens,
 };
 
 /// Makes a job of a Messages request.
@@ -22,6 +25,8 @@ use super::{
 pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Result<Job, ApiError> {
     let model = fields.model(options)?;
     let ids = prompt(&mut fields)?;
+    let tools = fields.take("tools");
+    let tool = tools.as_ref().and_then(|tools| tools.get(0)?.get("name")?.as_str().map(String::from));
     let stream = fields.flag("stream")?;
     let sampling = Sampling::take(&mut fields, &["max_tokens"], "stop_sequences")?;
     if sampling.max_tokens.is_none() {
@@ -31,7 +36,7 @@ pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Res
         return Err(ApiError::bad("n", "The Messages API has one choice."));
     }
     let (prefix, blocks) = block_hashes(&ids);
-    let generations = sampling.generations(prefix, options.max_model_len)?;
+    let generations = sampling.generations(&ids, prefix, options.max_model_len)?;
     Ok(Job {
         blocks: vec![blocks; generations.len()],
         generations,
@@ -39,7 +44,15 @@ pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Res
         n: 1,
         max_tokens: sampling.max_tokens,
         stream,
-        render: Box::new(Messages { id: format!("chatcmpl-{}", origin.id), model, finish: Finish::End }),
+        render: Box::new(Messages {
+            id: format!("chatcmpl-{}", origin.id),
+            model,
+            finish: Finish::End,
+            parser: chat::parser(options, tool),
+            made: 0,
+            block: 0,
+            open: None,
+        }),
     })
 }
 
@@ -49,7 +62,8 @@ pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Res
 /// 400 or 404, naming the field.
 pub(super) fn count_tokens(mut fields: Fields, options: &Options) -> Result<String, ApiError> {
     fields.model(options)?;
-    Ok(json!({"input_tokens": prompt(&mut fields)?.len()}).to_string())
+    let tokens = prompt(&mut fields)?.len();
+    Ok(json!({"input_tokens": tokens, "context_management": {"original_input_tokens": tokens}}).to_string())
 }
 
 fn prompt(fields: &mut Fields) -> Result<Vec<u32>, ApiError> {
@@ -76,29 +90,85 @@ fn prompt(fields: &mut Fields) -> Result<Vec<u32>, ApiError> {
         Some(_) => return Err(ApiError::invalid("list_type", "messages", "Input should be a valid list")),
         None => return Err(ApiError::invalid("missing", "messages", "Field required")),
     }
-    let prefill = messages.last().is_some_and(|m| m.role == "assistant");
-    Ok(render(&messages, if prefill { Ending::Continue } else { Ending::Answer }))
+    Ok(render(&messages, Ending::Answer))
+}
+
+/// A kind of block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Block {
+    Text,
+    Thinking,
+    ToolUse,
+}
+
+impl Block {
+    const fn of(part: Part) -> Self {
+        match part {
+            Part::Content => Self::Text,
+            Part::Reasoning => Self::Thinking,
+            Part::Call { .. } => Self::ToolUse,
+        }
+    }
+
+    /// How its content is called in a delta, and the delta.
+    const fn delta(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Text => ("text", "text_delta"),
+            Self::Thinking => ("thinking", "thinking_delta"),
+            Self::ToolUse => ("partial_json", "input_json_delta"),
+        }
+    }
 }
 
 struct Messages {
     id: String,
     model: String,
     finish: Finish,
-}
-
-/// Anthropic's words for why it ended: `stop_reason` and `stop_sequence`.
-fn stop(finish: &Finish) -> (&'static str, Value) {
-    match finish {
-        Finish::Length => ("max_tokens", Value::Null),
-        Finish::StopString(stop) => ("stop_sequence", stop.as_str().into()),
-        Finish::End | Finish::StopToken(_) => ("end_turn", Value::Null),
-        Finish::Abort => ("abort", Value::Null),
-    }
+    parser: Parser,
+    /// Tokens so far.
+    made: u64,
+    /// Index of the block that is open, or comes next.
+    block: u64,
+    open: Option<Block>,
 }
 
 impl Messages {
     fn event(frame: &mut Frame, kind: &str, data: &Value) {
         frame.event(|out| out.extend_from_slice(format!("event: {kind}\ndata: {data}\n\n").as_bytes()));
+    }
+
+    /// Anthropic's words for why it ended: `stop_reason` and `stop_sequence`.
+    fn stop(&self, finish: &Finish, tokens: u64) -> (Value, Value) {
+        match finish {
+            Finish::Length => ("max_tokens".into(), Value::Null),
+            Finish::Abort => (Value::Null, Value::Null),
+            Finish::StopString(stop) => ("stop_sequence".into(), stop.as_str().into()),
+            _ if self.parser.calls(tokens) => ("tool_use".into(), Value::Null),
+            Finish::End | Finish::StopToken(_) => ("end_turn".into(), Value::Null),
+        }
+    }
+
+    /// The block as it begins.
+    fn empty(&self, block: Block) -> Value {
+        match block {
+            Block::Text => json!({"type": "text", "text": ""}),
+            Block::Thinking => json!({"type": "thinking", "thinking": ""}),
+            Block::ToolUse => {
+                json!({"type": "tool_use", "id": "chatcmpl-tool-0", "name": self.parser.tool(), "input": {}})
+            }
+        }
+    }
+
+    fn close_block(&mut self, frame: &mut Frame) {
+        let Some(block) = self.open.take() else { return };
+        let index = self.block;
+        if block == Block::Thinking {
+            let delta = json!({"type": "signature_delta", "signature": self.id});
+            let data = json!({"type": "content_block_delta", "index": index, "delta": delta});
+            Self::event(frame, "content_block_delta", &data);
+        }
+        Self::event(frame, "content_block_stop", &json!({"type": "content_block_stop", "index": index}));
+        self.block += 1;
     }
 }
 
@@ -110,33 +180,38 @@ impl Render for Messages {
             "usage": {"input_tokens": usage.prompt, "output_tokens": 0},
         });
         Self::event(frame, "message_start", &json!({"type": "message_start", "message": message}));
-        let block = json!({"type": "text", "text": ""});
-        Self::event(
-            frame,
-            "content_block_start",
-            &json!({"type": "content_block_start", "index": 0, "content_block": block}),
-        );
     }
 
     fn token(&mut self, frame: &mut Frame, token: &Token<'_>) {
         if let Some(finish) = token.finish {
             self.finish = finish.clone();
         }
+        let block = Block::of(self.parser.part(self.made));
+        self.made += u64::from(token.id.is_some());
         if token.text.is_empty() {
             return;
         }
+        if self.open != Some(block) {
+            self.close_block(frame);
+            self.open = Some(block);
+            let start = json!({"type": "content_block_start", "index": self.block, "content_block": self.empty(block)});
+            Self::event(frame, "content_block_start", &start);
+        }
+        let (name, delta) = block.delta();
+        let index = self.block;
         frame.event(|out| {
-            out.extend_from_slice(
-                b"event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"index\":0,\"delta\":{\"type\":\"text_delta\",\"text\":\"",
+            let start = format!(
+                "event: content_block_delta\ndata: {{\"type\":\"content_block_delta\",\"index\":{index},\"delta\":{{\"type\":\"{delta}\",\"{name}\":\""
             );
+            out.extend_from_slice(start.as_bytes());
             push_escaped(out, token.text);
             out.extend_from_slice(b"\"}}\n\n");
         });
     }
 
     fn close(&mut self, frame: &mut Frame, usage: Usage) {
-        Self::event(frame, "content_block_stop", &json!({"type": "content_block_stop", "index": 0}));
-        let (reason, sequence) = stop(&self.finish);
+        self.close_block(frame);
+        let (reason, sequence) = self.stop(&self.finish, self.made);
         let delta = json!({
             "type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": sequence},
             "usage": {"input_tokens": usage.prompt, "output_tokens": usage.completion},
@@ -145,21 +220,40 @@ impl Render for Messages {
         Self::event(frame, "message_stop", &json!({"type": "message_stop"}));
     }
 
-    fn error(&mut self, frame: &mut Frame, error: &ApiError) {
-        frame.event(|out| {
-            out.extend_from_slice(format!("event: error\ndata: {}\n\n", error.anthropic_body()).as_bytes())
-        });
+    fn error(&mut self, frame: &mut Frame, error: &ApiError) -> bool {
+        // Whatever it was: vLLM's converter from chats fails on it.
+        let data = json!({"type": "error", "error": {"type": "internal_error", "message": error.message}});
+        Self::event(frame, "error", &data);
+        true
     }
 
     fn unary(&mut self, outcomes: &[Outcome], usage: Usage) -> Vec<u8> {
         let Some(outcome) = outcomes.first() else { return Vec::new() };
-        let (reason, sequence) = stop(&outcome.finish);
-        let body = json!({
-            "id": self.id, "type": "message", "role": "assistant",
-            "content": [{"type": "text", "text": outcome.text}], "model": self.model,
-            "stop_reason": reason, "stop_sequence": sequence,
+        let (reason, sequence) = self.stop(&outcome.finish, outcome.ids.len() as u64);
+        let [thinking, call, _] = self.parser.split(&outcome.ids).map(tokens::decoded);
+        let text = outcome.text.get(thinking.len() + call.len()..).unwrap_or_default();
+        let mut content = Vec::new();
+        if !thinking.is_empty() {
+            content.push(json!({"type": "thinking", "thinking": thinking, "signature": self.id}));
+        }
+        if !text.is_empty() || thinking.is_empty() && call.is_empty() {
+            content.push(json!({"type": "text", "text": text}));
+        }
+        if !call.is_empty() {
+            let mut block = self.empty(Block::ToolUse);
+            block["input"] = json!({"text": call});
+            content.push(block);
+        }
+        let mut body = json!({
+            "id": self.id, "type": "message", "role": "assistant", "content": content, "model": self.model,
             "usage": {"input_tokens": usage.prompt, "output_tokens": usage.completion},
         });
+        // What is null is left out of a body.
+        for (name, value) in [("stop_reason", reason), ("stop_sequence", sequence)] {
+            if !value.is_null() {
+                body[name] = value;
+            }
+        }
         body.to_string().into_bytes()
     }
 

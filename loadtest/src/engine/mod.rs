@@ -12,8 +12,8 @@
 //!
 //! Beside it: `other_routes` (embeddings, tokens, health ...), [`audio`], and the WebSocket of `realtime`.
 //!
-//! Pure: [`tokens`], [`generation`], [`template`], [`batch`], [`kv`], [`faults`], `args`, `request`, `render`.
-//! Absent: tools, logprobs, multimodal inputs, beam search, LoRA beyond names, HTTP/2, TLS.
+//! Pure: [`tokens`], [`generation`], [`template`], [`batch`], [`kv`], [`faults`], `args`, `request`, `render`, `logprobs`,
+//! `parser`. Absent: templates with tools, multimodal inputs, beam search, LoRA beyond names, HTTP/2, TLS.
 
 mod args;
 pub mod audio;
@@ -27,9 +27,11 @@ pub mod faults;
 pub mod generation;
 mod http;
 pub mod kv;
+mod logprobs;
 mod messages;
 mod metrics;
 mod other_routes;
+mod parser;
 mod realtime;
 mod record;
 mod render;

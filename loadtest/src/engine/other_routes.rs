@@ -335,11 +335,11 @@ fn tokenize(engine: &Engine, mut fields: Fields) -> Result<Value, ApiError> {
     fields.model(&engine.options)?;
     let ids = match fields.string("prompt")? {
         Some(text) => tokens::encoded(&text),
-        None => chat::prompt(&mut fields, &engine.options)?,
+        None => chat::asked(&mut fields, &engine.options)?.ids,
     };
     let words = fields
         .flag("return_token_strs")?
-        .then(|| ids.iter().map(|&id| tokens::decoded(&[id])).collect::<Vec<_>>());
+        .then(|| ids.iter().map(|&id| tokens::shown(&[id])).collect::<Vec<_>>());
     Ok(
         json!({"count": ids.len(), "max_model_len": engine.options.max_model_len, "tokens": ids, "token_strs": words}),
     )
@@ -348,7 +348,7 @@ fn tokenize(engine: &Engine, mut fields: Fields) -> Result<Value, ApiError> {
 fn detokenize(engine: &Engine, mut fields: Fields) -> Result<Value, ApiError> {
     fields.model(&engine.options)?;
     match fields.take("tokens") {
-        Some(Value::Array(items)) => Ok(json!({"prompt": tokens::decoded(&token_ids(&items, "tokens")?)})),
+        Some(Value::Array(items)) => Ok(json!({"prompt": tokens::shown(&token_ids(&items, "tokens")?)})),
         Some(_) => Err(ApiError::invalid("list_type", "tokens", "Input should be a valid list")),
         None => Err(ApiError::invalid("missing", "tokens", "Field required")),
     }

@@ -55,14 +55,16 @@ pub(super) struct Token<'a> {
 
 /// One API's way of saying things.
 pub(super) trait Render: Send + Sync {
+    /// Events that come with the response's header, long before the first token.
+    fn greet(&mut self, _frame: &mut Frame) {}
     /// Events before the first token.
     fn open(&mut self, frame: &mut Frame, usage: Usage);
     /// The events of one token.
     fn token(&mut self, frame: &mut Frame, token: &Token<'_>);
     /// Events after the last token of all choices.
     fn close(&mut self, frame: &mut Frame, usage: Usage);
-    /// The events of an error within the stream, its end included.
-    fn error(&mut self, frame: &mut Frame, error: &ApiError);
+    /// The events of an error within the stream, its end included. False if this API says nothing and is cut off.
+    fn error(&mut self, frame: &mut Frame, error: &ApiError) -> bool;
     /// The whole body of a response that is not streamed.
     fn unary(&mut self, outcomes: &[Outcome], usage: Usage) -> Vec<u8>;
     /// The body of an error instead of a response.
@@ -95,28 +97,57 @@ pub(super) struct Frame {
     scratch: Vec<u8>,
     /// Framed bytes, ready to send.
     pub(super) out: Vec<u8>,
+    /// Events so far.
+    events: u64,
+    /// The event to cut off, counted from 0, and the bytes of it that still go out.
+    cut: Option<(u64, usize)>,
+    is_cut: bool,
 }
 
 impl Frame {
     /// Adds one event: `write` writes all of it, from `data:` or `event:` to the empty line.
     pub(super) fn event(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
-        self.scratch.clear();
-        write(&mut self.scratch);
-        push_chunk(&mut self.out, &self.scratch);
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.clear();
+        write(&mut scratch);
+        self.push(&scratch);
+        self.scratch = scratch;
     }
 
     /// Adds OpenAI's last event.
     pub(super) fn done(&mut self) {
-        push_chunk(&mut self.out, b"data: [DONE]\n\n");
+        self.push(b"data: [DONE]\n\n");
     }
 
-    /// Adds the first `bytes` bytes of an event whose chunk announces all of it: what a peer sees of a cut.
-    pub(super) fn cut_event(&mut self, bytes: usize, write: impl FnOnce(&mut Frame)) {
-        let mut whole = Self::default();
-        write(&mut whole);
-        let line = whole.out.iter().position(|&b| b == b'\n').map_or(0, |at| at + 1);
-        let end = whole.out.len().min(line.saturating_add(bytes));
-        self.out.extend_from_slice(&whole.out[..end]);
+    /// Adds a comment, which is no event, as `--sse-keep-alive-interval` does.
+    pub(super) fn keep_alive(&mut self) {
+        push_chunk(&mut self.out, b": keep-alive\n\n");
+    }
+
+    fn push(&mut self, event: &[u8]) {
+        if self.is_cut {
+            return;
+        }
+        match self.cut {
+            Some((at, bytes)) if at == self.events => {
+                push_chunk_size(&mut self.out, event.len());
+                self.out.extend_from_slice(event.get(..bytes).unwrap_or(event));
+                self.is_cut = true;
+            }
+            _ => push_chunk(&mut self.out, event),
+        }
+        self.events += 1;
+    }
+
+    /// From event `at` on (none: the next one) only `bytes` bytes go out, of an event whose chunk announces all of it:
+    /// what a peer sees of a cut.
+    pub(super) fn cut_at(&mut self, at: Option<u64>, bytes: usize) {
+        self.cut = Some((at.unwrap_or(self.events), bytes));
+    }
+
+    /// True once an event was cut.
+    pub(super) const fn is_cut(&self) -> bool {
+        self.is_cut
     }
 
     /// Adds bytes as one chunk that claims to be longer than it is, or not at all a chunk.
@@ -172,10 +203,10 @@ pub(super) fn push_ids(out: &mut Vec<u8>, ids: &[u32]) {
     out.push(b']');
 }
 
-/// Appends `"finish_reason"` and `"stop_reason"` of a finished choice.
-pub(super) fn push_finish(out: &mut Vec<u8>, finish: &Finish) {
+/// Appends `"finish_reason"` and `"stop_reason"` of a finished choice, `reason` being the former.
+pub(super) fn push_finish(out: &mut Vec<u8>, finish: &Finish, reason: &str) {
     out.extend_from_slice(b"\"finish_reason\":\"");
-    out.extend_from_slice(finish.reason().as_bytes());
+    out.extend_from_slice(reason.as_bytes());
     out.extend_from_slice(b"\",\"stop_reason\":");
     match finish {
         Finish::StopString(stop) => out.extend_from_slice(quoted(stop).as_bytes()),
@@ -198,10 +229,18 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_event_keeps_its_chunk_size() {
-        let mut frame = Frame::default();
-        frame.cut_event(4, |whole| whole.event(|out| out.extend_from_slice(b"data: 12\n\n")));
-        assert_eq!(frame.out, b"a\r\ndata");
+    fn a_cut_event_keeps_its_chunk_size_and_is_the_last() {
+        let framed = |at, bytes| {
+            let mut frame = Frame::default();
+            frame.cut_at(at, bytes);
+            frame.event(|out| out.extend_from_slice(b"data: 12\n\n"));
+            frame.done();
+            (String::from_utf8(frame.out.clone()).unwrap(), frame.is_cut())
+        };
+        assert_eq!(framed(None, 4), ("a\r\ndata".into(), true));
+        assert_eq!(framed(Some(0), 99), ("a\r\ndata: 12\n\n".into(), true));
+        assert_eq!(framed(Some(1), 0), ("a\r\ndata: 12\n\n\r\ne\r\n".into(), true));
+        assert!(!framed(Some(2), 0).1, "there is no such event");
     }
 
     #[test]

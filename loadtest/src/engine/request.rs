@@ -174,6 +174,8 @@ pub(super) fn token_ids(items: &[Value], field: &str) -> Result<Vec<u32>, ApiErr
 pub(super) struct Sampling {
     /// Tokens to generate at most; none = as many as fit.
     pub(super) max_tokens: Option<u64>,
+    /// The field that says so.
+    limit_name: &'static str,
     min_tokens: u64,
     ignore_eos: bool,
     stop: Vec<String>,
@@ -191,13 +193,15 @@ impl Sampling {
     /// 400 naming the field.
     pub(super) fn take(
         fields: &mut Fields,
-        max_tokens_names: &[&str],
+        max_tokens_names: &[&'static str],
         stop_name: &str,
     ) -> Result<Self, ApiError> {
-        let mut max_tokens = None;
+        let (mut max_tokens, mut limit_name) = (None, "max_tokens");
         for name in max_tokens_names {
             let given = positive(fields, name, 1)?;
-            max_tokens = max_tokens.or(given);
+            if max_tokens.is_none() {
+                (max_tokens, limit_name) = (given, name);
+            }
         }
         fields.check_number("temperature", 0.0..=f64::MAX)?;
         fields.check_number("top_p", 0.0..=1.0)?;
@@ -205,6 +209,7 @@ impl Sampling {
         if n > MAX_CHOICES {
             return Err(ApiError::bad("n", format!("n must be at most {MAX_CHOICES}, got {n}.")));
         }
+        // Endpoints that have them take `logprobs` and `top_logprobs` out before.
         for name in ["logprobs", "top_logprobs", "prompt_logprobs", "echo", "suffix", "use_beam_search"] {
             let asked = fields.take(name).is_some_and(|v| v != Value::Bool(false) && v != 0 && v != "");
             if asked {
@@ -212,11 +217,6 @@ impl Sampling {
             }
         }
         let min_tokens = positive(fields, "min_tokens", 0)?.unwrap_or(0);
-        if let Some(max) = max_tokens.filter(|&max| min_tokens > max) {
-            let message =
-                format!("min_tokens must be less than or equal to max_tokens={max}, got {min_tokens}.");
-            return Err(ApiError::bad("min_tokens", message));
-        }
         let stop = fields.strings(stop_name)?;
         if stop.iter().any(String::is_empty) {
             return Err(ApiError::bad(stop_name, "stop cannot contain an empty string."));
@@ -230,6 +230,7 @@ impl Sampling {
         };
         Ok(Self {
             max_tokens,
+            limit_name,
             min_tokens,
             ignore_eos: fields.flag("ignore_eos")?,
             stop,
@@ -240,26 +241,40 @@ impl Sampling {
         })
     }
 
-    /// The generations of one prompt, one per choice.
+    /// The generations of the prompt `ids`, one per choice; `prefix` is theirs. What is asked for beyond the context is
+    /// cut down to it, as vLLM does.
     ///
     /// # Errors
-    /// 400 if prompt and output do not fit `max_model_len`.
+    /// 400 if the prompt does not fit `max_model_len`, or more than that is asked for.
     pub(super) fn generations(
         &self,
+        ids: &[u32],
         prefix: Prefix,
         max_model_len: u64,
     ) -> Result<Vec<Generation>, ApiError> {
-        let room = room_after(prefix.len(), max_model_len)?;
-        if let Some(wanted) = self.max_tokens.filter(|&wanted| wanted > room) {
+        if let Some(wanted) = self.max_tokens.filter(|&wanted| wanted > max_model_len) {
             let message = format!(
-                "'max_tokens' or 'max_completion_tokens' is too large: {wanted}. This model's maximum context length \
-                 is {max_model_len} tokens and your request has {} input tokens ({wanted} > {max_model_len} - {}).",
-                prefix.len(),
-                prefix.len()
+                "{name}={wanted} cannot be greater than max_model_len={max_model_len}. Please request fewer output tokens. \
+                 (parameter={name}, value={wanted})",
+                name = self.limit_name
             );
-            return Err(ApiError::bad("max_tokens", message));
+            return Err(ApiError::bad(self.limit_name, message));
         }
-        let max_tokens = self.max_tokens.unwrap_or(room);
+        let room = room_after(prefix.len(), max_model_len)?;
+        let max_tokens = self.max_tokens.map_or(room, |wanted| wanted.min(room));
+        if max_tokens == 0 {
+            return Err(ApiError::bad(
+                "max_tokens",
+                "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)",
+            ));
+        }
+        if self.min_tokens > max_tokens {
+            let message = format!(
+                "min_tokens must be less than or equal to max_tokens={max_tokens}, got {}.",
+                self.min_tokens
+            );
+            return Err(ApiError::bad("min_tokens", message));
+        }
         let limits = Limits {
             max_tokens,
             min_tokens: self.min_tokens,
@@ -268,7 +283,7 @@ impl Sampling {
             stop_token_ids: self.stop_token_ids.clone(),
             include_stop: self.include_stop,
         };
-        let choice = |k| Generation::new(prefix, tokens::salt(self.seed, k), limits.clone());
+        let choice = |k| Generation::new(prefix, tokens::salt(self.seed, k), limits.clone()).after(ids);
         Ok((0..self.n).map(choice).collect())
     }
 }
@@ -276,16 +291,17 @@ impl Sampling {
 /// Tokens that fit behind a prompt.
 ///
 /// # Errors
-/// 400 if none does.
+/// 400 if the prompt itself does not fit.
 pub(super) fn room_after(prompt_tokens: u64, max_model_len: u64) -> Result<u64, ApiError> {
     if prompt_tokens == 0 {
         return Err(ApiError::bad("prompt", "The decoder prompt cannot be empty"));
     }
-    max_model_len.checked_sub(prompt_tokens).filter(|&room| room > 0).ok_or_else(|| {
+    max_model_len.checked_sub(prompt_tokens).ok_or_else(|| {
+        let at_least = if prompt_tokens == max_model_len + 1 { "at least " } else { "" };
         let message = format!(
-            "This model's maximum context length is {max_model_len} tokens. However, your prompt contains at least \
-             {prompt_tokens} input tokens. Please reduce the length of the input prompt or the number of requested \
-             output tokens."
+            "This model's maximum context length is {max_model_len} tokens. However, your prompt contains \
+             {at_least}{prompt_tokens} input tokens, which exceeds this limit even without any output tokens. Please \
+             reduce the length of the input prompt. (parameter=input_tokens, value={prompt_tokens})"
         );
         ApiError::bad("input_tokens", message)
     })
@@ -341,7 +357,7 @@ impl StreamUsage {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::generation::complete, *};
 
     fn fields(json: &str) -> Fields {
         match serde_json::from_str(json).unwrap() {
@@ -378,7 +394,6 @@ mod tests {
             ("{\"stop\":[1]}", "body.stop"),
             ("{\"stop\":\"\"}", "stop"),
             ("{\"logprobs\":true}", "logprobs"),
-            ("{\"min_tokens\":9,\"max_tokens\":3}", "min_tokens"),
             ("{\"stop_token_ids\":[-4]}", "stop_token_ids"),
             ("{\"ignore_eos\":1}", "body.ignore_eos"),
         ] {
@@ -388,13 +403,22 @@ mod tests {
 
     #[test]
     fn the_context_bounds_prompt_and_output() {
-        let prefix = Prefix::of(&[1; 10]);
-        let fits = |json: &str, max| sampling(json).unwrap().generations(prefix, max).map(|g| g.len());
-        assert_eq!(fits("{\"max_tokens\":5,\"n\":3}", 15), Ok(3));
-        assert_eq!(fits("{\"max_tokens\":6}", 15).unwrap_err().param.as_deref(), Some("max_tokens"));
-        let too_long = fits("{}", 10).unwrap_err();
+        let ids = [1; 10];
+        let fits = |json: &str, max| {
+            let made = sampling(json).unwrap().generations(&ids, Prefix::of(&ids), max);
+            made.map(|choices| (choices.len(), complete(choices[0].clone(), u64::MAX).ids.len()))
+        };
+        let refused = |json: &str, max| fits(json, max).unwrap_err().param.unwrap();
+        assert_eq!(fits("{\"max_tokens\":5,\"n\":3}", 15), Ok((3, 5)));
+        assert_eq!(fits("{\"max_tokens\":6,\"ignore_eos\":true}", 15), Ok((1, 5)), "cut down");
+        assert_eq!(refused("{\"max_tokens\":16}", 15), "max_tokens");
+        assert_eq!(refused("{\"max_completion_tokens\":16,\"max_tokens\":5}", 15), "max_completion_tokens");
+        assert_eq!(refused("{\"min_tokens\":9,\"max_tokens\":3}", 15), "min_tokens");
+        assert_eq!(refused("{}", 10), "max_tokens", "nothing is left");
+        let too_long = fits("{}", 9).unwrap_err();
         assert_eq!(too_long.param.as_deref(), Some("input_tokens"));
-        assert!(too_long.message.contains("maximum context length is 10 tokens"));
+        assert!(too_long.message.contains("maximum context length is 9 tokens"));
+        assert!(too_long.message.contains("at least 10 input tokens"));
     }
 
     #[test]

@@ -2,6 +2,9 @@
 //!
 //! Nothing is stored, as in vLLM without its store: `previous_response_id` is refused, and a response cannot be fetched.
 //! At `max_output_tokens` the status is "incomplete", yet the last event is `response.completed`, as observed.
+//!
+//! As in vLLM: a last input item that is a message "in_progress" or "incomplete" is continued; the first two events come
+//! with the header, the item's with its first text; and an engine that fails says nothing, its stream is cut off.
 
 use serde_json::{Value, json};
 
@@ -25,28 +28,33 @@ pub(super) fn job(mut fields: Fields, origin: &Origin, options: &Options) -> Res
     if let Some(id) = fields.string("previous_response_id")? {
         return Err(not_stored(&id));
     }
-    let messages = messages(&mut fields)?;
+    let (messages, ending) = messages(&mut fields)?;
     let stream = fields.flag("stream")?;
     let sampling = Sampling::take(&mut fields, &["max_output_tokens"], "stop")?;
     if sampling.n != 1 {
         return Err(ApiError::bad("n", "The Responses API has one choice."));
     }
-    let (prefix, blocks) = block_hashes(&render(&messages, Ending::Answer));
-    let generations = sampling.generations(prefix, options.max_model_len)?;
+    let ids = render(&messages, ending);
+    let (prefix, blocks) = block_hashes(&ids);
+    let generations = sampling.generations(&ids, prefix, options.max_model_len)?;
     let id = format!("resp_{}", origin.id);
     let renderer = Responses {
         item: format!("msg_{}", origin.id),
         response: json!({
             "id": id, "created_at": origin.created, "instructions": null, "metadata": null, "model": model,
-            "object": "response", "output": [], "parallel_tool_calls": true, "tool_choice": "auto", "tools": [],
-            "background": false, "max_output_tokens": sampling.max_tokens, "previous_response_id": null,
-            "service_tier": "auto", "status": "in_progress", "incomplete_details": null, "truncation": "disabled",
-            "usage": null, "user": null,
+            "object": "response", "output": [], "parallel_tool_calls": true, "temperature": 1.0, "tool_choice": "none",
+            "tools": [], "top_p": 1.0, "background": false, "max_output_tokens": sampling.max_tokens,
+            "max_tool_calls": null, "previous_response_id": null, "prompt": null, "reasoning": null,
+            "service_tier": "auto", "status": "in_progress", "text": null, "top_logprobs": null,
+            "incomplete_details": null, "truncation": "disabled", "usage": null, "user": null,
+            "presence_penalty": 0.0, "frequency_penalty": 0.0, "kv_transfer_params": null,
+            "ec_transfer_params": null, "input_messages": null, "output_messages": null,
         }),
         sequence: 0,
         text: String::new(),
         finish: None,
         before: Vec::new(),
+        is_open: false,
     };
     Ok(Job {
         blocks: vec![blocks; generations.len()],
@@ -64,17 +72,21 @@ pub(super) fn not_stored(id: &str) -> ApiError {
     ApiError::not_found("response_id", format!("Response with id '{id}' not found."))
 }
 
-fn messages(fields: &mut Fields) -> Result<Vec<Message>, ApiError> {
-    let mut messages = Vec::new();
+/// The messages of the input, and whether the last one goes on.
+fn messages(fields: &mut Fields) -> Result<(Vec<Message>, Ending), ApiError> {
+    let (mut messages, mut ending) = (Vec::new(), Ending::Answer);
     if let Some(instructions) = fields.string("instructions")? {
         messages.push(Message::new("system", instructions));
     }
     match fields.take("input") {
         Some(Value::String(text)) => messages.push(Message::new("user", text)),
         Some(Value::Array(items)) => {
+            if items.last().is_some_and(is_partial) {
+                ending = Ending::Continue;
+            }
             for item in items {
                 messages.push(match item.get("role") {
-                    Some(_) => message(item)?,
+                    Some(_) => message(first_text(item))?,
                     // A tool's result or another item without a role: its JSON is its content.
                     None => Message::new("tool", item.to_string()),
                 });
@@ -85,7 +97,23 @@ fn messages(fields: &mut Fields) -> Result<Vec<Message>, ApiError> {
         }
         None => return Err(ApiError::invalid("missing", "input", "Field required")),
     }
-    Ok(messages)
+    Ok((messages, ending))
+}
+
+/// True for a message that is not finished.
+fn is_partial(item: &Value) -> bool {
+    let is_message = item.get("type").is_none_or(|kind| kind == "message");
+    is_message && matches!(item["status"].as_str(), Some("in_progress" | "incomplete"))
+}
+
+/// Of an assistant's message in parts, vLLM reads the first one.
+fn first_text(mut item: Value) -> Value {
+    if item["role"] == "assistant"
+        && let Some(parts) = item.get_mut("content").and_then(Value::as_array_mut)
+    {
+        parts.truncate(1);
+    }
+    item
 }
 
 struct Responses {
@@ -97,9 +125,30 @@ struct Responses {
     finish: Option<Finish>,
     /// A delta event up to its text.
     before: Vec<u8>,
+    /// The item's first events are out.
+    is_open: bool,
 }
 
 impl Responses {
+    /// Opens the item, with its first text.
+    fn open_item(&mut self, frame: &mut Frame) {
+        if std::mem::replace(&mut self.is_open, true) {
+            return;
+        }
+        let item = self.message("", "in_progress");
+        self.event(frame, "response.output_item.added", json!({"item": item, "output_index": 0}));
+        let place = json!({"content_index": 0, "item_id": self.item, "output_index": 0, "part": {
+            "annotations": [], "text": "", "type": "output_text", "logprobs": [],
+        }});
+        self.event(frame, "response.content_part.added", place);
+        self.before = format!(
+            "event: response.output_text.delta\ndata: {{\"content_index\":0,\"item_id\":{},\"logprobs\":[],\
+             \"output_index\":0,\"type\":\"response.output_text.delta\",\"delta\":\"",
+            quoted(&self.item)
+        )
+        .into_bytes();
+    }
+
     fn event(&mut self, frame: &mut Frame, kind: &str, mut data: Value) {
         data["sequence_number"] = self.sequence.into();
         data["type"] = kind.into();
@@ -113,7 +162,9 @@ impl Responses {
 
     fn message(&self, text: &str, status: &str) -> Value {
         let content = if status == "in_progress" { json!([]) } else { json!([Self::part(text)]) };
-        json!({"id": self.item, "content": content, "role": "assistant", "status": status, "type": "message"})
+        json!({
+            "id": self.item, "content": content, "role": "assistant", "status": status, "type": "message", "phase": null,
+        })
     }
 
     /// The response object at its end.
@@ -126,10 +177,18 @@ impl Responses {
         };
         response["status"] = status.into();
         response["incomplete_details"] = details;
-        response["output"] = json!([self.message(text, "completed")]);
+        if !text.is_empty() {
+            response["output"] = json!([self.message(text, "completed")]);
+        }
         response["usage"] = json!({
-            "input_tokens": usage.prompt, "input_tokens_details": {"cached_tokens": usage.cached},
-            "output_tokens": usage.completion, "output_tokens_details": {"reasoning_tokens": 0},
+            "input_tokens": usage.prompt, "input_tokens_details": {
+                "cached_tokens": usage.cached, "cache_write_tokens": 0, "input_tokens_per_turn": [],
+                "cached_tokens_per_turn": [],
+            },
+            "output_tokens": usage.completion, "output_tokens_details": {
+                "reasoning_tokens": 0, "tool_output_tokens": 0, "output_tokens_per_turn": [],
+                "tool_output_tokens_per_turn": [],
+            },
             "total_tokens": usage.prompt + usage.completion,
         });
         response
@@ -137,28 +196,20 @@ impl Responses {
 }
 
 impl Render for Responses {
-    fn open(&mut self, frame: &mut Frame, _usage: Usage) {
+    fn greet(&mut self, frame: &mut Frame) {
         let response = self.response.clone();
         self.event(frame, "response.created", json!({"response": response}));
         self.event(frame, "response.in_progress", json!({"response": response}));
-        let item = self.message("", "in_progress");
-        self.event(frame, "response.output_item.added", json!({"item": item, "output_index": 0}));
-        let place =
-            json!({"content_index": 0, "item_id": self.item, "output_index": 0, "part": Self::part("")});
-        self.event(frame, "response.content_part.added", place);
-        self.before = format!(
-            "event: response.output_text.delta\ndata: {{\"content_index\":0,\"item_id\":{},\"logprobs\":[],\
-             \"output_index\":0,\"type\":\"response.output_text.delta\",\"delta\":\"",
-            quoted(&self.item)
-        )
-        .into_bytes();
     }
+
+    fn open(&mut self, _frame: &mut Frame, _usage: Usage) {}
 
     fn token(&mut self, frame: &mut Frame, token: &Token<'_>) {
         self.finish = token.finish.cloned();
         if token.text.is_empty() {
             return;
         }
+        self.open_item(frame);
         self.text.push_str(token.text);
         frame.event(|out| {
             out.extend_from_slice(&self.before);
@@ -172,22 +223,24 @@ impl Render for Responses {
 
     fn close(&mut self, frame: &mut Frame, usage: Usage) {
         let text = std::mem::take(&mut self.text);
-        let item = self.item.clone();
-        let done =
-            json!({"content_index": 0, "item_id": item, "logprobs": [], "output_index": 0, "text": text});
-        self.event(frame, "response.output_text.done", done);
-        let part = json!({"content_index": 0, "item_id": item, "output_index": 0, "part": Self::part(&text)});
-        self.event(frame, "response.content_part.done", part);
-        let message = self.message(&text, "completed");
-        self.event(frame, "response.output_item.done", json!({"item": message, "output_index": 0}));
+        if self.is_open {
+            let item = self.item.clone();
+            let done =
+                json!({"content_index": 0, "item_id": item, "logprobs": [], "output_index": 0, "text": text});
+            self.event(frame, "response.output_text.done", done);
+            let part =
+                json!({"content_index": 0, "item_id": item, "output_index": 0, "part": Self::part(&text)});
+            self.event(frame, "response.content_part.done", part);
+            let message = self.message(&text, "completed");
+            self.event(frame, "response.output_item.done", json!({"item": message, "output_index": 0}));
+        }
         let finish = self.finish.take().unwrap_or(Finish::End);
         let response = self.finished(&text, &finish, usage);
         self.event(frame, "response.completed", json!({"response": response}));
     }
 
-    fn error(&mut self, frame: &mut Frame, error: &ApiError) {
-        frame.event(|out| out.extend_from_slice(format!("data: {}\n\n", error.in_band()).as_bytes()));
-        frame.done();
+    fn error(&mut self, _frame: &mut Frame, _error: &ApiError) -> bool {
+        false
     }
 
     fn unary(&mut self, outcomes: &[Outcome], usage: Usage) -> Vec<u8> {

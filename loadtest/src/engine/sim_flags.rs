@@ -165,4 +165,16 @@ pub(super) const SIM_FLAGS: &[SimFlag] = &[
             Ok(())
         },
     },
+    SimFlag {
+        name: "sim-reasoning-tokens",
+        value: "N",
+        help: "first tokens of each chat answer that are reasoning (0)",
+        set: |o, v| int(v, 0, u64::from(u32::MAX)).map(|n| o.reasoning_tokens = n),
+    },
+    SimFlag {
+        name: "sim-tool-call-tokens",
+        value: "N",
+        help: "tokens behind them that are a call of the request's first tool, if it has one (0)",
+        set: |o, v| int(v, 0, u64::from(u32::MAX)).map(|n| o.tool_call_tokens = n),
+    },
 ];

@@ -166,6 +166,15 @@ pub fn decoded(ids: &[u32]) -> String {
     String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned())
 }
 
+/// The text of `ids` as real tokenizers give it: a character that they leave open is a U+FFFD at the end.
+pub fn shown(ids: &[u32]) -> String {
+    let mut text = decoded(ids);
+    if ids.last() == Some(&CHAR_HEAD) {
+        text.push('\u{fffd}');
+    }
+    text
+}
+
 /// What is mixed into the choice of tokens beside the prefix: nothing (0) unless the request has a `seed` or asks for
 /// more than one choice.
 pub fn salt(seed: Option<i64>, choice: u32) -> u64 {
@@ -229,6 +238,11 @@ impl Prefix {
     /// Names this very sequence; used as the identity of the KV block that ends here.
     pub const fn hash(&self) -> u64 {
         self.hash
+    }
+
+    /// True if the last token was the head of a character.
+    pub const fn is_mid_char(&self) -> bool {
+        self.mid_char
     }
 
     /// The token that follows, [`EOS`] aside.
@@ -359,6 +373,7 @@ mod tests {
         assert_eq!(encoded(" k7f3"), vec![decoded_id(" k7f3")]);
         assert_eq!(encoded("🎈").len(), 2);
         assert_eq!(encoded("assistant\n").len(), 4, "CHAT_END_AFTER counts on it");
+        assert_eq!((shown(&[CHAR_HEAD]), shown(&encoded("🎈"))), ("\u{fffd}".into(), "🎈".into()));
     }
 
     fn decoded_id(word: &str) -> u32 {

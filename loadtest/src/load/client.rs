@@ -14,9 +14,10 @@ use tokio::{net::TcpStream, task::JoinSet};
 
 use super::{
     Options, Target,
-    report::{Stats, note},
+    report::{ERROR_EVENT, Stats, note},
+    shape::{Misshapen, Shape},
     sse::{self, Event, Splitter},
-    verify::Checker,
+    verify::{Checker, Wrong},
 };
 use crate::engine::template::Message;
 
@@ -32,6 +33,18 @@ struct Failure {
 impl Failure {
     fn new(kind: &str, detail: impl ToString) -> Self {
         Self { kind: kind.into(), detail: detail.to_string() }
+    }
+}
+
+impl From<Wrong> for Failure {
+    fn from(wrong: Wrong) -> Self {
+        Self::new(wrong.kind(), &wrong)
+    }
+}
+
+impl From<Misshapen> for Failure {
+    fn from(misshapen: Misshapen) -> Self {
+        Self::new("misshapen stream", &misshapen)
     }
 }
 
@@ -55,6 +68,9 @@ struct Progress {
     usage: Option<(u64, u64)>,
     done: bool,
     text: String,
+    shape: Shape,
+    /// Ids must come, and are checked.
+    ids: bool,
 }
 
 impl Worker {
@@ -114,6 +130,9 @@ impl Worker {
         if stream {
             body["stream_options"] = json!({"include_usage": true});
         }
+        if self.options.token_ids {
+            body["return_token_ids"] = true.into();
+        }
         body["model"] = self.options.model.as_str().into();
         Bytes::from(body.to_string())
     }
@@ -169,10 +188,15 @@ impl Worker {
         let body: Value = serde_json::from_slice(&bytes).map_err(|e| Failure::new("garbage", e))?;
         let choice = &body["choices"][0];
         let text = choice["message"]["content"].as_str().unwrap_or("");
-        checker.text(text).map_err(|e| Failure::new("wrong", e))?;
+        checker.text(text)?;
+        if self.options.token_ids {
+            checker.prompt_ids(&ids(&body["prompt_token_ids"]))?;
+            checker.ids(&ids(&choice["token_ids"]))?;
+            checker.end_of_ids()?;
+        }
         let usage = &body["usage"];
         let usage = usage["prompt_tokens"].as_u64().zip(usage["completion_tokens"].as_u64());
-        checker.end(choice["finish_reason"].as_str(), usage).map_err(|e| Failure::new("wrong", e))
+        Ok(checker.end(choice["finish_reason"].as_str(), usage)?)
     }
 
     async fn check_stream(
@@ -183,8 +207,16 @@ impl Worker {
     ) -> Result<(), Failure> {
         let mut body = response.into_body();
         let mut splitter = Splitter::default();
-        let mut progress =
-            Progress { started, last: None, finish: None, usage: None, done: false, text: String::new() };
+        let mut progress = Progress {
+            started,
+            last: None,
+            finish: None,
+            usage: None,
+            done: false,
+            text: String::new(),
+            shape: Shape::default(),
+            ids: self.options.token_ids,
+        };
         loop {
             let frame = tokio::time::timeout(self.idle(), body.frame()).await;
             let frame = frame.map_err(|_| Failure::new("timeout", "no event"))?;
@@ -201,7 +233,11 @@ impl Worker {
         if splitter.pending() > 0 || !progress.done {
             return Err(Failure::new("cut", "ended without [DONE]"));
         }
-        checker.end(progress.finish.as_deref(), progress.usage).map_err(|e| Failure::new("wrong", e))
+        if self.options.token_ids {
+            checker.end_of_ids()?;
+        }
+        checker.end(progress.finish.as_deref(), progress.usage)?;
+        Ok(progress.shape.end()?)
     }
 
     fn idle(&self) -> Duration {
@@ -220,11 +256,15 @@ impl Progress {
         }
         match sse::parse(event) {
             Event::Delta { content, finish_reason } => {
+                self.shape.take(event)?;
+                if self.ids {
+                    check_ids(event, checker)?;
+                }
                 if !content.is_empty() {
                     self.text.clear();
                     sse::unescape(content, &mut self.text)
                         .ok_or_else(|| Failure::new("garbage", lossy(event)))?;
-                    checker.text(&self.text).map_err(|e| Failure::new("wrong", e))?;
+                    checker.text(&self.text)?;
                     let now = Instant::now();
                     match self.last.replace(now) {
                         None => note(&mut stats.ttft_us, now - self.started),
@@ -236,15 +276,36 @@ impl Progress {
                 }
             }
             Event::Usage { prompt_tokens, completion_tokens } => {
-                self.usage = Some((prompt_tokens, completion_tokens))
+                self.shape.take(event)?;
+                self.usage = Some((prompt_tokens, completion_tokens));
             }
             Event::Done => self.done = true,
-            Event::Error(data) => return Err(Failure::new("error in the stream", lossy(data))),
+            Event::Error(data) if sse::is_typed(data) => {
+                return Err(Failure::new(ERROR_EVENT, lossy(data)));
+            }
+            Event::Error(data) => return Err(Failure::new("error without a type", lossy(data))),
             Event::Comment => {}
             Event::Unknown => return Err(Failure::new("garbage", lossy(event))),
         }
         Ok(())
     }
+}
+
+/// Checks the ids that an event tells.
+fn check_ids(event: &[u8], checker: &mut Checker) -> Result<(), Failure> {
+    if let Some(prompt) = sse::numbers_after(event, b"\"prompt_token_ids\":") {
+        checker.prompt_ids(&prompt)?;
+    }
+    match sse::numbers_after(event, b"\"token_ids\":") {
+        Some(ids) => Ok(checker.ids(&ids)?),
+        None => Ok(()),
+    }
+}
+
+/// A list of ids in a body.
+fn ids(value: &Value) -> Vec<u32> {
+    let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
+    value.as_array().map(|ids| ids.iter().filter_map(id).collect()).unwrap_or_default()
 }
 
 fn lossy(bytes: &[u8]) -> String {

@@ -2,15 +2,17 @@
 //!
 //! Closed loop: `streams` workers, each with one connection and one request at a time. A worker knows from its request
 //! what the engine must say ([`crate::engine::generation`]) and compares as the bytes come; a stream counts as good only
-//! if every token was right, the finish reason and the usage are right, and it ended as it should. Pacing is the
+//! if every token was right, the finish reason and the usage are right, it was one stream from its first event to its last,
+//! and ended as it should; so a stream that a gateway continued on another engine must look like any other. Pacing is the
 //! engine's. One thread: two thousand streams cost it less than they cost what they pass through.
 //!
-//! `client` talks, [`sse`] and [`verify`] are pure, `report` counts. Absent for now: open-loop arrivals, length
+//! `client` talks, [`sse`], [`shape`] and [`verify`] are pure, `report` counts. Absent for now: open-loop arrivals, length
 //! distributions, shared prefixes, turns.
 
 mod client;
 mod options;
 mod report;
+pub mod shape;
 pub mod sse;
 pub mod verify;
 
@@ -31,7 +33,7 @@ use tokio::task::JoinSet;
 use self::{client::Worker, report::Stats};
 pub use self::{
     options::{BadUrl, Options, Target},
-    report::{Quantiles, Report},
+    report::{ERROR_EVENT, Quantiles, Report},
 };
 
 /// Runs the command line `argv`, program name first: 0 all good, 1 something was wrong, 2 usage.

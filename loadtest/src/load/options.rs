@@ -42,6 +42,9 @@ pub struct Options {
     /// API key to send
     #[arg(long, env = "PENSTOCK_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,
+    /// Ask for token ids, and check these too
+    #[arg(long)]
+    pub token_ids: bool,
     /// Ask for whole answers instead of streams
     #[arg(long)]
     pub unary: bool,

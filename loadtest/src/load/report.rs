@@ -10,6 +10,10 @@ use super::Options;
 /// Longest time that is told apart, µs: an hour.
 const MAX_US: u64 = 3_600_000_000;
 
+/// The kind of failure of a stream that ended with an error event which says what it is: what came before was right, and
+/// nobody was deceived.
+pub const ERROR_EVENT: &str = "error in the stream";
+
 /// Counts while the load runs.
 #[derive(Debug)]
 pub(super) struct Stats {
@@ -106,6 +110,8 @@ pub struct Report {
     pub good: u64,
     /// The others.
     pub failed: u64,
+    /// Of the others: streams that said so themselves, by an error event. The rest were refused, cut, or wrong.
+    pub error_events: u64,
     /// The others by kind.
     pub failures: BTreeMap<String, Failure>,
     /// Tokens of the good requests.
@@ -135,6 +141,7 @@ impl Report {
             elapsed_s,
             good: stats.good,
             failed: stats.failed.values().map(|f| f.count).sum(),
+            error_events: stats.failed.get(ERROR_EVENT).map_or(0, |f| f.count),
             failures: stats.failed.clone(),
             tokens_verified: stats.tokens,
             tokens_per_s: stats.tokens as f64 / elapsed_s,

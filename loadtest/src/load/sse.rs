@@ -107,7 +107,8 @@ pub fn parse(event: &[u8]) -> Event<'_> {
     }
 }
 
-fn string_after<'a>(data: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
+/// The inside of the first string that follows `name`, still escaped.
+pub(super) fn string_after<'a>(data: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
     let start = memmem::find(data, name)? + name.len();
     let rest = data.get(start..)?;
     let mut from = 0;
@@ -120,11 +121,30 @@ fn string_after<'a>(data: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
     }
 }
 
-fn number_after(data: &[u8], name: &[u8]) -> Option<u64> {
+/// The number that follows `name`.
+pub(super) fn number_after(data: &[u8], name: &[u8]) -> Option<u64> {
     let start = memmem::find(data, name)? + name.len();
     let digits = data.get(start..)?;
     let end = digits.iter().position(|b| !b.is_ascii_digit()).unwrap_or(digits.len());
     std::str::from_utf8(digits.get(..end)?).ok()?.parse().ok()
+}
+
+/// The numbers of the first list that follows `name`; none if there is no list.
+pub(super) fn numbers_after(data: &[u8], name: &[u8]) -> Option<Vec<u32>> {
+    let start = memmem::find(data, name)? + name.len();
+    let list = data.get(start..)?.strip_prefix(b"[")?;
+    let end = memchr::memchr(b']', list)?;
+    let numbers = std::str::from_utf8(list.get(..end)?).ok()?.split(',');
+    numbers.filter(|number| !number.is_empty()).map(|number| number.parse().ok()).collect()
+}
+
+/// True for an error that says what it is: an object with a message and a type.
+pub fn is_typed(error: &[u8]) -> bool {
+    let has = |name: &[u8]| {
+        memmem::find(error, name).is_some_and(|at| !error[at + name.len()..].starts_with(b"\""))
+    };
+    [&b"\"message\": \""[..], b"\"message\":\""].iter().any(|name| has(name))
+        && [&b"\"type\": \""[..], b"\"type\":\""].iter().any(|name| has(name))
 }
 
 /// Appends the text of the inside of a JSON string. None if it is none.
@@ -157,6 +177,13 @@ mod tests {
         assert_eq!(parse(b"data: [DONE]"), Event::Done);
         assert_eq!(parse(b": keep-alive"), Event::Comment);
         assert!(matches!(parse(br#"data: {"error": {"message": "x"}}"#), Event::Error(_)));
+        assert!(is_typed(br#"data: {"error": {"message": "x", "type": "y"}}"#));
+        assert!(
+            !is_typed(br#"data: {"error":{"message":"","type":"y"}}"#) && !is_typed(b"data: {\"error\":1}")
+        );
+        assert_eq!(numbers_after(b"\"a\":[],\"b\":[1,23]}", b"\"b\":"), Some(vec![1, 23]));
+        assert_eq!(numbers_after(b"\"a\":[],\"b\":null}", b"\"a\":"), Some(vec![]));
+        assert_eq!(numbers_after(b"\"a\":null", b"\"a\":"), None);
         for garbage in ["", "data: {\"choices\":[{\"delta\":", "nonsense", "data: []"] {
             assert_eq!(parse(garbage.as_bytes()), Event::Unknown, "{garbage}");
         }

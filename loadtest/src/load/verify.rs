@@ -19,6 +19,14 @@ pub enum Wrong {
         /// What came.
         got: String,
     },
+    /// The ids differ, of the prompt or of the answer.
+    #[error("ids {got:?} instead of {expected:?}")]
+    Ids {
+        /// What should have come.
+        expected: Vec<u32>,
+        /// What came.
+        got: Vec<u32>,
+    },
     /// It ended before its last token.
     #[error("ended after {tokens} of {wanted} tokens")]
     Short {
@@ -40,6 +48,17 @@ pub enum Wrong {
     },
 }
 
+impl Wrong {
+    /// A word for its kind.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Text { .. } | Self::Ids { .. } => "wrong tokens",
+            Self::Short { .. } => "lost tokens",
+            Self::Finish(_) | Self::Usage { .. } => "wrong end",
+        }
+    }
+}
+
 /// Follows one answer of exactly `wanted` tokens.
 #[derive(Debug)]
 pub struct Checker {
@@ -48,18 +67,58 @@ pub struct Checker {
     prompt_tokens: u64,
     /// Text that must come next.
     expected: String,
+    prompt: Vec<u32>,
+    /// The same answer again, followed by its ids.
+    by_ids: Generation,
 }
 
 impl Checker {
     /// What the engine must answer to `messages` in a chat with `max_tokens: wanted` and `ignore_eos`.
     pub fn chat(messages: &[Message], wanted: u64) -> Self {
-        let prefix = Prefix::of(&render(messages, Ending::Answer));
+        let prompt = render(messages, Ending::Answer);
+        let prefix = Prefix::of(&prompt);
         let limits = Limits { max_tokens: wanted, ..Limits::default() };
+        let generation = Generation::new(prefix, 0, limits);
         Self {
             prompt_tokens: prefix.len(),
-            generation: Generation::new(prefix, 0, limits),
+            by_ids: generation.clone(),
+            generation,
             wanted,
             expected: String::new(),
+            prompt,
+        }
+    }
+
+    /// Takes the prompt's ids as they came.
+    ///
+    /// # Errors
+    /// [`Wrong::Ids`].
+    pub fn prompt_ids(&self, got: &[u32]) -> Result<(), Wrong> {
+        match got == self.prompt {
+            true => Ok(()),
+            false => Err(Wrong::Ids { expected: self.prompt.clone(), got: got.to_vec() }),
+        }
+    }
+
+    /// Takes ids that came.
+    ///
+    /// # Errors
+    /// [`Wrong::Ids`] if they are not the next ones.
+    pub fn ids(&mut self, got: &[u32]) -> Result<(), Wrong> {
+        let mut text = String::new();
+        let next = got.iter().filter_map(|_| self.by_ids.step(&mut text));
+        let expected: Vec<u32> = next.map(|step| step.id).collect();
+        if expected == got { Ok(()) } else { Err(Wrong::Ids { expected, got: got.to_vec() }) }
+    }
+
+    /// Checks that all ids came.
+    ///
+    /// # Errors
+    /// [`Wrong::Short`].
+    pub const fn end_of_ids(&self) -> Result<(), Wrong> {
+        match self.by_ids.is_finished() {
+            true => Ok(()),
+            false => Err(Wrong::Short { tokens: self.by_ids.generated(), wanted: self.wanted }),
         }
     }
 
@@ -140,6 +199,20 @@ mod tests {
             assert!(check(&doubled, 40).is_err(), "doubled {at}");
         }
         assert!(check(&(answer(40) + "x"), 40).is_err());
+    }
+
+    #[test]
+    fn ids_are_checked() {
+        let right = complete(Checker::chat(&messages(), 9).generation, u64::MAX).ids;
+        let mut checker = Checker::chat(&messages(), 9);
+        assert_eq!(checker.prompt_ids(&render(&messages(), Ending::Answer)), Ok(()));
+        assert!(checker.prompt_ids(&right).is_err());
+        assert_eq!((checker.ids(&right[..4]), checker.ids(&[])), (Ok(()), Ok(())));
+        assert!(matches!(checker.end_of_ids(), Err(Wrong::Short { tokens: 4, wanted: 9 })));
+        assert_eq!(checker.ids(&right[4..]), Ok(()));
+        assert_eq!(checker.end_of_ids(), Ok(()));
+        assert!(checker.ids(&right[..1]).is_err(), "one too many");
+        assert!(Checker::chat(&messages(), 9).ids(&right[1..3]).is_err());
     }
 
     #[test]

@@ -37,8 +37,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 type Responses = mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>;
 
 /// The server, and the fleet it tells of.
-pub(super) struct Ads {
-    pub(super) address: SocketAddr,
+pub(crate) struct Ads {
+    pub(crate) address: SocketAddr,
     log: Arc<Log>,
     fleet: tokio::sync::Mutex<Fleet>,
     revision: AtomicU64,
@@ -118,7 +118,7 @@ struct Fleet {
 impl Fleet {
     fn new(options: &Options, engines: &[SocketAddr]) -> Self {
         let mut tables: Vec<v1::EndpointTable> = (0..options.pools)
-            .map(|pool| v1::EndpointTable { pool: options.pool(pool), ..Default::default() })
+            .map(|pool| v1::EndpointTable { pool: Options::pool(pool), ..Default::default() })
             .collect();
         let count = tables.len();
         for (number, engine) in (0..options.endpoints).zip(engines.iter().cycle()) {
@@ -189,7 +189,7 @@ fn response(type_url: &str, revision: u64, resources: Vec<Resource>) -> DeltaDis
 
 impl Ads {
     /// Listens; the server ends with `tasks`.
-    pub(super) async fn start(
+    pub(crate) async fn start(
         options: &Options,
         engines: &[SocketAddr],
         tasks: &mut JoinSet<()>,
@@ -229,7 +229,7 @@ impl Ads {
     }
 
     /// Waits for the proxy and tells it the whole fleet.
-    pub(super) async fn ready(&self) -> Result<(), String> {
+    pub(crate) async fn ready(&self) -> Result<(), String> {
         let mut subscriber = self.subscriber.clone();
         let subscribed = timeout(PATIENCE, subscriber.wait_for(Option::is_some)).await;
         subscribed.map_err(|_| "the proxy did not subscribe")?.map_err(|e| e.to_string())?;

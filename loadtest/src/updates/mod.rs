@@ -28,10 +28,8 @@ use clap::Parser;
 use tokio::{task::JoinSet, time::sleep};
 
 pub use self::options::Options;
-pub(crate) use self::stream::histogram;
+pub(crate) use self::{ads::Ads, proxy::Proxy, stream::histogram};
 use self::{
-    ads::Ads,
-    proxy::Proxy,
     report::{Figures, Window},
     stream::Delays,
 };
@@ -72,7 +70,7 @@ async fn run(options: &Options) -> Result<Figures, String> {
     let mut tasks = JoinSet::new();
     let engines = engine::start(options, epoch, &mut tasks).await?;
     let ads = Ads::start(options, &engines, &mut tasks).await?;
-    let mut proxy = Proxy::start(&options.proxy, ads.address).await?;
+    let mut proxy = Proxy::start(&options.proxy, ads.address, &[]).await?;
     ads.ready().await?;
     proxy.wait_for_revision(1).await?;
     say(&format!("{} endpoints in {} pools are in use", options.endpoints, options.pools));

@@ -40,7 +40,13 @@ pub struct Options {
 
 impl Options {
     /// The name of a pool, of its model, and of its table.
-    pub(super) fn pool(&self, index: u32) -> String {
+    pub(crate) fn pool(index: u32) -> String {
         format!("model-{index}")
+    }
+
+    /// The defaults, with this proxy.
+    pub(crate) fn of(proxy: PathBuf) -> Self {
+        let argv: [std::ffi::OsString; 3] = ["bench".into(), "--proxy".into(), proxy.into()];
+        Self::parse_from(argv)
     }
 }

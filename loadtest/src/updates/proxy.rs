@@ -24,8 +24,8 @@ use crate::usage;
 /// How long it may take to start, to use what it was told, and to stop.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-pub(super) struct Proxy {
-    pub(super) public: SocketAddr,
+pub(crate) struct Proxy {
+    pub(crate) public: SocketAddr,
     private: SocketAddr,
     pid: u32,
     child: Child,
@@ -45,7 +45,12 @@ struct Readyz {
 }
 
 impl Proxy {
-    pub(super) async fn start(program: &Path, ads: SocketAddr) -> Result<Self, String> {
+    /// Starts one that is told of its engines at `ads`, with more settings as environment variables.
+    pub(crate) async fn start(
+        program: &Path,
+        ads: SocketAddr,
+        settings: &[(&str, &str)],
+    ) -> Result<Self, String> {
         let folder = tempfile::tempdir().map_err(|e| format!("cannot make a folder: {e}"))?;
         let announce = folder.path().join("announce.json");
         let child = Command::new(program)
@@ -56,6 +61,7 @@ impl Proxy {
             .arg(&announce)
             .env("PENSTOCK_PROXY__DISCOVERY__SNAPSHOT_FILE", folder.path().join("snapshot"))
             .env("PENSTOCK_PROXY__DRAIN__DEADLINE_MS", "1")
+            .envs(settings.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .kill_on_drop(true)
@@ -78,7 +84,7 @@ impl Proxy {
     }
 
     /// Waits until it uses that revision or a later one.
-    pub(super) async fn wait_for_revision(&mut self, wanted: u64) -> Result<(), String> {
+    pub(crate) async fn wait_for_revision(&mut self, wanted: u64) -> Result<(), String> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let seen = revision(self.private).await;
@@ -109,17 +115,17 @@ impl Proxy {
     }
 
     /// CPU time it has used.
-    pub(super) fn cpu(&self) -> Result<Duration, String> {
+    pub(crate) fn cpu(&self) -> Result<Duration, String> {
         usage::cpu(self.pid)
     }
 
     /// Memory that is in RAM.
-    pub(super) fn memory(&self) -> Result<u64, String> {
+    pub(crate) fn memory(&self) -> Result<u64, String> {
         usage::memory(self.pid)
     }
 
     /// Ends it.
-    pub(super) async fn stop(mut self) -> Result<(), String> {
+    pub(crate) async fn stop(mut self) -> Result<(), String> {
         self.child.start_kill().map_err(|e| format!("cannot end the proxy: {e}"))?;
         timeout(PATIENCE, self.child.wait())
             .await

@@ -76,7 +76,7 @@ pub(super) async fn run(
 ) -> Result<(), String> {
     let mut stream = TcpStream::connect(proxy).await.map_err(|e| format!("cannot connect: {e}"))?;
     stream.set_nodelay(true).map_err(|e| e.to_string())?;
-    let model = options.pool(index % options.pools);
+    let model = Options::pool(index % options.pools);
     let body = format!(r#"{{"model":"{model}","stream":true,"messages":[]}}"#);
     let head =
         "POST /v1/chat/completions HTTP/1.1\r\nhost: p\r\ncontent-type: application/json\r\ncontent-length: ";

@@ -14,7 +14,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use penstock_config::proxy::UpstreamConfig;
+use penstock_config::proxy::{ResumeConfig, UpstreamConfig};
 use penstock_proto::{Version, v1, xds::split_load_name};
 
 use super::{
@@ -37,6 +37,8 @@ pub struct Pool {
     pub endpoints: Vec<Arc<Endpoint>>,
     /// Shared by all requests to the pool, across snapshots.
     pub budget: Arc<RetryBudget>,
+    /// Streams that may still go on elsewhere, across snapshots.
+    pub resumes: Arc<RetryBudget>,
     /// Requests that wait for a place, across snapshots.
     pub queue: Arc<WaitQueue>,
     /// What its routing policy remembers, across snapshots.
@@ -109,16 +111,19 @@ pub struct EndpointTable {
     /// Serialises updates, and remembers those that left; requests never take it.
     updating: Mutex<gone::Memory>,
     upstream: UpstreamConfig,
+    /// What a pool's streams may do: so many resumes a second, and so many at once.
+    resumes: (u32, u32),
     departures: Departures,
 }
 
 impl EndpointTable {
     /// Nothing routable yet.
-    pub fn new(upstream: UpstreamConfig) -> Self {
+    pub fn new(upstream: UpstreamConfig, resume: &ResumeConfig) -> Self {
         Self {
             current: ArcSwap::default(),
             updating: Mutex::default(),
             upstream,
+            resumes: (resume.per_second, resume.burst),
             departures: Departures::default(),
         }
     }
@@ -234,9 +239,14 @@ impl EndpointTable {
             || Arc::new(RetryBudget::new(self.upstream.retry_percent, self.upstream.retry_floor_per_s)),
             |pool| Arc::clone(&pool.budget),
         );
+        let (per_second, burst) = self.resumes;
+        let resumes = old.map_or_else(
+            || Arc::new(RetryBudget::of_time(per_second, burst)),
+            |pool| Arc::clone(&pool.resumes),
+        );
         let queue = old.map(|pool| Arc::clone(&pool.queue)).unwrap_or_default();
         let memory = old.map(|pool| Arc::clone(&pool.memory)).unwrap_or_default();
-        Arc::new(Pool { endpoints, budget, queue, memory, source: Arc::clone(table) })
+        Arc::new(Pool { endpoints, budget, resumes, queue, memory, source: Arc::clone(table) })
     }
 
     /// What is said of endpoints that have left the table. Nothing to do for those that had no streams here.
@@ -388,7 +398,7 @@ mod tests {
 
     #[test]
     fn counts_survive_a_swap_and_a_change_of_state() {
-        let table = EndpointTable::new(UpstreamConfig::default());
+        let table = EndpointTable::new(UpstreamConfig::default(), &ResumeConfig::default());
         let before = state(vec![wire("a", "127.0.0.1:1", 7)]);
         table.apply(&before);
         let ticket = first(&table).reserve(0);
@@ -404,7 +414,7 @@ mod tests {
 
     #[test]
     fn a_new_generation_starts_clean() {
-        let table = EndpointTable::new(UpstreamConfig::default());
+        let table = EndpointTable::new(UpstreamConfig::default(), &ResumeConfig::default());
         let before = state(vec![wire("a", "127.0.0.1:1", 7)]);
         table.apply(&before);
         let _ticket = first(&table).reserve(0);
@@ -414,7 +424,7 @@ mod tests {
 
     #[test]
     fn an_unchanged_pool_is_kept_as_it_is() {
-        let table = EndpointTable::new(UpstreamConfig::default());
+        let table = EndpointTable::new(UpstreamConfig::default(), &ResumeConfig::default());
         let state = state(vec![wire("a", "127.0.0.1:1", 7)]);
         table.apply(&state);
         let before = Arc::clone(&table.load().pools["p"]);
@@ -427,7 +437,7 @@ mod tests {
     fn an_ejected_endpoint_that_leaves_and_returns_is_ejected_still() {
         let rules =
             crate::health::Rules { consecutive_failures: 1, ..crate::health::rules(&Default::default()) };
-        let table = EndpointTable::new(UpstreamConfig::default());
+        let table = EndpointTable::new(UpstreamConfig::default(), &ResumeConfig::default());
         let (a, b) = (wire("a", "127.0.0.1:1", 7), wire("b", "127.0.0.1:2", 7));
         let with_both = state(vec![a.clone(), b.clone()]);
         table.apply(&with_both);
@@ -445,7 +455,7 @@ mod tests {
 
     #[test]
     fn an_unresolvable_endpoint_does_not_take_the_others_with_it() {
-        let table = EndpointTable::new(UpstreamConfig::default());
+        let table = EndpointTable::new(UpstreamConfig::default(), &ResumeConfig::default());
         table.apply(&state(vec![wire("a", "no-such-host.invalid:1", 1), wire("b", "127.0.0.1:2", 1)]));
         let snapshot = table.load();
         assert_eq!(snapshot.pools["p"].endpoints.len(), 1);

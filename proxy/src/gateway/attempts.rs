@@ -22,10 +22,9 @@ use crate::{
         considered::Considered,
         policy::{Asked, How, Rules},
     },
-    streaming::relay::{self, RelayContext},
     upstream::{
         answers,
-        client::{Answer, Failed, Open, Whole},
+        client::{Answer, Failed, Whole},
         request::EngineRequest,
         retry::{self, Next},
     },
@@ -44,15 +43,29 @@ pub(super) enum Outcome {
     Full,
 }
 
+/// What a request is, to whoever brings its answer to an end.
+pub(super) struct Errand<'a> {
+    /// Who may answer it.
+    pub(super) target: &'a Target,
+    /// What picks look at.
+    pub(super) asked: &'a Asked<'a>,
+    /// The request as its engine got it.
+    pub(super) request: &'a EngineRequest,
+    /// How engines are picked.
+    pub(super) rules: Rules,
+    /// How long they are waited for.
+    pub(super) patience: Patience,
+}
+
 /// One request's search for an engine that answers.
-struct Search<'a> {
+pub(super) struct Search<'a> {
     target: &'a Target,
     asked: &'a Asked<'a>,
-    rules: Rules,
+    pub(super) rules: Rules,
     /// Endpoints that failed it, and those that answered busy since it last waited.
-    tried: Vec<Arc<str>>,
+    pub(super) tried: Vec<Arc<str>>,
     /// How many of them, the last ones, answered busy.
-    busy: usize,
+    pub(super) busy: usize,
     /// Attempts that came to nothing, the free resend not counted.
     tries: usize,
     resent: bool,
@@ -62,13 +75,13 @@ struct Search<'a> {
     /// When it first had to, and how long it will.
     waiting_since: Option<(u64, Instant)>,
     /// Time it spent there and was not told of yet.
-    queued: Duration,
+    pub(super) queued: Duration,
     /// Whether somebody wants to read what picks look at.
-    considers: bool,
+    pub(super) considers: bool,
 }
 
 impl<'a> Search<'a> {
-    fn new(target: &'a Target, asked: &'a Asked<'a>, rules: Rules, considers: bool) -> Self {
+    pub(super) fn new(target: &'a Target, asked: &'a Asked<'a>, rules: Rules, considers: bool) -> Self {
         Self {
             target,
             asked,
@@ -86,13 +99,13 @@ impl<'a> Search<'a> {
     }
 
     /// A sick engine is not asked again.
-    fn failed_by(&mut self, endpoint: &Endpoint) {
+    pub(super) fn failed_by(&mut self, endpoint: &Endpoint) {
         let before_busy = self.tried.len().saturating_sub(self.busy);
         self.tried.insert(before_busy, Arc::clone(&endpoint.id));
     }
 
     /// A full one may have room later, but not at once.
-    fn refused_by(&mut self, endpoint: &Endpoint) {
+    pub(super) fn refused_by(&mut self, endpoint: &Endpoint) {
         self.tried.push(Arc::clone(&endpoint.id));
         self.busy += 1;
     }
@@ -109,7 +122,7 @@ pub(super) struct Place {
     ticket: Ticket,
     _freed: Freed,
     /// Where it was found, how, and what else was looked at.
-    pool: Arc<Pool>,
+    pub(super) pool: Arc<Pool>,
     how: How,
     seen: Option<Box<Considered>>,
 }
@@ -119,7 +132,11 @@ impl Place {
         &self.ticket
     }
 
-    fn endpoint(&self) -> &Arc<Endpoint> {
+    pub(super) const fn how(&self) -> How {
+        self.how
+    }
+
+    pub(super) fn endpoint(&self) -> &Arc<Endpoint> {
         self.ticket.endpoint()
     }
 }
@@ -173,8 +190,9 @@ impl Gateway {
             let failed = match answered {
                 Ok(mut answer) => {
                     name_model(&mut answer, model, target);
+                    let errand = Errand { target, asked, request, rules: search.rules, patience };
                     return self
-                        .hand_on(session, record, answer, place, patience)
+                        .hand_on(session, record, answer, place, &errand)
                         .await
                         .map(Outcome::Answered);
                 }
@@ -202,7 +220,7 @@ impl Gateway {
     }
 
     /// A place at an endpoint, waited for in order of arrival, if it `waits`, while each is at its limit.
-    async fn place(
+    pub(super) async fn place(
         &self,
         session: &mut ServerSession,
         search: &mut Search<'_>,
@@ -305,7 +323,7 @@ impl Gateway {
         record: &mut Record<'_>,
         answer: Answer,
         place: Place,
-        patience: Patience,
+        errand: &Errand<'_>,
     ) -> Result<Done, GatewayError> {
         record.begun();
         match answer {
@@ -315,49 +333,12 @@ impl Gateway {
                 }
                 self.write_whole(session, record, *whole).await
             }
-            Answer::Open(open) => self.stream(session, record, *open, place, patience).await,
+            Answer::Open(open) => self.stream(session, record, *open, place, errand).await,
             Answer::Upgraded(upgraded) => {
                 self.note_beginning(&place.ticket, StatusCode::OK, false);
                 self.upgrade(session, record, *upgraded, place).await
             }
         }
-    }
-
-    async fn stream(
-        &self,
-        session: &mut ServerSession,
-        record: &mut Record<'_>,
-        open: Open,
-        place: Place,
-        patience: Patience,
-    ) -> Result<Done, GatewayError> {
-        record.status(open.head.status.as_u16());
-        self.note_beginning(&place.ticket, open.head.status, open.events.is_some());
-        let pulse = place.ticket.pulse(self.started);
-        let context = RelayContext {
-            pulse: &pulse,
-            idle: Duration::from_millis(patience.idle_ms),
-            cut: self.lifecycle.cut(),
-            shape: record.shape(),
-            metrics: &self.metrics,
-        };
-        let relayed = relay::relay(session, open, &context).await;
-        record.relayed(&relayed);
-        match (&relayed.outcome, &relayed.facts.error) {
-            (Ok(()), None) => self.note_end(&place.ticket),
-            (Ok(()), Some(message)) => {
-                let failed = Failed::inside(UpstreamFailure::MidStream, message);
-                self.note_failure(&place.ticket, &failed);
-            }
-            (Err(GatewayError::Upstream(failure)), _) => {
-                self.note_failure(&place.ticket, &Failed::inside(*failure, "while streaming"));
-            }
-            (Err(_), _) => {}
-        }
-        if let Some(connection) = relayed.connection {
-            self.engines.release(connection, place.endpoint()).await;
-        }
-        relayed.outcome.map(|()| Done::Answered)
     }
 
     async fn write_whole(
@@ -406,7 +387,7 @@ impl Gateway {
     }
 
     /// Whether it is a good answer. A refusal says nothing of the engine: it is the client's.
-    fn note_beginning(&self, ticket: &Ticket, status: StatusCode, stream: bool) -> bool {
+    pub(super) fn note_beginning(&self, ticket: &Ticket, status: StatusCode, stream: bool) -> bool {
         if status.is_success() {
             ticket.accepted(self.now_ms(), &self.pick_rules.limits);
             let change = ticket.began(stream, self.now_ms(), &self.health_rules);

@@ -5,9 +5,11 @@
 //! what a line does is in the module it names.
 
 mod attempts;
+mod go_on;
 mod host;
 mod models;
 mod realtime;
+mod stream;
 mod take;
 mod targets;
 
@@ -19,7 +21,7 @@ use penstock_config::proxy::{LimitsConfig, ProxyConfig};
 use pingora_core::{apps::HttpServerOptions, protocols::http::ServerSession};
 use tokio::{sync::Notify, time::Instant};
 
-pub use self::host::Host;
+pub use self::{host::Host, take::RESUME};
 use crate::{
     admission::auth::KeyRing,
     downstream::{body::BodyBudget, peer::Peer, respond},
@@ -99,7 +101,7 @@ impl Gateway {
             keys: KeyRing::new(&config.auth.keys)?,
             bodies: BodyBudget::new(config.limits.buffered_bytes),
             engines: EngineClient::new(&config.upstream, metrics.upstream_kept.clone()),
-            table: EndpointTable::new(config.upstream.clone()),
+            table: EndpointTable::new(config.upstream.clone(), &config.resume),
             metrics,
             telemetry,
             wanted: Notify::new(),

@@ -63,6 +63,7 @@ impl Gateway {
             target: String::new(),
             headers: self.headers_for_engine(session, &sender, record.request_id()),
             body: Bytes::new(),
+            resume: None,
         };
         let session_key = self.session_key(&session.req_header().headers, None);
         let asked = Asked { session: session_key, ..Asked::default() };

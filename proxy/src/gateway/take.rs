@@ -16,12 +16,16 @@ use crate::{
         request::{self, Edit, ScanError},
     },
     record::Record,
+    resume::chunks::Wishes,
     routing::{policy::Asked, prefix::Chain},
     upstream::{
         headers::{self, Sender},
         request::EngineRequest,
     },
 };
+
+/// Header by which a client asks that its stream not go on at another engine: `0`, `off` or `false`.
+pub const RESUME: &str = "x-penstock-resume";
 
 /// The URL that is asked of the engine.
 #[derive(Debug, Clone, Copy)]
@@ -42,6 +46,11 @@ struct Facts {
     /// JSON text of `user`.
     user: Option<Range<usize>>,
     removed: Vec<Range<usize>>,
+    /// Where `return_token_ids` stands, and whether it is `true`.
+    return_ids: Option<(Range<usize>, bool)>,
+    /// Whether the prompt is part of the answer; engines that return ids leave it out.
+    echo: bool,
+    insert_at: usize,
 }
 
 impl Gateway {
@@ -70,13 +79,16 @@ impl Gateway {
             target: [url.path, url.query].concat(),
             headers: self.headers_for_engine(session, &sender, record.request_id()),
             body: Bytes::new(),
+            resume: self.wishes(&session.req_header().headers, api, &facts, from.caller),
         };
+        let tells_ids = matches!(api, Api::ChatCompletions | Api::Completions);
+        let asks_ids = request.resume.is_some() && tells_ids && self.config.resume.token_ids && !facts.echo;
         let user = facts.user.clone().and_then(|range| held.bytes.get(range));
         let session_key = self.session_key(&session.req_header().headers, user);
         let prefix = chain.map(Chain::hashes).unwrap_or_default();
         let asked = Asked { session: session_key, prefix: &prefix, adapter: None };
         let aim = |request: &mut EngineRequest, served_model: &str| {
-            request.body = body_for_engine(&held.bytes, &facts, served_model);
+            request.body = body_for_engine(&held.bytes, &facts, served_model, asks_ids);
         };
         self.ask_targets(session, record, &facts.model, &asked, request, aim).await
     }
@@ -98,6 +110,9 @@ impl Gateway {
                     stream: facts.stream,
                     user: facts.user_range,
                     removed: facts.removed,
+                    return_ids: facts.return_token_ids,
+                    echo: facts.echo,
+                    insert_at: facts.insert_at,
                 })
             }
             Some(boundary) => {
@@ -109,9 +124,24 @@ impl Gateway {
                     stream: facts.stream,
                     user: None,
                     removed: facts.removed,
+                    return_ids: None,
+                    echo: false,
+                    insert_at: 0,
                 })
             }
         }
+    }
+
+    /// What a stream is to be tracked for, if it may go on at another engine.
+    fn wishes(&self, headers: &HeaderMap, api: Api, facts: &Facts, caller: Caller<'_>) -> Option<Wishes> {
+        let off = |value: &http::HeaderValue| matches!(value.as_bytes(), b"0" | b"off" | b"false");
+        let wanted = self.config.resume.enabled && caller.resume && !headers.get(RESUME).is_some_and(off);
+        let ids = facts.return_ids.as_ref().is_some_and(|(_, asked)| *asked);
+        (wanted && facts.stream).then_some(Wishes {
+            chat: api == Api::ChatCompletions,
+            ids,
+            strip: self.config.resume.strip_token_ids,
+        })
     }
 
     /// What names the caller's session, for session affinity.
@@ -184,9 +214,9 @@ fn check_media(headers: &HeaderMap, media: Media) -> Result<Option<String>, Gate
     }
 }
 
-/// The client's bytes. Only the value of `model` is replaced, where the engines know another name, and what an untrusted caller
-/// may not say is cut out.
-fn body_for_engine(body: &Bytes, facts: &Facts, served_model: &str) -> Bytes {
+/// The client's bytes. Only the value of `model` is replaced, where the engines know another name, what an untrusted caller
+/// may not say is cut out, and token ids are asked for.
+fn body_for_engine(body: &Bytes, facts: &Facts, served_model: &str, asks_ids: bool) -> Bytes {
     let mut edits: Vec<Edit<'_>> = facts.removed.iter().map(|range| (range.clone(), &[][..])).collect();
     let name = match facts.json {
         true => request::json_string(served_model),
@@ -194,6 +224,12 @@ fn body_for_engine(body: &Bytes, facts: &Facts, served_model: &str) -> Bytes {
     };
     if facts.model != served_model {
         edits.push((facts.model_range.clone(), &name));
+    }
+    match &facts.return_ids {
+        _ if !asks_ids => {}
+        None => edits.push((facts.insert_at..facts.insert_at, br#""return_token_ids":true,"#)),
+        Some((_, true)) => {}
+        Some((range, false)) => edits.push((range.clone(), b"true")),
     }
     request::rewrite(body, edits)
 }

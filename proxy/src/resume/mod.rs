@@ -12,8 +12,9 @@
 //! - [`chunks`]: that memory for chat and text completions, token by token; [`sample`] is what makes it cheap.
 //! - [`messages`], [`responses`]: the same for Anthropic's messages and for responses, by text.
 //! - [`plan`]: what is asked of the next engine. [`body`] reads the request's members for it, [`refusal`] says why not.
-//! - [`stitch`]: the continuation's events become events of the stream: its id, its shape, its counts. [`stop`] finds stop
-//!   strings that span the cut.
+//! - [`seam`]: the continuation's events become events of the stream. [`stitch`] does it for chunks: the stream's id, its shape,
+//!   its counts. [`stop`] finds stop strings that span the cut.
+//! - [`unary`]: a whole answer out of a stream's events, for requests that want one.
 //!
 //! # What is exact
 //!
@@ -25,9 +26,23 @@
 //! *Again* (nothing of text seen): the request as it was; what opens the stream comes once.
 
 pub mod body;
+pub mod chunks;
+pub mod messages;
+#[cfg(test)]
+mod model;
+mod plan;
 pub mod refusal;
+pub mod responses;
+pub mod sample;
+pub mod seam;
+pub mod stitch;
+pub mod stop;
+pub mod tracker;
+pub mod unary;
+mod wire;
 
 pub use self::refusal::Refusal;
+use crate::{endpoints::Leave, error::UpstreamFailure};
 
 /// How a stream was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +93,28 @@ impl Loss {
         }
     }
 
+    /// Why a stream leaves an engine that still serves it.
+    #[must_use]
+    pub const fn of_leave(leave: Leave) -> Self {
+        match leave {
+            Leave::Moved => Self::Moved,
+            Leave::Fenced => Self::Fenced,
+        }
+    }
+
+    /// What it says of the engine's health; nothing where the engine did as it was told.
+    #[must_use]
+    pub const fn failure(self) -> Option<UpstreamFailure> {
+        match self {
+            Self::Broken | Self::Unfinished | Self::ErrorEvent | Self::Aborted => {
+                Some(UpstreamFailure::MidStream)
+            }
+            Self::Garbage => Some(UpstreamFailure::Garbage),
+            Self::Stalled => Some(UpstreamFailure::IdleTimeout),
+            Self::Moved | Self::Fenced => None,
+        }
+    }
+
     /// Whether the stream can go on where it is if no other engine takes it.
     #[must_use]
     pub const fn is_optional(self) -> bool {
@@ -92,6 +129,8 @@ pub enum Verdict {
     Pass,
     /// Whether it is the client's, the next event tells.
     Hold,
+    /// The client has it already.
+    Drop,
     /// It, and what is held, says that the stream is lost; the client must not see it.
     Lost(Loss),
 }

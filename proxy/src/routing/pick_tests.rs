@@ -33,6 +33,7 @@ fn pool(n: usize) -> Pool {
     Pool {
         endpoints: (0..n).map(|i| endpoint(&format!("e{i}"))).collect(),
         budget: Arc::new(RetryBudget::new(10, 10)),
+        resumes: Arc::new(RetryBudget::of_time(10, 10)),
         queue: Arc::default(),
         memory: Arc::default(),
         source: Arc::default(),

@@ -1,19 +1,23 @@
 //! The copy loop: from the engine to the client, whole events at a time.
 //!
-//! Waits on four things: bytes from the engine, the client's leaving, silence for too long, the gateway's last call. What
-//! has already arrived goes out in one write (engines batch, and slow clients let chunks pile up); nothing that is whole
-//! is ever held back for more. An event that is not whole yet is: a stream that breaks never ends inside an event.
-//! Backpressure is the write: while a client takes nothing, nothing more is read from its engine.
+//! Waits on five things: bytes from the engine, the client's leaving, silence for too long, the word that the engine is to be
+//! left, the gateway's last call. What has already arrived goes out in one write (engines batch, and slow clients let chunks
+//! pile up); nothing that is whole is ever held back for more. An event that is not whole yet is: a stream that breaks never
+//! ends inside an event. Backpressure is the write: while a client takes nothing, nothing more is read from its engine.
 //!
-//! Cost of an event: one read, one write, one allocation for its bytes, one atomic load, no timer set (one idle timer a stream is looked
-//! at when it fires, not when an event passes), no lock.
+//! An engine's part in an answer is a [`Leg`]. When one is lost the stream may go on with another: the relay, and what its
+//! tracker knows of the client, stay ([`crate::resume`]).
+//!
+//! Cost of an event: one read, one write, one allocation for its bytes, one atomic load, no timer set (one idle timer a stream
+//! is looked at when it fires, not when an event passes), no lock; what the tracker notes is a few comparisons.
 
-use std::{pin::pin, time::Duration};
+use std::{future::Future, pin::pin, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
 use pingora_core::protocols::http::{ServerSession, v1::client::HttpSession as Http1Session};
 use pingora_error::ErrorType;
+use pingora_http::ResponseHeader;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -21,27 +25,32 @@ use crate::{
     downstream::{self, respond},
     error::{GatewayError, UpstreamFailure},
     health::Pulse,
-    openai::{ErrorShape, error_body, usage::StreamFacts},
+    openai::{
+        ErrorShape, error_body,
+        event::EventSplitter,
+        usage::{StreamFacts, Usage},
+    },
+    resume::{Loss, Refusal, seam::Seam, tracker::Tracker},
     telemetry::metrics::Metrics,
-    upstream::client::{Events, Open},
+    upstream::client::Open,
 };
 
 /// A write is filled with what is already there up to about this size, in bytes: some seventy usual events.
 const COALESCE_BYTES: usize = 16 << 10;
 
-/// What the relay needs beside the two connections.
+/// What the relay needs beside the connections.
 #[derive(Debug)]
 pub struct RelayContext<'a> {
     /// Longest silence of the engine.
     pub idle: Duration,
+    /// The same for a stream that can go on elsewhere.
+    pub stall: Duration,
     /// Cancelled when the gateway will wait no longer.
     pub cut: &'a CancellationToken,
     /// Shape of an error event.
     pub shape: ErrorShape,
     /// Where events and bytes are counted.
     pub metrics: &'a Metrics,
-    /// Where the engine's progress is noted.
-    pub pulse: &'a Pulse<'a>,
 }
 
 /// How fast the answer came and how much of it was written. Kept with the clock reads that the idle timer needs anyway:
@@ -62,122 +71,76 @@ pub struct Pace {
 pub struct Relayed {
     /// What the events said; nothing for an answer that is no stream of events.
     pub facts: StreamFacts,
+    /// Tokens of prompt and answer, where the engine told their ids.
+    pub tokens: Option<(u64, u64)>,
     /// How it went.
     pub pace: Pace,
-    /// The engine's connection, if it can be used again.
-    pub connection: Option<Http1Session>,
     /// `Ok` once the client has all of the answer.
     pub outcome: Result<(), GatewayError>,
 }
 
-/// Writes the head and relays the rest. When the engine fails, a stream of events ends with an error event; any other
-/// answer is cut, so that it cannot be taken for whole.
-pub async fn relay(session: &mut ServerSession, open: Open, context: &RelayContext<'_>) -> Relayed {
-    let Open { head, first, mut connection, mut events } = open;
-    let mut pace = Pace { events_before: events.as_ref().map_or(0, |e| e.facts.events), ..Pace::default() };
-    let outcome = match begin(session, head, first, events.as_ref(), context, &mut pace).await {
-        Ok(()) => copy(session, &mut connection, events.as_mut(), context, &mut pace).await,
-        Err(e) => Err(e),
-    };
-    let outcome = match outcome {
-        Ok(()) => end(session, events.as_ref()).await,
-        Err(e) => Err(e),
-    };
-    if let Err(error @ (GatewayError::Upstream(_) | GatewayError::Draining)) = &outcome {
-        match events {
-            // The body ends in good order, so the connection stays: closing it would cost the client its next request.
-            // The client may be gone as well: the stream's own outcome stands.
-            Some(_) => drop(session.write_response_body(error.event(context.shape).into(), true).await),
-            None => {
-                session.set_keepalive(None);
-                session.shutdown().await;
-            }
-        }
-    }
-    let reusable = outcome.is_ok();
-    Relayed {
-        facts: events.map(|e| e.facts).unwrap_or_default(),
-        pace,
-        connection: reusable.then_some(connection),
-        outcome,
+impl Relayed {
+    /// Tokens as the engines counted them; where they did not, by their ids.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        let told = |tokens: u64| (tokens > 0).then_some(tokens);
+        let (prompt, completion) = self.tokens.map_or((None, None), |(p, c)| (told(p), Some(c)));
+        let usage = self.facts.usage;
+        Usage { prompt: usage.prompt.or(prompt), completion: usage.completion.or(completion), ..usage }
     }
 }
 
-async fn begin(
-    session: &mut ServerSession,
-    mut head: pingora_http::ResponseHeader,
-    first: Bytes,
-    events: Option<&Events>,
-    context: &RelayContext<'_>,
-    pace: &mut Pace,
-) -> Result<(), GatewayError> {
-    let framed = respond::frame_as_stream(session, &mut head).and_then(|()| match events {
-        // Proxies in front of us must not hold events back either.
-        Some(_) => head
-            .insert_header("cache-control", "no-cache")
-            .and_then(|()| head.insert_header("x-accel-buffering", "no")),
-        None => Ok(()),
-    });
-    let framed = framed.and_then(|()| respond::echo_client_id(session, &mut head));
-    framed.map_err(|_| GatewayError::Upstream(UpstreamFailure::Garbage))?;
-    session.write_response_header(Box::new(head)).await.map_err(|e| write_error(&e))?;
-    context.metrics.events.inc_by(events.map_or(0, |e| e.facts.events));
-    write(session, first, context, pace).await
+/// One engine's part in an answer.
+pub struct Leg {
+    connection: Http1Session,
+    /// Present for a stream of events.
+    splitter: Option<EventSplitter>,
+    /// Present for a part that is not the first.
+    seam: Option<Seam>,
+    /// Whether anything has come of it.
+    begun: bool,
+    /// Whether the engine has ended it in order.
+    ended: bool,
 }
 
-async fn copy(
-    session: &mut ServerSession,
-    connection: &mut Http1Session,
-    mut events: Option<&mut Events>,
-    context: &RelayContext<'_>,
-    pace: &mut Pace,
-) -> Result<(), GatewayError> {
-    let mut last_read = Instant::now();
-    let mut idle = pin!(sleep_until(last_read + context.idle));
-    let mut cut = pin!(context.cut.cancelled());
-    loop {
-        let read = tokio::select! {
-            biased;
-            read = connection.read_body_bytes() => read,
-            () = downstream::gone(session) => return Err(GatewayError::ClientGone),
-            () = cut.as_mut() => return Err(GatewayError::Draining),
-            () = idle.as_mut() => {
-                if last_read.elapsed() >= context.idle {
-                    return Err(GatewayError::Upstream(UpstreamFailure::IdleTimeout));
-                }
-                idle.as_mut().reset(last_read + context.idle);
-                continue;
-            }
-        };
-        let before = std::mem::replace(&mut last_read, Instant::now());
-        let Some(chunk) = read.map_err(|_| GatewayError::Upstream(UpstreamFailure::MidStream))? else {
-            return Ok(());
-        };
-        context.pulse.beat(last_read);
-        let gap = last_read.saturating_duration_since(before);
-        pace.reading += gap;
-        pace.longest_gap = pace.longest_gap.max(gap);
-        let (mut ready, after) = take_what_is_there(connection, chunk, events.as_deref_mut())?;
-        if let Some(events) = events.as_deref_mut() {
-            let (before, sound) = (events.facts.events, events.facts.error.is_none());
-            events.facts.observe(&ready);
-            context.metrics.events.inc_by(events.facts.events - before);
-            if sound && events.facts.error.is_some() {
-                ready = error_body::normalise_events(&ready, context.shape).unwrap_or(ready);
-            }
-        }
-        if !ready.is_empty() {
-            write(session, ready, context, pace).await?;
-        }
-        match after {
-            After::More => {}
-            After::End => return Ok(()),
-            After::Broken => return Err(GatewayError::Upstream(UpstreamFailure::MidStream)),
-        }
+impl Leg {
+    /// The first part, or the only one. What it begins with is handed to [`Relay::begin`].
+    pub fn first(open: Open) -> (Self, ResponseHeader, Bytes) {
+        let Open { head, first, connection, events } = open;
+        (Self { connection, splitter: events, seam: None, begun: false, ended: false }, head, first)
+    }
+
+    /// One that goes on where another was lost; what it begins with is handed to [`Relay::go_on`].
+    pub fn next(open: Open, seam: Seam) -> (Self, Bytes) {
+        let (leg, _, first) = Self::first(open);
+        (Self { seam: Some(seam), ..leg }, first)
+    }
+
+    /// The engine's connection, if it can be used again.
+    pub fn into_connection(self) -> Option<Http1Session> {
+        self.ended.then_some(self.connection)
+    }
+}
+
+/// Why a leg does not go on.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Interrupted {
+    /// Its engine is lost, or is to be left.
+    Lost(Loss),
+    /// What it says does not fit what the client has seen.
+    Unfit(Refusal),
+    /// The request is over.
+    Failed(GatewayError),
+}
+
+impl From<GatewayError> for Interrupted {
+    fn from(error: GatewayError) -> Self {
+        Self::Failed(error)
     }
 }
 
 /// What follows the bytes that were there.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum After {
     More,
     End,
@@ -185,17 +148,217 @@ enum After {
     Broken,
 }
 
-/// `chunk` and whatever else can be read without waiting, less an event that is not whole.
-fn take_what_is_there(
-    connection: &mut Http1Session,
-    chunk: Bytes,
-    mut events: Option<&mut Events>,
-) -> Result<(Bytes, After), GatewayError> {
-    let mut whole = |chunk: Bytes| match events.as_deref_mut() {
-        None => Ok(Some(chunk)),
-        Some(events) => {
-            events.splitter.push(chunk).map_err(|_| GatewayError::Upstream(UpstreamFailure::Garbage))
+/// An answer on its way to the client.
+pub struct Relay<'a> {
+    session: &'a mut ServerSession,
+    context: &'a RelayContext<'a>,
+    /// What the client has seen.
+    pub tracker: Tracker,
+    pace: Pace,
+    last_read: Instant,
+    /// When an event last came; for what is no stream, bytes.
+    last_progress: Instant,
+}
+
+impl<'a> Relay<'a> {
+    /// Nothing written yet.
+    pub fn new(session: &'a mut ServerSession, context: &'a RelayContext<'a>, tracker: Tracker) -> Self {
+        let now = Instant::now();
+        Self { session, context, tracker, pace: Pace::default(), last_read: now, last_progress: now }
+    }
+
+    /// The client's side.
+    pub fn session(&mut self) -> &mut ServerSession {
+        self.session
+    }
+
+    /// Writes the head and what came with it.
+    ///
+    /// # Errors
+    /// As [`Self::copy`].
+    pub async fn begin(
+        &mut self,
+        mut head: ResponseHeader,
+        leg: &mut Leg,
+        first: Bytes,
+        pulse: &Pulse<'_>,
+    ) -> Result<(), Interrupted> {
+        let session = &mut *self.session;
+        let framed = respond::frame_as_stream(session, &mut head).and_then(|()| match leg.splitter {
+            // Proxies in front of us must not hold events back either.
+            Some(_) => head
+                .insert_header("cache-control", "no-cache")
+                .and_then(|()| head.insert_header("x-accel-buffering", "no")),
+            None => Ok(()),
+        });
+        let framed = framed.and_then(|()| respond::echo_client_id(session, &mut head));
+        framed.map_err(|_| GatewayError::Upstream(UpstreamFailure::Garbage))?;
+        session.write_response_header(Box::new(head)).await.map_err(|e| write_error(&e))?;
+        let delivered = self.deliver(leg, first, pulse).await;
+        self.pace.events_before = self.tracker.facts.events;
+        delivered.map(drop)
+    }
+
+    /// Writes what a leg that goes on begins with.
+    ///
+    /// # Errors
+    /// As [`Self::copy`].
+    pub async fn go_on(&mut self, leg: &mut Leg, first: Bytes, pulse: &Pulse<'_>) -> Result<(), Interrupted> {
+        self.last_read = Instant::now();
+        self.last_progress = self.last_read;
+        self.deliver(leg, first, pulse).await.map(drop)
+    }
+
+    /// Copies until the answer is over. With `leave`, the engine is also lost when that resolves, or when it stalls; without,
+    /// the stream stays as long as it can.
+    ///
+    /// # Errors
+    /// Why it is not over.
+    pub async fn copy(
+        &mut self,
+        leg: &mut Leg,
+        pulse: &Pulse<'_>,
+        leave: Option<impl Future<Output = Loss>>,
+    ) -> Result<(), Interrupted> {
+        let may_leave = leave.is_some();
+        let patience = if may_leave { self.context.stall.min(self.context.idle) } else { self.context.idle };
+        let mut leave = pin!(async {
+            match leave {
+                Some(leave) => leave.await,
+                None => std::future::pending().await,
+            }
+        });
+        let mut idle = pin!(sleep_until(self.last_progress + patience));
+        let mut cut = pin!(self.context.cut.cancelled());
+        loop {
+            if self.tracker.facts.is_over() && leg.seam.as_ref().is_some_and(Seam::is_over) {
+                return self.end(leg).await;
+            }
+            let read = tokio::select! {
+                biased;
+                read = leg.connection.read_body_bytes() => read,
+                () = downstream::gone(self.session) => return Err(GatewayError::ClientGone.into()),
+                () = cut.as_mut() => return Err(GatewayError::Draining.into()),
+                loss = leave.as_mut() => return Err(Interrupted::Lost(loss)),
+                () = idle.as_mut() => {
+                    if self.last_progress.elapsed() >= patience {
+                        return Err(Interrupted::Lost(Loss::Stalled));
+                    }
+                    idle.as_mut().reset(self.last_progress + patience);
+                    continue;
+                }
+            };
+            let before = std::mem::replace(&mut self.last_read, Instant::now());
+            let chunk = match read {
+                Ok(Some(chunk)) => chunk,
+                Ok(None) => {
+                    leg.ended = true;
+                    return self.end(leg).await;
+                }
+                Err(_) => return Err(Interrupted::Lost(Loss::Broken)),
+            };
+            pulse.beat(self.last_read);
+            let gap = self.last_read.saturating_duration_since(before);
+            self.pace.reading += gap;
+            self.pace.longest_gap = self.pace.longest_gap.max(gap);
+            let (ready, after) = take_what_is_there(leg, chunk)?;
+            if self.deliver(leg, ready, pulse).await? || leg.splitter.is_none() {
+                self.last_progress = self.last_read;
+            }
+            match after {
+                After::More => {}
+                After::End => {
+                    leg.ended = true;
+                    return self.end(leg).await;
+                }
+                After::Broken => return Err(Interrupted::Lost(Loss::Broken)),
+            }
         }
+    }
+
+    /// Writes whole events, or the bytes of an answer that is no stream; whether events came.
+    async fn deliver(&mut self, leg: &mut Leg, bytes: Bytes, pulse: &Pulse<'_>) -> Result<bool, Interrupted> {
+        if bytes.is_empty() {
+            return Ok(false);
+        }
+        if leg.splitter.is_none() {
+            self.write(bytes, pulse).await?;
+            return Ok(true);
+        }
+        let first = !std::mem::replace(&mut leg.begun, true);
+        let bytes = match &mut leg.seam {
+            None => bytes,
+            Some(seam) => seam.push(&bytes, first).map_err(Interrupted::Unfit)?,
+        };
+        let (before, came) = (self.tracker.facts.events, self.tracker.came());
+        let sound = self.tracker.facts.error.is_none();
+        let mut passed = self.tracker.pass(bytes);
+        self.context.metrics.events.inc_by(self.tracker.facts.events - before);
+        if sound && self.tracker.facts.error.is_some() {
+            let shape = self.context.shape;
+            passed.bytes = error_body::normalise_events(&passed.bytes, shape).unwrap_or(passed.bytes);
+        }
+        if !passed.bytes.is_empty() {
+            self.write(passed.bytes, pulse).await?;
+        }
+        match passed.loss {
+            Some(loss) => Err(Interrupted::Lost(loss)),
+            None => Ok(self.tracker.came() > came),
+        }
+    }
+
+    /// The leg has ended in order. Whether it was a whole answer, its events tell.
+    async fn end(&mut self, leg: &Leg) -> Result<(), Interrupted> {
+        let over = self.tracker.facts.is_over();
+        if leg.splitter.as_ref().is_some_and(|splitter| !over || splitter.pending_bytes() > 0 && leg.ended) {
+            return Err(Interrupted::Lost(Loss::Unfinished));
+        }
+        Ok(self.close().await?)
+    }
+
+    async fn write(&mut self, bytes: Bytes, pulse: &Pulse<'_>) -> Result<(), GatewayError> {
+        self.pace.bytes += bytes.len() as u64;
+        self.context.metrics.bytes_out.inc_by(bytes.len() as u64);
+        pulse.while_written(self.session.write_response_body(bytes, false)).await.map_err(|e| write_error(&e))
+    }
+
+    /// Ends an answer of which the client has all: its engine's end did not come.
+    ///
+    /// # Errors
+    /// The client left.
+    pub async fn close(&mut self) -> Result<(), GatewayError> {
+        self.session.write_response_body(Bytes::new(), true).await.map_err(|e| write_error(&e))?;
+        Ok(())
+    }
+
+    /// Tells the client of what went wrong, if it can still be told: a stream of events ends with an error event; any other
+    /// answer is cut, so that it cannot be taken for whole.
+    pub async fn finish(mut self, is_stream: bool, outcome: Result<(), GatewayError>) -> Relayed {
+        if let Err(error) = &outcome
+            && !matches!(error, GatewayError::ClientGone | GatewayError::ClientStalled)
+        {
+            if is_stream {
+                let held = self.tracker.take_held();
+                let last = [&held, error.event(self.context.shape).as_bytes()].concat();
+                self.pace.bytes += held.len() as u64;
+                // The body ends in good order, so the connection stays: closing it would cost the client its next request.
+                // The client may be gone as well: the stream's own outcome stands.
+                drop(self.session.write_response_body(last.into(), true).await);
+            } else {
+                self.session.set_keepalive(None);
+                self.session.shutdown().await;
+            }
+        }
+        Relayed { tokens: self.tracker.tokens(), facts: self.tracker.facts, pace: self.pace, outcome }
+    }
+}
+
+/// `chunk` and whatever else can be read without waiting, less an event that is not whole.
+fn take_what_is_there(leg: &mut Leg, chunk: Bytes) -> Result<(Bytes, After), Interrupted> {
+    let Leg { connection, splitter, .. } = leg;
+    let mut whole = |chunk: Bytes| match splitter.as_mut() {
+        None => Ok(Some(chunk)),
+        Some(splitter) => splitter.push(chunk).map_err(|_| Interrupted::Lost(Loss::Garbage)),
     };
     let first = whole(chunk)?.unwrap_or_default();
     let mut joined = BytesMut::new();
@@ -221,25 +384,6 @@ fn take_what_is_there(
         }
     }
     Ok((if joined.is_empty() { first } else { joined.freeze() }, after))
-}
-
-/// The engine has ended its answer in order. Whether it was a whole one, its events tell.
-async fn end(session: &mut ServerSession, events: Option<&Events>) -> Result<(), GatewayError> {
-    if events.is_some_and(|events| !events.facts.is_over() || events.splitter.pending_bytes() > 0) {
-        return Err(GatewayError::Upstream(UpstreamFailure::MidStream));
-    }
-    session.write_response_body(Bytes::new(), true).await.map_err(|e| write_error(&e))
-}
-
-async fn write(
-    session: &mut ServerSession,
-    bytes: Bytes,
-    context: &RelayContext<'_>,
-    pace: &mut Pace,
-) -> Result<(), GatewayError> {
-    pace.bytes += bytes.len() as u64;
-    context.metrics.bytes_out.inc_by(bytes.len() as u64);
-    context.pulse.while_written(session.write_response_body(bytes, false)).await.map_err(|e| write_error(&e))
 }
 
 fn write_error(error: &pingora_error::Error) -> GatewayError {

@@ -49,6 +49,8 @@ pub struct Decision {
 pub enum Why {
     /// The request failed.
     Failed,
+    /// Its stream lost its engine and went on at another.
+    Resumed,
     /// An attempt failed; the client did not see it.
     Retried,
     /// The client asked for it.
@@ -59,12 +61,13 @@ pub enum Why {
 
 impl Why {
     /// Every one.
-    pub const ALL: [Self; 4] = [Self::Failed, Self::Retried, Self::Asked, Self::Sampled];
+    pub const ALL: [Self; 5] = [Self::Failed, Self::Resumed, Self::Retried, Self::Asked, Self::Sampled];
 
     /// The metric label.
     pub fn label(self) -> &'static str {
         match self {
             Self::Failed => "failed",
+            Self::Resumed => "resumed",
             Self::Retried => "retried",
             Self::Asked => "asked",
             Self::Sampled => "sampled",
@@ -101,7 +104,7 @@ pub struct Attempt {
     pub failure: &'static str,
     /// More about it.
     pub detail: String,
-    /// What followed the failure: "retry", "resend", "give_up".
+    /// What followed the failure: "retry", "resend", "resume", "give_up".
     pub next: &'static str,
     /// What the pick looked at; only for sampled and asked requests.
     #[serde(serialize_with = "considered")]
@@ -178,7 +181,7 @@ impl Decisions {
     /// Keeps a decision; the oldest of its kind gives way.
     pub fn keep(&self, why: Why, request: Facts, attempts: Vec<Attempt>) {
         let engines = why == Why::Failed && request.blame != "client" && !attempts.is_empty();
-        let ours = why == Why::Retried || engines;
+        let ours = matches!(why, Why::Resumed | Why::Retried) || engines;
         let ring = if ours { &self.trouble } else { &self.others };
         let order = self.order.fetch_add(1, Relaxed);
         ring.push(Arc::new(Decision { order, why, request, attempts }));

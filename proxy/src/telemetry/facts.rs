@@ -66,6 +66,13 @@ pub struct Facts {
     /// Time spent waiting for an engine with room.
     #[serde(rename = "queue_ms")]
     pub queue: Millis,
+    /// How often the stream went on at another engine.
+    pub resumes: u32,
+    /// Time from the losses of its engines to what followed them.
+    #[serde(rename = "resume_ms")]
+    pub resume: Millis,
+    /// Why it did not go on when it last should have; empty if it did, or never had to.
+    pub resume_refused: &'static str,
     /// Time to the first byte of the engine's answer.
     #[serde(rename = "ttft_ms")]
     pub ttft: Option<Millis>,
@@ -140,6 +147,9 @@ impl Facts {
             prompt_tokens: None,
             completion_tokens: None,
             queue: Millis::default(),
+            resumes: 0,
+            resume: Millis::default(),
+            resume_refused: "",
             ttft: None,
             itl_mean: None,
             itl_max: None,

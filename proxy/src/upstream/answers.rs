@@ -88,6 +88,7 @@ mod tests {
             target: String::new(),
             headers: HeaderMap::new(),
             body: Bytes::new(),
+            resume: None,
         };
         let fine = judge(&mut whole, &request).is_ok();
         (whole.head.status.as_u16(), fine)

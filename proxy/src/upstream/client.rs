@@ -25,7 +25,10 @@ use crate::{
     downstream::respond,
     endpoints::Endpoint,
     error::UpstreamFailure,
-    openai::{event::EventSplitter, usage::StreamFacts},
+    openai::{
+        event::EventSplitter,
+        usage::{FinishReason, StreamFacts},
+    },
     streaming::tunnel::End,
 };
 
@@ -66,23 +69,14 @@ pub struct Open {
     pub first: Bytes,
     /// Where the rest comes from.
     pub connection: Http1Session,
-    /// Present for a stream of events.
-    pub events: Option<Events>,
+    /// Present for a stream of events: holds back one that is not whole yet.
+    pub events: Option<EventSplitter>,
 }
 
 impl std::fmt::Debug for Open {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Open").field("head", &self.head).field("first", &self.first).finish_non_exhaustive()
     }
-}
-
-/// A stream cut into events, and what they have said so far.
-#[derive(Debug, Default)]
-pub struct Events {
-    /// Holds back an event that is not whole yet.
-    pub splitter: EventSplitter,
-    /// What the relayed events said.
-    pub facts: StreamFacts,
 }
 
 /// An attempt that came to nothing. The client has seen nothing of it.
@@ -206,7 +200,7 @@ impl EngineClient {
             return upgraded(connection, head, request);
         }
         if respond::is_event_stream(&head) {
-            let mut events = Events::default();
+            let mut events = EventSplitter::default();
             let first = first_events(&mut connection, &mut events).await?;
             return Ok(Answer::Open(Box::new(Open { head, first, connection, events: Some(events) })));
         }
@@ -295,7 +289,8 @@ fn upgraded(
     Ok(Answer::Upgraded(Box::new(Upgraded { head, engine })))
 }
 
-async fn first_events(connection: &mut Http1Session, events: &mut Events) -> Result<Bytes, Failed> {
+async fn first_events(connection: &mut Http1Session, splitter: &mut EventSplitter) -> Result<Bytes, Failed> {
+    let mut facts = StreamFacts::default();
     loop {
         let chunk = connection.read_body_bytes().await.map_err(|e| broken(&e))?;
         let Some(chunk) = chunk else {
@@ -304,16 +299,17 @@ async fn first_events(connection: &mut Http1Session, events: &mut Events) -> Res
                 "the stream ended before its first event",
             ));
         };
-        let whole = events.splitter.push(chunk).map_err(|e| Failed::new(UpstreamFailure::Garbage, e))?;
+        let whole = splitter.push(chunk).map_err(|e| Failed::new(UpstreamFailure::Garbage, e))?;
         let Some(whole) = whole else { continue };
-        events.facts.observe(&whole);
-        match &events.facts.error {
-            None => return Ok(whole),
+        facts.observe(&whole);
+        let failed = facts.finish_reason.filter(|reason| reason.is_failure()).map(FinishReason::label);
+        return match facts.error.as_deref().or(failed) {
+            None => Ok(whole),
             Some(message) => {
                 let detail = format!("the stream began with an error: {message}");
-                return Err(Failed::new(UpstreamFailure::BeforeFirstByte, detail));
+                Err(Failed::new(UpstreamFailure::BeforeFirstByte, detail))
             }
-        }
+        };
     }
 }
 

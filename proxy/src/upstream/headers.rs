@@ -13,7 +13,9 @@ use std::net::IpAddr;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use super::trace;
-use crate::{admission::auth::WEBSOCKET_KEY_PREFIX, downstream::respond::REQUEST_ID, record::EXPLAIN};
+use crate::{
+    admission::auth::WEBSOCKET_KEY_PREFIX, downstream::respond::REQUEST_ID, gateway::RESUME, record::EXPLAIN,
+};
 
 /// Never sent on, whoever asks.
 const DROPPED: &[&str] = &[
@@ -42,6 +44,7 @@ const DROPPED: &[&str] = &[
     "tracestate",
     REQUEST_ID,
     EXPLAIN,
+    RESUME,
 ];
 
 /// What else claims to know where a request comes from.

@@ -5,7 +5,7 @@ use http::{HeaderMap, Method, header};
 use pingora_error::Result;
 use pingora_http::RequestHeader;
 
-use crate::openai::Api;
+use crate::{openai::Api, resume::chunks::Wishes};
 
 /// Everything an attempt needs; attempts share it.
 #[derive(Debug)]
@@ -22,6 +22,8 @@ pub struct EngineRequest {
     pub headers: HeaderMap,
     /// The client's body, `model` spliced if the engine knows another name.
     pub body: Bytes,
+    /// What its stream's tracker is to know; `None` for a stream that nobody will continue.
+    pub resume: Option<Wishes>,
 }
 
 impl EngineRequest {
@@ -66,6 +68,7 @@ mod tests {
                 http::HeaderValue::from_static("application/json"),
             )]),
             body: Bytes::from_static(b"{}"),
+            resume: None,
         }
     }
 

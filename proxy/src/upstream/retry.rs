@@ -12,11 +12,13 @@ use crate::error::UpstreamFailure;
 /// Retries that a pool may still do: a bucket filled by requests and by time.
 ///
 /// One credit is one retry, counted in thousandths. A request adds `percent` hundredths of one, each second adds
-/// `floor_per_s`; the bucket holds ten seconds of the floor, or ten retries if that is more.
+/// `floor_per_s`; the bucket holds ten seconds of the floor, or ten retries if that is more, unless it is told otherwise.
 #[derive(Debug)]
 pub struct RetryBudget {
     percent: u32,
     floor_per_s: u32,
+    /// What the bucket holds.
+    capacity: u32,
     millicredits: AtomicU64,
     refilled_ms: AtomicU64,
 }
@@ -24,16 +26,23 @@ pub struct RetryBudget {
 impl RetryBudget {
     /// A full budget. `percent` of requests, plus `floor_per_s` a second.
     pub fn new(percent: u32, floor_per_s: u32) -> Self {
-        let budget =
-            Self { percent, floor_per_s, millicredits: AtomicU64::new(0), refilled_ms: AtomicU64::new(0) };
-        if percent > 0 || floor_per_s > 0 {
-            budget.millicredits.store(budget.capacity(), Relaxed);
-        }
-        budget
+        let capacity =
+            if percent > 0 || floor_per_s > 0 { floor_per_s.saturating_mul(10).max(10) } else { 0 };
+        Self::holding(percent, floor_per_s, capacity)
+    }
+
+    /// A full budget of `per_s` a second and no share of requests, which holds `burst`.
+    pub fn of_time(per_s: u32, burst: u32) -> Self {
+        Self::holding(0, per_s, burst)
+    }
+
+    fn holding(percent: u32, floor_per_s: u32, capacity: u32) -> Self {
+        let full = AtomicU64::new(u64::from(capacity) * 1_000);
+        Self { percent, floor_per_s, capacity, millicredits: full, refilled_ms: AtomicU64::new(0) }
     }
 
     fn capacity(&self) -> u64 {
-        (u64::from(self.floor_per_s) * 10).max(10) * 1_000
+        u64::from(self.capacity) * 1_000
     }
 
     /// Whole retries left, as of the last that was asked for.

@@ -4,6 +4,7 @@ use std::task::Poll;
 
 use super::{
     super::{
+        faults::{Fault, FaultKind},
         generation::Finish,
         render::{Frame, Token},
     },
@@ -20,16 +21,24 @@ impl Run<'_> {
         // vLLM sends the header as soon as the request is queued, long before the first token.
         self.conn.begin_stream(headers);
         self.recorder.status(200);
+        let mut frame = Frame::default();
+        let by_event = |fault: &mut Fault| fault.kind == FaultKind::Cut && fault.event.is_some();
+        if let Some(fault) = self.fault.take_if(by_event) {
+            frame.cut_at(fault.event, fault.byte);
+        }
+        self.render.greet(&mut frame);
+        self.conn.out.append(&mut frame.out);
         if self.conn.flush().await.is_err() {
             return self.disconnected();
         }
         let burst = self.engine.options.sim.burst;
-        let mut frame = Frame::default();
         let (mut events, mut writes, mut reason) = (0, 0, "length");
         while self.unfinished > 0 {
-            match self.strike(&mut frame).await {
-                Strike::None => {}
-                Strike::Over(next) => return next,
+            if let Strike::Over(next) = self.strike(&mut frame).await {
+                return next;
+            }
+            if frame.is_cut() {
+                return self.cut_off(&mut frame, "fault cut").await;
             }
             let choice = match if self.interrupted() { None } else { self.ready() } {
                 Some(choice) => choice,
@@ -60,6 +69,10 @@ impl Run<'_> {
                 }
             }
         }
+        // Between the last token and the end of the stream.
+        if let Strike::Over(next) = self.strike(&mut frame).await {
+            return next;
+        }
         let usage = self.usage();
         self.render.close(&mut frame, usage);
         self.observe_end(reason);
@@ -69,6 +82,9 @@ impl Run<'_> {
 
     /// Ends the body, sends all, and settles the record.
     pub(super) async fn finish(&mut self, mut frame: Frame, outcome: &str) -> Next {
+        if frame.is_cut() {
+            return self.cut_off(&mut frame, "fault cut").await;
+        }
         frame.out.extend_from_slice(b"0\r\n\r\n");
         if self.send(&mut frame).await.is_err() {
             return self.disconnected();
@@ -126,9 +142,12 @@ impl Run<'_> {
             self.render.open(frame, usage);
         }
         for choice in 0..self.choices.len() {
-            if !self.choices[choice].generation.is_finished() {
-                self.choices[choice].end();
-                let token = Token { choice, id: None, text: "", finish: Some(&Finish::Abort), usage };
+            let one = &mut self.choices[choice];
+            if !one.generation.is_finished() {
+                self.text.clear();
+                one.generation.abort(&mut self.text);
+                one.end();
+                let token = Token { choice, id: None, text: &self.text, finish: Some(&Finish::Abort), usage };
                 self.render.token(frame, &token);
             }
         }
@@ -138,10 +157,8 @@ impl Run<'_> {
     /// Ends the stream as the engine's phase demands.
     pub(super) async fn end_interrupted(&mut self, mut frame: Frame) -> Next {
         match self.interruption() {
-            Some(error) => {
-                self.render.error(&mut frame, &error);
-                self.finish(frame, "engine_error").await
-            }
+            Some(error) if self.render.error(&mut frame, &error) => self.finish(frame, "engine_error").await,
+            Some(_) => self.cut_off(&mut frame, "engine_error").await,
             None => {
                 self.abort(&mut frame);
                 self.finish(frame, "aborted").await

@@ -1,5 +1,7 @@
 //! Faults between the tokens of a stream.
 
+use std::time::Duration;
+
 use super::{
     super::{error::ApiError, faults::FaultKind, render::Frame},
     Next, Run, Wake,
@@ -21,19 +23,26 @@ impl Run<'_> {
         if self.send(frame).await.is_err() {
             return Strike::Over(self.disconnected());
         }
-        let whole = std::mem::take(frame);
+        if fault.kind == FaultKind::Cut {
+            frame.cut_at(None, fault.byte);
+            return Strike::None;
+        }
+        let mut whole = std::mem::take(frame);
         let next = match fault.kind {
             FaultKind::Freeze | FaultKind::Hang => {
                 self.recorder.tokens(self.sent);
-                match self.wait_for_the_end().await {
+                match self.frozen(&mut whole, fault.keep_alive_ms).await {
                     Wake::Interrupted => self.end_interrupted(whole).await,
                     _ => self.disconnected(),
                 }
             }
             FaultKind::Error => {
-                self.render.error(frame, &ApiError::engine_dead());
-                let frame = std::mem::take(frame);
-                self.finish(frame, "fault error").await
+                if self.render.error(frame, &ApiError::engine_dead()) {
+                    let frame = std::mem::take(frame);
+                    self.finish(frame, "fault error").await
+                } else {
+                    self.cut_off(frame, "fault error").await
+                }
             }
             FaultKind::Abort => {
                 self.abort(frame);
@@ -52,16 +61,6 @@ impl Run<'_> {
                 self.cut_off(frame, "fault garbage_http").await
             }
             FaultKind::Close => self.cut_off(frame, "fault close").await,
-            FaultKind::Cut => match self.wait().await {
-                Wake::Gone => self.disconnected(),
-                Wake::Interrupted => self.end_interrupted(whole).await,
-                Wake::Token(choice) => {
-                    frame.cut_event(fault.byte, |whole| {
-                        self.emit(choice, whole);
-                    });
-                    self.cut_off(frame, "fault cut").await
-                }
-            },
             FaultKind::Reset => {
                 self.conn.reset();
                 self.recorder.tokens(self.sent);
@@ -72,7 +71,8 @@ impl Run<'_> {
                 self.engine.crash(fault.code);
                 Next::Close
             }
-            FaultKind::Slow
+            FaultKind::Cut
+            | FaultKind::Slow
             | FaultKind::Status
             | FaultKind::Busy
             | FaultKind::Unhealthy
@@ -82,8 +82,25 @@ impl Run<'_> {
         Strike::Over(next)
     }
 
+    /// Waits for the end of the peer or of the engine, with a comment every `keep_alive_ms` if that is not 0.
+    async fn frozen(&mut self, frame: &mut Frame, keep_alive_ms: u64) -> Wake {
+        if keep_alive_ms == 0 {
+            return self.wait_for_the_end().await;
+        }
+        let pause = Duration::from_millis(keep_alive_ms);
+        loop {
+            if let Ok(wake) = tokio::time::timeout(pause, self.wait_for_the_end()).await {
+                return wake;
+            }
+            frame.keep_alive();
+            if self.send(frame).await.is_err() {
+                return Wake::Gone;
+            }
+        }
+    }
+
     /// Sends what is framed and lets the connection close without an end of the body.
-    async fn cut_off(&mut self, frame: &mut Frame, outcome: &str) -> Next {
+    pub(super) async fn cut_off(&mut self, frame: &mut Frame, outcome: &str) -> Next {
         if self.send(frame).await.is_err() {
             return self.disconnected();
         }

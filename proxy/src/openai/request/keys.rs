@@ -20,6 +20,8 @@ pub(super) enum Field {
     MaxOutputTokens,
     N,
     User,
+    ReturnTokenIds,
+    Echo,
 }
 
 impl Field {
@@ -33,6 +35,8 @@ impl Field {
             Self::MaxOutputTokens => "max_output_tokens",
             Self::N => "n",
             Self::User => "user",
+            Self::ReturnTokenIds => "return_token_ids",
+            Self::Echo => "echo",
         }
     }
 }
@@ -72,6 +76,8 @@ impl Key {
             b"max_output_tokens" => Self::Field(Field::MaxOutputTokens),
             b"n" => Self::Field(Field::N),
             b"user" => Self::Field(Field::User),
+            b"return_token_ids" => Self::Field(Field::ReturnTokenIds),
+            b"echo" => Self::Field(Field::Echo),
             b"prompt" | b"input" => Self::Prompt { text: true, token_ids: true },
             b"tokens" => Self::Prompt { text: false, token_ids: true },
             b"messages" | b"system" | b"instructions" | b"tools" | b"query" | b"documents" | b"text_1"

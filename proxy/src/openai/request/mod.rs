@@ -84,6 +84,10 @@ pub struct RequestFacts {
     pub user_range: Option<Range<usize>>,
     /// Where `stream_options`' value stands: an object or `null`.
     pub stream_options_range: Option<Range<usize>>,
+    /// Where `return_token_ids`' value stands, and whether it is `true`.
+    pub return_token_ids: Option<(Range<usize>, bool)>,
+    /// Whether `echo` asks for the prompt in the answer.
+    pub echo: bool,
     /// How much prompt there is.
     pub prompt: PromptFacts,
     /// What to cut out to be rid of the members that were to be removed: key, value and one comma, in the order of the body.

@@ -76,6 +76,8 @@ impl<'a> Scanner<'a> {
                 n: None,
                 user_range: None,
                 stream_options_range: None,
+                return_token_ids: None,
+                echo: false,
                 prompt: PromptFacts::default(),
                 removed: Vec::new(),
                 insert_at: 0,
@@ -321,6 +323,11 @@ impl<'a> Scanner<'a> {
             (Field::User, Value::Text(_)) => self.facts.user_range = Some(range),
             (Field::User, Value::Null) => {}
             (Field::User, _) => return Err(wrong("a string or null")),
+            // What they may be, the engine says.
+            (Field::ReturnTokenIds, value) => {
+                self.facts.return_token_ids = Some((range, matches!(value, Value::Bool(true))));
+            }
+            (Field::Echo, value) => self.facts.echo = !matches!(value, Value::Null | Value::Bool(false)),
             (_, Value::Null) => {}
             (_, Value::Number { natural: true }) => {
                 let digits = self.lexer.bytes.get(range).unwrap_or_default();

@@ -97,7 +97,9 @@ impl FinishReason {
         }
     }
 
-    const fn is_failure(self) -> bool {
+    /// Whether it says that the answer was broken off.
+    #[must_use]
+    pub const fn is_failure(self) -> bool {
         matches!(self, Self::Abort | Self::Error)
     }
 }

@@ -1,4 +1,4 @@
-//! Every series this process can emit, declared in one place, each at zero from the start; those of a model from the first
+//! Every series this process can emit, declared in one place (what belongs to listeners and to resumes in files of their own beside), each at zero from the start; those of a model from the first
 //! scrape that sees its route.
 //!
 //! Labels are bounded: `api` is [`crate::openai::Api::label`], `code` an HTTP status we send, `blame`, `reason` and
@@ -7,10 +7,16 @@
 //! Cost: a counter behind resolved labels is one atomic add. What is counted by model is resolved once a request, to a
 //! [`super::models::ModelSeries`]; the other labelled ones are looked up once a request or once an attempt.
 
+mod listeners;
+mod resumes;
+#[cfg(test)]
+mod tests;
+
 use std::{sync::Arc, time::Duration};
 
 use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
+pub use self::{listeners::ListenerMetrics, resumes::ResumeMetrics};
 pub use super::state::State;
 use super::{
     decisions::Why,
@@ -22,7 +28,6 @@ use crate::{
     endpoints::Leave,
     error::UpstreamFailure,
     health::{Reason, probe::Probed, progress::Verdict},
-    listener::Refusal,
     routing::policy::{How, Policy},
     upstream::client::Origin,
 };
@@ -121,6 +126,8 @@ pub struct Metrics {
     pub untrusted_fields: IntCounter,
     /// Clients' connections and certificates.
     pub listeners: ListenerMetrics,
+    /// Streams that lost their engine.
+    pub resumes: ResumeMetrics,
     /// Binary upgrades by how they ended: done, failed.
     pub upgrades: IntCounterVec,
     pub(super) snapshot_revision: IntGauge,
@@ -299,6 +306,7 @@ impl Metrics {
                 "Fields of [trust] taken out of bodies whose callers are not trusted; neighbours count once.",
             )?,
             listeners: ListenerMetrics::new(&make)?,
+            resumes: ResumeMetrics::new(&make)?,
             upgrades: make.counters(
                 "penstock_proxy_upgrades_total",
                 "Successors started, by whether they took over.",
@@ -406,90 +414,3 @@ impl Metrics {
         self.duration.observe(took.as_secs_f64());
     }
 }
-
-/// What is counted for each listener, by its name in the settings.
-#[derive(Debug)]
-pub struct ListenerMetrics {
-    accepted: IntCounterVec,
-    open: IntGaugeVec,
-    /// Connections closed before they brought a request, by listener and reason.
-    pub refusals: IntCounterVec,
-    certificate_expiry: IntGaugeVec,
-    certificate_reloads: IntCounterVec,
-}
-
-impl ListenerMetrics {
-    fn new(make: &Maker<'_>) -> Result<Self, prometheus::Error> {
-        Ok(Self {
-            accepted: make.counters(
-                "penstock_proxy_connections_total",
-                "Clients' connections accepted, those refused for the limit not counted.",
-                &["listener"],
-            )?,
-            open: make.gauges("penstock_proxy_connections_open", "Clients' connections.", &["listener"])?,
-            refusals: make.counters(
-                "penstock_proxy_connections_refused_total",
-                "Clients' connections closed before they brought a request.",
-                &["listener", "reason"],
-            )?,
-            certificate_expiry: make.gauges(
-                "penstock_proxy_certificate_expiry_timestamp_seconds",
-                "When the first certificate of the listener's chain expires.",
-                &["listener"],
-            )?,
-            certificate_reloads: make.counters(
-                "penstock_proxy_certificate_reloads_total",
-                "Changed certificate files, by whether they are in use now or were refused.",
-                &["listener", "result"],
-            )?,
-        })
-    }
-
-    /// Makes the series of a listener, at zero.
-    pub fn exists(&self, listener: &str) {
-        self.accepted.with_label_values(&[listener]).inc_by(0);
-        self.open.with_label_values(&[listener]).add(0);
-        for refusal in Refusal::ALL {
-            self.refusals.with_label_values(&[listener, refusal.label()]).inc_by(0);
-        }
-    }
-
-    /// Counts a connection in, until what it gives back is dropped.
-    pub fn opened(&self, listener: &str) -> impl Drop + use<> {
-        self.accepted.with_label_values(&[listener]).inc();
-        let gauge = self.open.with_label_values(&[listener]);
-        gauge.inc();
-        Open(gauge)
-    }
-
-    /// Counts a connection that was closed before it brought a request.
-    pub fn refused(&self, listener: &str, why: Refusal) {
-        self.refusals.with_label_values(&[listener, why.label()]).inc();
-    }
-
-    /// Tells of the certificates in use.
-    pub fn certificate(&self, listener: &str, expires_unix_s: i64) {
-        self.certificate_expiry.with_label_values(&[listener]).set(expires_unix_s);
-        for result in ["loaded", "refused"] {
-            self.certificate_reloads.with_label_values(&[listener, result]).inc_by(0);
-        }
-    }
-
-    /// Counts changed files of certificates.
-    pub fn reloaded(&self, listener: &str, good: bool) {
-        self.certificate_reloads
-            .with_label_values(&[listener, if good { "loaded" } else { "refused" }])
-            .inc();
-    }
-}
-
-struct Open(IntGauge);
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.dec();
-    }
-}
-
-#[cfg(test)]
-#[path = "metrics_tests.rs"]
-mod tests;

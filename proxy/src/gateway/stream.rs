@@ -1,0 +1,112 @@
+//! An answer that goes on after its first bytes, over as many engines as it takes.
+
+use std::time::Duration;
+
+use penstock_config::proxy::Patience;
+use pingora_core::protocols::http::ServerSession;
+
+use super::{
+    Done, Gateway,
+    attempts::{Errand, Place},
+    go_on::{NotOn, Resumes},
+};
+use crate::{
+    error::{GatewayError, UpstreamFailure},
+    record::Record,
+    resume::{Loss, Refusal, tracker::Tracker},
+    streaming::relay::{Interrupted, Leg, Relay, RelayContext},
+    upstream::client::{Failed, Open},
+};
+
+impl Gateway {
+    /// Relays an answer that has begun to its end. An engine that is lost on the way is replaced where that can be right.
+    pub(super) async fn stream(
+        &self,
+        session: &mut ServerSession,
+        record: &mut Record<'_>,
+        open: Open,
+        mut place: Place,
+        errand: &Errand<'_>,
+    ) -> Result<Done, GatewayError> {
+        record.status(open.head.status.as_u16());
+        let is_stream = open.events.is_some();
+        self.note_beginning(place.ticket(), open.head.status, is_stream);
+        let Patience { idle_ms, .. } = errand.patience;
+        let context = RelayContext {
+            idle: Duration::from_millis(idle_ms),
+            stall: Duration::from_millis(self.config.resume.stall_ms),
+            cut: self.lifecycle.cut(),
+            shape: record.shape(),
+            metrics: &self.metrics,
+        };
+        let tracker = match errand.request.resume.filter(|_| is_stream && open.head.status.is_success()) {
+            Some(wishes) => Tracker::new(errand.request.api, wishes),
+            None => Tracker::idle(),
+        };
+        let mut relay = Relay::new(session, &context, tracker);
+        let (mut leg, head, first) = Leg::first(open);
+        let mut interrupted = relay.begin(head, &mut leg, first, &place.ticket().pulse(self.started)).await;
+        let mut resumes = Resumes::default();
+        let outcome = loop {
+            let copied = match interrupted {
+                Ok(()) => {
+                    let ticket = place.ticket();
+                    let leave = async { Loss::of_leave(ticket.leave().await) };
+                    let leave = (!relay.tracker.is_idle() && !resumes.stays()).then_some(leave);
+                    relay.copy(&mut leg, &ticket.pulse(self.started), leave).await
+                }
+                Err(why) => Err(why),
+            };
+            let loss = match copied {
+                Ok(()) => break Ok(()),
+                // The client has its last event: how the engine's side ends is the engine's.
+                Err(Interrupted::Lost(_)) if relay.tracker.facts.is_over() => break relay.close().await,
+                Err(Interrupted::Failed(error)) => break Err(error),
+                Err(Interrupted::Unfit(refusal)) => {
+                    self.metrics.resumes.refused(&place.endpoint().id, refusal);
+                    break Err(GatewayError::Lost { failure: UpstreamFailure::MidStream, refusal });
+                }
+                Err(Interrupted::Lost(loss)) => loss,
+            };
+            match self.go_on(&mut relay, record, &place, errand, loss, &mut resumes).await {
+                Ok(next) => {
+                    place = next.place;
+                    leg = next.leg;
+                    let pulse = place.ticket().pulse(self.started);
+                    interrupted = relay.go_on(&mut leg, next.first, &pulse).await;
+                }
+                Err(NotOn::Refused(_)) if loss.is_optional() && !resumes.stays() => {
+                    // The engine is still there: the stream stays as long as that lasts.
+                    resumes.stay();
+                    interrupted = Ok(());
+                }
+                Err(NotOn::Refused(refusal)) => break Err(given_up(loss, refusal)),
+                Err(NotOn::Failed(error)) => break Err(error),
+            }
+        };
+        let relayed = relay.finish(is_stream, outcome).await;
+        record.relayed(&relayed);
+        match &relayed.outcome {
+            Ok(()) => match &relayed.facts.error {
+                None => self.note_end(place.ticket()),
+                Some(message) => {
+                    self.note_failure(place.ticket(), &Failed::inside(UpstreamFailure::MidStream, message));
+                }
+            },
+            Err(_) => {}
+        }
+        if let (Ok(()), Some(connection)) = (&relayed.outcome, leg.into_connection()) {
+            self.engines.release(connection, place.endpoint()).await;
+        }
+        relayed.outcome.map(|()| Done::Answered)
+    }
+}
+
+/// The error of a stream that was lost and does not go on. Where nobody would have expected it to, it says no more than that.
+fn given_up(loss: Loss, refusal: Refusal) -> GatewayError {
+    let failure = loss.failure().unwrap_or(UpstreamFailure::MidStream);
+    match refusal {
+        Refusal::Disabled | Refusal::OptedOut | Refusal::Api => GatewayError::Upstream(failure),
+        refusal => GatewayError::Lost { failure, refusal },
+    }
+}
