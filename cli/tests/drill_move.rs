@@ -82,6 +82,12 @@ async fn fifty_long_streams_are_moved_off_an_engine_at_the_pace() {
         assert!(up.run(&["undrain", id]).status.success());
         is_draining(&up, id, false).await;
     }
+    // What `--wait` looks at is what the engine's agent last reported.
+    until("it is reported", LONGEST, async || {
+        let endpoint = up.endpoints().into_iter().find(|e| e["id"] == victim.0.as_str())?;
+        (endpoint["running"].as_u64()? == STREAMS).then_some(())
+    })
+    .await;
     assert_eq!(in_flight(&victim.1).await, STREAMS, "nothing moves by itself");
 
     let moving = Instant::now();
