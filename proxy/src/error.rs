@@ -349,7 +349,7 @@ impl GatewayError {
     /// The body of the answer, as JSON.
     pub fn body(&self, shape: ErrorShape) -> Value {
         match shape {
-            ErrorShape::OpenAi => json!({"error": {
+            ErrorShape::OpenAi | ErrorShape::Responses => json!({"error": {
                 "message": self.message(),
                 "type": openai_type(self.status()),
                 "param": self.param(),
@@ -367,6 +367,15 @@ impl GatewayError {
         match shape {
             ErrorShape::OpenAi => format!("data: {}\n\n", self.body(shape)),
             ErrorShape::Anthropic => format!("event: error\ndata: {}\n\n", self.body(shape)),
+            ErrorShape::Responses => {
+                let event = json!({
+                    "type": "error",
+                    "code": self.code(),
+                    "message": self.message(),
+                    "param": self.param(),
+                });
+                format!("event: error\ndata: {event}\n\n")
+            }
         }
     }
 }

@@ -139,6 +139,7 @@ impl Api {
     pub const fn shape(self) -> ErrorShape {
         match self {
             Self::Messages | Self::CountTokens => ErrorShape::Anthropic,
+            Self::Responses => ErrorShape::Responses,
             _ => ErrorShape::OpenAi,
         }
     }
@@ -170,4 +171,6 @@ pub enum ErrorShape {
     OpenAi,
     /// `{"type":"error","error":{"type","message"}}`
     Anthropic,
+    /// As OpenAI's; inside a stream an event named `error`: `{"type":"error","code","message","param"}`.
+    Responses,
 }

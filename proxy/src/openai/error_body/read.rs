@@ -34,7 +34,7 @@ pub(super) fn is_right(value: &Value, shape: ErrorShape) -> bool {
     }
     let marked = value.get("type").and_then(Value::as_str) == Some("error");
     match shape {
-        ErrorShape::OpenAi => !marked,
+        ErrorShape::OpenAi | ErrorShape::Responses => !marked,
         ErrorShape::Anthropic => marked && error.get("type").is_some_and(Value::is_string),
     }
 }
@@ -178,7 +178,7 @@ pub(super) fn error_in_event(event: &[u8], shape: ErrorShape) -> Option<Said> {
         return None;
     }
     let right = match shape {
-        ErrorShape::OpenAi => is_right(&value, shape),
+        ErrorShape::OpenAi | ErrorShape::Responses => is_right(&value, shape),
         ErrorShape::Anthropic => is_right(&value, shape) && name == b"error",
     };
     (!right).then(|| said(&value))

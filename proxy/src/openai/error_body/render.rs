@@ -15,7 +15,7 @@ pub(super) fn body(status: StatusCode, said: &Said, shape: ErrorShape) -> Bytes 
 /// An event of a stream.
 pub(super) fn event(status: StatusCode, said: &Said, shape: ErrorShape) -> Vec<u8> {
     let name = match shape {
-        ErrorShape::OpenAi => "",
+        ErrorShape::OpenAi | ErrorShape::Responses => "",
         ErrorShape::Anthropic => "event: error\n",
     };
     format!("{name}data: {}\n\n", value(status, said, shape)).into_bytes()
@@ -27,7 +27,7 @@ fn value(status: StatusCode, said: &Said, shape: ErrorShape) -> Value {
         format!("The engine answered {} ({reason}) and gave no reason.", status.as_u16())
     });
     match shape {
-        ErrorShape::OpenAi => json!({"error": {
+        ErrorShape::OpenAi | ErrorShape::Responses => json!({"error": {
             "message": message,
             "type": said.kind.as_deref().unwrap_or_else(|| openai_type(status.as_u16())),
             "param": said.param,

@@ -190,6 +190,8 @@ impl<'a> Chat<'a> {
         };
         let tools = match self.original.value("tools") {
             None => return Ok(()),
+            // A chat completion that names no tool may not choose one.
+            Some(Value::Array(tools)) if tools.is_empty() => return Ok(()),
             Some(Value::Array(tools)) => tools,
             Some(_) => return Err(Refusal::Body),
         };

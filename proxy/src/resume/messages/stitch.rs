@@ -87,9 +87,17 @@ impl Stitch {
     }
 
     pub(super) fn chat(form: Form, counts: Counts, seam: Seam) -> Self {
-        let block = Block::Text;
-        let index = form.index;
-        let chat = Chat { form, counts, index, block, ..Chat::default() };
+        let chat = Chat {
+            index: form.index,
+            form,
+            counts,
+            block: Block::Text,
+            pending: String::new(),
+            calls: Vec::new(),
+            arguments: String::new(),
+            finish: None,
+            ended: false,
+        };
         Self { seam, how: How::Chat(Box::new(chat)) }
     }
 
@@ -148,9 +156,8 @@ fn again(
     Ok(())
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 enum Block {
-    #[default]
     None,
     Text,
     /// The call's id.
@@ -173,23 +180,6 @@ struct Chat {
     /// `finish_reason` and, as it is written, `stop_reason`.
     finish: Option<(String, Vec<u8>)>,
     ended: bool,
-}
-
-impl Default for Chat {
-    fn default() -> Self {
-        let form = Form { before: Vec::new(), after: Vec::new(), index: 0, index_first: false };
-        Self {
-            form,
-            counts: Counts { input: None, seen: 0, full: false },
-            index: 0,
-            block: Block::None,
-            pending: String::new(),
-            calls: Vec::new(),
-            arguments: String::new(),
-            finish: None,
-            ended: false,
-        }
-    }
 }
 
 impl Chat {
