@@ -119,7 +119,8 @@ impl Proxy {
             now_ms: 0,
             max_ejected_percent: 0,
         });
-        let of_name = text.lines().filter(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
+        let of_name =
+            text.lines().filter(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
         of_name.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }
 
@@ -153,7 +154,8 @@ fn state(engines: &[SocketAddr]) -> XdsState {
         endpoints: engines.iter().enumerate().map(endpoint).collect(),
         ..Default::default()
     };
-    let target = v1::RouteTarget { pool: MODEL.into(), served_model: MODEL.into(), weight: 1, ..Default::default() };
+    let target =
+        v1::RouteTarget { pool: MODEL.into(), served_model: MODEL.into(), weight: 1, ..Default::default() };
     let route = v1::ModelRoute { model: MODEL.into(), targets: vec![target], ..Default::default() };
     let response = |type_url: &str, value: Vec<u8>| xds::DeltaDiscoveryResponse {
         type_url: type_url.into(),

@@ -83,7 +83,11 @@ async fn an_engine_lost_at_any_token_costs_the_client_nothing() {
         for asked in of_each_api(prompt) {
             let whole = pair.ask(&asked).await;
             for after_tokens in 0..TOKENS {
-                let kinds: &[&str] = if number == 0 { &["reset", "close", "end", "error", "abort", "freeze"] } else { &["reset"] };
+                let kinds: &[&str] = if number == 0 {
+                    &["reset", "close", "end", "error", "abort", "freeze"]
+                } else {
+                    &["reset"]
+                };
                 for kind in kinds {
                     let fault = json!({"kind": kind, "after_tokens": after_tokens});
                     let got = pair.ask_with(&asked, &fault).await;
@@ -146,7 +150,9 @@ async fn stop_strings_are_found_across_the_cut() {
         let text = text_of(&pair.ask(asked).await);
         let at = text.char_indices().map(|(at, _)| at).nth(27).unwrap();
         let stop: String = text[at..].chars().take(9).collect();
-        for members in [json!({"stop": [stop, "never said"]}), json!({"stop": stop, "include_stop_str_in_output": true})] {
+        for members in
+            [json!({"stop": [stop, "never said"]}), json!({"stop": stop, "include_stop_str_in_output": true})]
+        {
             let asked = asked.with(members);
             let whole = pair.ask(&asked).await;
             assert!(whole.contains("\"stop\""), "{whole}");
@@ -155,12 +161,19 @@ async fn stop_strings_are_found_across_the_cut() {
                 pair.first.faults(&pair.client, &fault).await;
                 let got = pair.ask(&asked).await;
                 let without = |text: &str| {
-                    told_apart(text).split_once("system_fingerprint").map(|(before, _)| before.to_owned()).unwrap_or_default()
+                    told_apart(text)
+                        .split_once("system_fingerprint")
+                        .map(|(before, _)| before.to_owned())
+                        .unwrap_or_default()
                 };
                 assert_eq!(text_of(&got), text_of(&whole), "after {after_tokens}: {got}");
                 assert_eq!(got.matches("\"finish_reason\":\"stop\"").count(), 1, "{got}");
                 let _ = without;
-                let usage = |text: &str| told_apart(text).split_once("\"usage\":{").map(|(_, u)| u[..u.find('}').unwrap()].to_owned());
+                let usage = |text: &str| {
+                    told_apart(text)
+                        .split_once("\"usage\":{")
+                        .map(|(_, u)| u[..u.find('}').unwrap()].to_owned())
+                };
                 assert_eq!(usage(&got), usage(&whole));
             }
             pair.first.faults(&pair.client, &json!([])).await;
@@ -183,7 +196,11 @@ async fn what_ids_cannot_say_goes_on_by_text() {
         (&with, completion.with(json!({"max_tokens": null}))),
         (&with, completion.with(json!({"echo": true}))),
         (&with, chat.with(json!({"return_token_ids": true}))),
-        (&with, completion.with(json!({"return_token_ids": true, "min_tokens": 6, "seed": 7, "temperature": 1.0}))),
+        (
+            &with,
+            completion
+                .with(json!({"return_token_ids": true, "min_tokens": 6, "seed": 7, "temperature": 1.0})),
+        ),
     ];
     for (pair, asked) in cases {
         let whole = pair.ask(&asked).await;

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::{Pair, PROMPTS, asked::of_each_api};
+use super::{PROMPTS, Pair, asked::of_each_api};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_right_ends_with_one_typed_error() {
@@ -23,8 +23,14 @@ async fn what_cannot_be_right_ends_with_one_typed_error() {
             let last = got.trim_end().rsplit("\n\n").next().unwrap();
             assert!(!got.contains("[DONE]"), "{members} {kind}: {got}");
             assert_eq!(got.matches("\"error\"").count(), 1, "{members} {kind}: {got}");
-            assert!(last.contains("\"code\":\"stream_interrupted\"") && last.contains(reason), "{members}: {last}");
-            assert!(param.is_empty() || last.contains(&format!("\"param\":\"{param}\"")), "{members}: {last}");
+            assert!(
+                last.contains("\"code\":\"stream_interrupted\"") && last.contains(reason),
+                "{members}: {last}"
+            );
+            assert!(
+                param.is_empty() || last.contains(&format!("\"param\":\"{param}\"")),
+                "{members}: {last}"
+            );
         }
     }
     pair.first.faults(&pair.client, &json!([])).await;
@@ -68,5 +74,8 @@ async fn who_wants_none_gets_none() {
     let request = pair.client.post(format!("{}{}", pair.proxy.url, asked.path)).json(&asked.body);
     let request = request.header("x-session-affinity", &pair.session).header("x-penstock-resume", "off");
     let got = request.send().await.unwrap().text().await.unwrap();
-    assert!(got.contains("stream_interrupted") && !got.contains("[DONE]") && !got.contains("token_ids\":["), "{got}");
+    assert!(
+        got.contains("stream_interrupted") && !got.contains("[DONE]") && !got.contains("token_ids\":["),
+        "{got}"
+    );
 }
