@@ -110,6 +110,8 @@ async fn fifty_long_streams_are_moved_off_an_engine_at_the_pace() {
     assert_whole(&report, STREAMS, TOKENS);
     assert_eq!(proxy_metric(&up, MOVED).await, Some(STREAMS as f64), "each once");
     assert_eq!(proxy_metric(&up, FENCED).await, Some(0.0));
+    let resumed = format!("penstock_proxy_resumes_total{{endpoint=\"{}\",reason=\"moved\"}}", victim.0);
+    assert_eq!(proxy_metric(&up, &resumed).await, Some(STREAMS as f64), "and each went on");
     assert!(up.run(&["undrain", &victim.0]).status.success());
     is_draining(&up, &victim.0, false).await;
     up.stop();

@@ -220,7 +220,7 @@ fn completions_are_scripts_that_know_the_commands() {
 #[test]
 fn a_drain_asks_for_moves_only_where_it_shall_and_says_what_is_left() {
     let left = |running: u32| (200, json!({"id": "m-0", "state": "draining", "running": running}));
-    let (address, server) = controlplane(vec![left(0), left(7), left(7), left(1), left(0)]);
+    let (address, server) = controlplane(vec![left(0), left(0), left(7), left(7), left(1), left(0)]);
     assert!(run(&address, &["drain", "m-0", "--wait"]).status.success());
     let output = run(&address, &["drain", "m-0", "--move-streams", "--wait"]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
@@ -229,6 +229,7 @@ fn a_drain_asks_for_moves_only_where_it_shall_and_says_what_is_left() {
         server.join().unwrap(),
         [
             "POST /api/v2/endpoints/m-0/drain",
+            "GET /api/v2/endpoints/m-0",
             "POST /api/v2/endpoints/m-0/drain?move_streams=true",
             "GET /api/v2/endpoints/m-0",
             "GET /api/v2/endpoints/m-0",

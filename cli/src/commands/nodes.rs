@@ -13,6 +13,8 @@ use crate::{
 
 /// Between two looks at what drains.
 const PAUSE: Duration = Duration::from_millis(200);
+/// After which what an agent reported is news: requests that came just before a drain are not in what it had reported by then.
+const REPORTED: Duration = Duration::from_secs(2);
 
 /// Says `word` ("cordon", "maintenance", "uncordon") of a node and shows how it stands then.
 pub(crate) async fn speak(args: &NodeArgs, word: &str) -> Result<(), ApiError> {
@@ -51,6 +53,10 @@ pub(crate) async fn drain(args: &DrainArgs) -> Result<(), ApiError> {
         return Err(ApiError::Usage("--reason is for nodes: penstock drain node/NAME --reason TEXT".into()));
     }
     let mut reply = server.drain(&args.target, args.move_streams).await?;
+    if args.wait && reply.value.running + reply.value.waiting == 0 {
+        sleep(REPORTED).await;
+        reply = server.endpoint(&args.target).await?;
+    }
     let mut said = None;
     loop {
         let left = reply.value.running + reply.value.waiting;

@@ -46,8 +46,7 @@ impl Engine {
         let announce = folder.path().join("announce.json");
         let child = Command::new(env!("CARGO_BIN_EXE_penstock"))
             .args(["engine-sim", "serve", MODEL, "--host", "127.0.0.1", "--port", "0"])
-            .args(["--sim-no-core", "--sim-load-ms", "1", "--sim-itl-ms", "0", "--sim-ttft-ms", "0"])
-            .args(["--sim-itl-growth-us", "0", "--sim-announce"])
+            .args(["--sim-no-core", "--sim-load-ms", "1", "--sim-speed", "0", "--sim-announce"])
             .arg(&announce)
             .args(flags)
             .stdin(Stdio::null())
@@ -89,6 +88,7 @@ pub(crate) fn config() -> ProxyConfig {
     config.health.max_ejected_percent = 0;
     config.routing.policy = Policy::SessionAffinity;
     config.resume.stall_ms = 150;
+    config.upstream.first_byte_ms = 5_000;
     config
 }
 

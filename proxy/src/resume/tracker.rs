@@ -100,7 +100,8 @@ impl Tracker {
         for event in walk(&events, first) {
             self.came += 1;
             let verdict = self.judge(event.name, &event.data, &mut changes);
-            if let (Cow::Borrowed(data), false) = (&event.data, changes.is_empty()) {
+            let shown = matches!(verdict, Verdict::Pass | Verdict::Hold) && !changes.is_empty();
+            if let (Cow::Borrowed(data), true) = (&event.data, shown) {
                 let at = (data.as_ptr() as usize).saturating_sub(events.as_ptr() as usize);
                 edits.extend(changes.drain(..).map(|c| (at + c.range.start..at + c.range.end, c.with)));
             }
