@@ -311,14 +311,11 @@ impl<'a> Record<'a> {
                 series.itl_max.observe(longest.as_secs_f64());
             }
         }
-        match (&relayed.outcome, &relayed.facts.error) {
-            (Ok(()), Some(message)) => {
-                self.telemetry.metrics.inband_errors.inc();
-                self.facts.error = "engine_error_in_stream";
-                self.facts.blame = "upstream";
-                self.broke("error_in_stream", message);
-            }
-            _ => {}
+        if let (Ok(()), Some(message)) = (&relayed.outcome, &relayed.facts.error) {
+            self.telemetry.metrics.inband_errors.inc();
+            self.facts.error = "engine_error_in_stream";
+            self.facts.blame = "upstream";
+            self.broke("error_in_stream", message);
         }
     }
 

@@ -36,6 +36,9 @@ struct Request {
     prompt_tokens: Option<u64>,
     completion_tokens: Option<u64>,
     queue_ms: f64,
+    resumes: u32,
+    resume_ms: f64,
+    resume_refused: String,
     ttft_ms: Option<f64>,
     itl_mean_ms: Option<f64>,
     itl_max_ms: Option<f64>,
@@ -177,6 +180,7 @@ fn tell_attempt(number: usize, attempt: &Attempt, lines: &mut Vec<String>) {
         lines.push(format!("  failed{after}: {}{detail}", attempt.failure));
         match attempt.next.as_str() {
             "retry" => lines.push("  so another endpoint was tried".into()),
+            "resume" => lines.push("  so another endpoint was asked to go on with the stream".into()),
             "resend" => lines.push("  so it was sent again: the engine never saw it".into()),
             "give_up" => {
                 lines.push("  and it was not tried again: not safe, or no attempts or no budget left".into())
@@ -231,6 +235,13 @@ fn ending(r: &Request) -> String {
     let mut text = format!("{how}{blame}, after {}", ms(r.duration_ms));
     if r.queue_ms > 0.0 {
         text += &format!("; {} in the queue", ms(r.queue_ms));
+    }
+    if r.resumes > 0 {
+        let times = if r.resumes == 1 { "once".to_owned() } else { format!("{} times", r.resumes) };
+        text += &format!("; went on at another engine {times}, {} in all", ms(r.resume_ms));
+    }
+    if !r.resume_refused.is_empty() {
+        text += &format!("; did not go on elsewhere: {}", r.resume_refused);
     }
     if let Some(time) = r.ttft_ms {
         text += &format!("; first byte after {}", ms(time));

@@ -53,7 +53,7 @@ impl Asked {
         asked
     }
 
-    /// The whole answer, byte for byte. `session` decides which engine is asked first.
+    /// All of the answer, byte for byte. `session` decides which engine is asked first.
     pub(crate) async fn of(&self, client: &reqwest::Client, proxy: &Proxy, session: &str) -> String {
         let request = client.post(format!("{}{}", proxy.url, self.path)).json(&self.body);
         let answer = request.header("x-session-affinity", session).send().await.unwrap();

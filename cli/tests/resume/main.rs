@@ -5,6 +5,7 @@
 mod asked;
 mod gateway;
 mod refused;
+mod whole;
 
 use asked::{Asked, TOKENS, of_each_api, text_of, told_apart};
 use gateway::{Engine, Proxy, config};

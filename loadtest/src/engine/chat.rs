@@ -304,16 +304,17 @@ impl Render for Chat {
             );
             push_escaped(&mut out, content);
             out.extend_from_slice(
-                b"\",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"tool_calls\":[",
+                b"\",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null",
             );
             if !call.is_empty() {
                 let (tool, call) = (quoted(self.parser.tool()), quoted(&call));
-                let function =
-                    format!("{{{TOOL_CALL},\"function\":{{\"name\":{tool},\"arguments\":{call}}}}}");
+                let function = format!(
+                    ",\"tool_calls\":[{{{TOOL_CALL},\"function\":{{\"name\":{tool},\"arguments\":{call}}}}}]"
+                );
                 out.extend_from_slice(function.as_bytes());
             }
             let reasoning = if reasoning.is_empty() { "null".into() } else { quoted(&reasoning) };
-            out.extend_from_slice(format!("],\"reasoning\":{reasoning}}},\"logprobs\":").as_bytes());
+            out.extend_from_slice(format!(",\"reasoning\":{reasoning}}},\"logprobs\":").as_bytes());
             self.push_logprobs(&mut out, i, &outcome.ids);
             out.push(b',');
             push_finish(&mut out, &outcome.finish, self.reason(&outcome.finish, outcome.ids.len() as u64));
@@ -327,7 +328,9 @@ impl Render for Chat {
         push_unary_usage(&mut out, usage);
         out.extend_from_slice(b",\"prompt_logprobs\":null,\"prompt_token_ids\":");
         push_optional_ids(&mut out, self.prompt_ids.as_ref());
-        out.extend_from_slice(b",\"kv_transfer_params\":null}");
+        out.extend_from_slice(
+            b",\"prompt_text\":null,\"kv_transfer_params\":null,\"ec_transfer_params\":null,\"metrics\":null}",
+        );
         out
     }
 }

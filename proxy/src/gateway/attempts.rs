@@ -325,7 +325,9 @@ impl Gateway {
         place: Place,
         errand: &Errand<'_>,
     ) -> Result<Done, GatewayError> {
-        record.begun();
+        if errand.request.whole.is_none() || matches!(answer, Answer::Whole(_)) {
+            record.begun();
+        }
         match answer {
             Answer::Whole(whole) => {
                 if self.note_beginning(&place.ticket, whole.head.status, false) {
@@ -341,7 +343,7 @@ impl Gateway {
         }
     }
 
-    async fn write_whole(
+    pub(super) async fn write_whole(
         &self,
         session: &mut ServerSession,
         record: &mut Record<'_>,

@@ -272,6 +272,7 @@ impl Gateway {
                 headers,
                 body: body.into(),
                 resume: None,
+                whole: None,
             }
         };
         let first_byte = Duration::from_millis(errand.patience.first_byte_ms);

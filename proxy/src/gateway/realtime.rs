@@ -64,6 +64,7 @@ impl Gateway {
             headers: self.headers_for_engine(session, &sender, record.request_id()),
             body: Bytes::new(),
             resume: None,
+            whole: None,
         };
         let session_key = self.session_key(&session.req_header().headers, None);
         let asked = Asked { session: session_key, ..Asked::default() };

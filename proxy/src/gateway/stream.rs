@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use http::header;
 use penstock_config::proxy::Patience;
 use pingora_core::protocols::http::ServerSession;
+use pingora_http::ResponseHeader;
 
 use super::{
     Done, Gateway,
@@ -13,9 +15,9 @@ use super::{
 use crate::{
     error::{GatewayError, UpstreamFailure},
     record::Record,
-    resume::{Loss, Refusal, tracker::Tracker},
+    resume::{Loss, Refusal, body::Members, tracker::Tracker, unary::Assembly},
     streaming::relay::{Interrupted, Leg, Relay, RelayContext},
-    upstream::client::{Failed, Open},
+    upstream::client::{Failed, Open, Whole},
 };
 
 impl Gateway {
@@ -43,9 +45,15 @@ impl Gateway {
             Some(wishes) => Tracker::new(errand.request.api, wishes),
             None => Tracker::idle(),
         };
-        let mut relay = Relay::new(session, &context, tracker);
-        let (mut leg, head, first) = Leg::first(open);
-        let mut interrupted = relay.begin(head, &mut leg, first, &place.ticket().pulse(self.started)).await;
+        let original = errand.request.whole.as_ref().filter(|_| !tracker.is_idle());
+        let original = original.and_then(|body| Members::of(body).ok());
+        let whole = original.map(|original| Assembly::new(errand.request.api, &original));
+        let head = open.head.clone();
+        let is_whole = whole.is_some();
+        let mut relay = Relay::new(session, &context, tracker, whole);
+        let (mut leg, first_head, first) = Leg::first(open);
+        let mut interrupted =
+            relay.begin(first_head, &mut leg, first, &place.ticket().pulse(self.started)).await;
         let mut resumes = Resumes::default();
         let outcome = loop {
             let copied = match interrupted {
@@ -86,19 +94,39 @@ impl Gateway {
         };
         let relayed = relay.finish(is_stream, outcome).await;
         record.relayed(&relayed);
-        match &relayed.outcome {
-            Ok(()) => match &relayed.facts.error {
-                None => self.note_end(place.ticket()),
-                Some(message) => {
-                    self.note_failure(place.ticket(), &Failed::inside(UpstreamFailure::MidStream, message));
-                }
-            },
-            Err(_) => {}
+        match (&relayed.outcome, &relayed.facts.error) {
+            (Ok(()), None) => self.note_end(place.ticket()),
+            (Ok(()), Some(message)) => {
+                self.note_failure(place.ticket(), &Failed::inside(UpstreamFailure::MidStream, message));
+            }
+            (Err(_), _) => {}
         }
         if let (Ok(()), Some(connection)) = (&relayed.outcome, leg.into_connection()) {
             self.engines.release(connection, place.endpoint()).await;
         }
-        relayed.outcome.map(|()| Done::Answered)
+        relayed.outcome?;
+        if is_whole {
+            let lost =
+                GatewayError::Lost { failure: UpstreamFailure::MidStream, refusal: Refusal::Unreadable };
+            return self.write_assembled(session, record, head, relayed.whole.ok_or(lost)?).await;
+        }
+        Ok(Done::Answered)
+    }
+}
+
+impl Gateway {
+    /// An answer that was put together out of a stream's events.
+    async fn write_assembled(
+        &self,
+        session: &mut ServerSession,
+        record: &mut Record<'_>,
+        mut head: ResponseHeader,
+        body: Vec<u8>,
+    ) -> Result<Done, GatewayError> {
+        record.begun();
+        // A content type that is a constant can be written.
+        drop(head.insert_header(header::CONTENT_TYPE, "application/json"));
+        self.write_whole(session, record, Whole { head, body: body.into() }).await
     }
 }
 

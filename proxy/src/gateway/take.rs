@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use http::{HeaderMap, header};
+use penstock_config::proxy::Unary;
 use pingora_core::protocols::http::ServerSession;
 
 use super::{Done, Gateway};
@@ -16,7 +17,7 @@ use crate::{
         request::{self, Edit, ScanError},
     },
     record::Record,
-    resume::chunks::Wishes,
+    resume::{body::Members, chunks::Wishes, unary},
     routing::{policy::Asked, prefix::Chain},
     upstream::{
         headers::{self, Sender},
@@ -80,15 +81,24 @@ impl Gateway {
             headers: self.headers_for_engine(session, &sender, record.request_id()),
             body: Bytes::new(),
             resume: self.wishes(&session.req_header().headers, api, &facts, from.caller),
+            whole: None,
         };
         let tells_ids = matches!(api, Api::ChatCompletions | Api::Completions);
-        let asks_ids = request.resume.is_some() && tells_ids && self.config.resume.token_ids && !facts.echo;
+        let asks_ids = request.resume.is_some()
+            && facts.stream
+            && tells_ids
+            && self.config.resume.token_ids
+            && !facts.echo;
         let user = facts.user.clone().and_then(|range| held.bytes.get(range));
         let session_key = self.session_key(&session.req_header().headers, user);
         let prefix = chain.map(Chain::hashes).unwrap_or_default();
         let asked = Asked { session: session_key, prefix: &prefix, adapter: None };
+        let assembles = request.resume.is_some() && !facts.stream;
         let aim = |request: &mut EngineRequest, served_model: &str| {
             request.body = body_for_engine(&held.bytes, &facts, served_model, asks_ids);
+            if assembles {
+                ask_for_a_stream(request);
+            }
         };
         self.ask_targets(session, record, &facts.model, &asked, request, aim).await
     }
@@ -137,7 +147,8 @@ impl Gateway {
         let off = |value: &http::HeaderValue| matches!(value.as_bytes(), b"0" | b"off" | b"false");
         let wanted = self.config.resume.enabled && caller.resume && !headers.get(RESUME).is_some_and(off);
         let ids = facts.return_ids.as_ref().is_some_and(|(_, asked)| *asked);
-        (wanted && facts.stream).then_some(Wishes {
+        let streams = facts.stream || facts.json && self.config.resume.unary == Unary::Stream;
+        (wanted && streams).then_some(Wishes {
             chat: api == Api::ChatCompletions,
             ids,
             strip: self.config.resume.strip_token_ids,
@@ -212,6 +223,13 @@ fn check_media(headers: &HeaderMap, media: Media) -> Result<Option<String>, Gate
             multipart::boundary(value).map(Some).ok_or(error)
         }
     }
+}
+
+/// Has the engine stream an answer that the client wants whole, where the two are equivalent.
+fn ask_for_a_stream(request: &mut EngineRequest) {
+    let stream = Members::of(&request.body).ok().and_then(|members| unary::as_stream(request.api, &members));
+    request.stream = stream.is_some();
+    request.whole = stream.map(|stream| std::mem::replace(&mut request.body, stream.into()));
 }
 
 /// The client's bytes. Only the value of `model` is replaced, where the engines know another name, what an untrusted caller

@@ -1,5 +1,9 @@
 //! Every event of a stream on its way to the client.
 
+#[cfg(test)]
+#[path = "tracker_tests.rs"]
+mod tests;
+
 use std::borrow::Cow;
 
 use bytes::{Bytes, BytesMut};

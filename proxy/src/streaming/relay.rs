@@ -27,16 +27,19 @@ use crate::{
     health::Pulse,
     openai::{
         ErrorShape, error_body,
-        event::EventSplitter,
+        event::{EventSplitter, walk},
         usage::{StreamFacts, Usage},
     },
-    resume::{Loss, Refusal, seam::Seam, tracker::Tracker},
+    resume::{Loss, Refusal, seam::Seam, tracker::Tracker, unary::Assembly},
     telemetry::metrics::Metrics,
     upstream::client::Open,
 };
 
 /// A write is filled with what is already there up to about this size, in bytes: some seventy usual events.
 const COALESCE_BYTES: usize = 16 << 10;
+
+/// Most bytes of events that a whole answer is made of: a million tokens and more.
+const MOST_ASSEMBLED: usize = 512 << 20;
 
 /// What the relay needs beside the connections.
 #[derive(Debug)]
@@ -75,6 +78,8 @@ pub struct Relayed {
     pub tokens: Option<(u64, u64)>,
     /// How it went.
     pub pace: Pace,
+    /// The answer, where the client wants it whole: nothing of it was written.
+    pub whole: Option<Vec<u8>>,
     /// `Ok` once the client has all of the answer.
     pub outcome: Result<(), GatewayError>,
 }
@@ -154,7 +159,11 @@ pub struct Relay<'a> {
     context: &'a RelayContext<'a>,
     /// What the client has seen.
     pub tracker: Tracker,
+    /// A whole answer in the making, for a client that wants one: it is not written to piece by piece.
+    whole: Option<Assembly>,
     pace: Pace,
+    /// Bytes of events that went into it.
+    assembled: usize,
     last_read: Instant,
     /// When an event last came; for what is no stream, bytes.
     last_progress: Instant,
@@ -162,9 +171,23 @@ pub struct Relay<'a> {
 
 impl<'a> Relay<'a> {
     /// Nothing written yet.
-    pub fn new(session: &'a mut ServerSession, context: &'a RelayContext<'a>, tracker: Tracker) -> Self {
+    pub fn new(
+        session: &'a mut ServerSession,
+        context: &'a RelayContext<'a>,
+        tracker: Tracker,
+        whole: Option<Assembly>,
+    ) -> Self {
         let now = Instant::now();
-        Self { session, context, tracker, pace: Pace::default(), last_read: now, last_progress: now }
+        Self {
+            session,
+            context,
+            tracker,
+            whole,
+            pace: Pace::default(),
+            assembled: 0,
+            last_read: now,
+            last_progress: now,
+        }
     }
 
     /// The client's side.
@@ -183,6 +206,9 @@ impl<'a> Relay<'a> {
         first: Bytes,
         pulse: &Pulse<'_>,
     ) -> Result<(), Interrupted> {
+        if self.whole.is_some() {
+            return self.deliver(leg, first, pulse).await.map(drop);
+        }
         let session = &mut *self.session;
         let framed = respond::frame_as_stream(session, &mut head).and_then(|()| match leg.splitter {
             // Proxies in front of us must not hold events back either.
@@ -299,7 +325,7 @@ impl<'a> Relay<'a> {
             passed.bytes = error_body::normalise_events(&passed.bytes, shape).unwrap_or(passed.bytes);
         }
         if !passed.bytes.is_empty() {
-            self.write(passed.bytes, pulse).await?;
+            self.hand_out(passed.bytes, before == 0, pulse).await?;
         }
         match passed.loss {
             Some(loss) => Err(Interrupted::Lost(loss)),
@@ -316,6 +342,16 @@ impl<'a> Relay<'a> {
         Ok(self.close().await?)
     }
 
+    async fn hand_out(&mut self, events: Bytes, first: bool, pulse: &Pulse<'_>) -> Result<(), Interrupted> {
+        let Some(whole) = &mut self.whole else { return Ok(self.write(events, pulse).await?) };
+        self.assembled += events.len();
+        if self.assembled > MOST_ASSEMBLED {
+            return Err(Interrupted::Unfit(Refusal::Api));
+        }
+        let mut events = walk(&events, first);
+        events.try_for_each(|event| whole.on_event(event.name, &event.data)).map_err(Interrupted::Unfit)
+    }
+
     async fn write(&mut self, bytes: Bytes, pulse: &Pulse<'_>) -> Result<(), GatewayError> {
         self.pace.bytes += bytes.len() as u64;
         self.context.metrics.bytes_out.inc_by(bytes.len() as u64);
@@ -327,6 +363,9 @@ impl<'a> Relay<'a> {
     /// # Errors
     /// The client left.
     pub async fn close(&mut self) -> Result<(), GatewayError> {
+        if self.whole.is_some() {
+            return Ok(());
+        }
         self.session.write_response_body(Bytes::new(), true).await.map_err(|e| write_error(&e))?;
         Ok(())
     }
@@ -335,6 +374,7 @@ impl<'a> Relay<'a> {
     /// answer is cut, so that it cannot be taken for whole.
     pub async fn finish(mut self, is_stream: bool, outcome: Result<(), GatewayError>) -> Relayed {
         if let Err(error) = &outcome
+            && self.whole.is_none()
             && !matches!(error, GatewayError::ClientGone | GatewayError::ClientStalled)
         {
             if is_stream {
@@ -349,7 +389,8 @@ impl<'a> Relay<'a> {
                 self.session.shutdown().await;
             }
         }
-        Relayed { tokens: self.tracker.tokens(), facts: self.tracker.facts, pace: self.pace, outcome }
+        let whole = self.whole.and_then(Assembly::body);
+        Relayed { tokens: self.tracker.tokens(), facts: self.tracker.facts, pace: self.pace, whole, outcome }
     }
 }
 

@@ -1,9 +1,13 @@
 //! What a whole answer of an engine really is, and how a client gets to see it.
 
+use bytes::Bytes;
 use http::{HeaderValue, StatusCode, header};
 
 use super::{client::Whole, request::EngineRequest};
-use crate::openai::{ErrorShape, error_body};
+use crate::openai::{
+    Api, ErrorShape, error_body,
+    usage::{BodyFacts, FinishReason},
+};
 
 /// Looks behind the status of `whole`. An error inside a 200 gets the status it should have had.
 ///
@@ -17,6 +21,11 @@ pub(super) fn judge(whole: &mut Whole, request: &EngineRequest) -> Result<(), St
                 true => Ok(()),
                 false => Err(format!("an error inside a 200: {status}")),
             };
+        }
+        if matches!(request.api, Api::ChatCompletions | Api::Completions) && was_broken_off(&whole.body) {
+            set_status(whole, StatusCode::BAD_GATEWAY);
+            whole.body = Bytes::new();
+            return Err("the engine gave the request up".to_owned());
         }
         if is_text(whole) && !whole.body.is_empty() {
             set_status(whole, StatusCode::BAD_GATEWAY);
@@ -54,6 +63,13 @@ fn set_status(whole: &mut Whole, status: StatusCode) {
     drop(whole.head.set_status(status));
 }
 
+/// Whether an engine that was stopped gave a part of the answer for all of it.
+fn was_broken_off(body: &[u8]) -> bool {
+    let mut facts = BodyFacts::default();
+    facts.push(body);
+    facts.finish_reason().is_some_and(FinishReason::is_failure)
+}
+
 fn is_text(whole: &Whole) -> bool {
     let value = whole.head.headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
     value.get(..5).is_some_and(|start| start.eq_ignore_ascii_case(b"text/"))
@@ -67,7 +83,7 @@ fn is_refused_upgrade(whole: &Whole) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
+
     use http::HeaderMap;
     use pingora_http::ResponseHeader;
 
@@ -89,6 +105,7 @@ mod tests {
             headers: HeaderMap::new(),
             body: Bytes::new(),
             resume: None,
+            whole: None,
         };
         let fine = judge(&mut whole, &request).is_ok();
         (whole.head.status.as_u16(), fine)

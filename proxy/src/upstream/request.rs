@@ -24,6 +24,8 @@ pub struct EngineRequest {
     pub body: Bytes,
     /// What its stream's tracker is to know; `None` for a stream that nobody will continue.
     pub resume: Option<Wishes>,
+    /// The body that asks for the answer in one piece, where `body` asks for a stream in its place.
+    pub whole: Option<Bytes>,
 }
 
 impl EngineRequest {
@@ -69,6 +71,7 @@ mod tests {
             )]),
             body: Bytes::from_static(b"{}"),
             resume: None,
+            whole: None,
         }
     }
 
