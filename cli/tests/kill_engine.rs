@@ -1,5 +1,5 @@
-//! kill -9 of one of three engines under load: requests that begin after it are all answered, streams that were on it end
-//! with a typed error, and a third engine is there again.
+//! kill -9 of one of three engines under load: no request fails, whether it was on that engine or came after, streams go on at the
+//! others, and a third engine is there again.
 
 #![allow(clippy::unwrap_used)]
 
@@ -22,7 +22,6 @@ const WORKERS: usize = 24;
 
 struct Outcome {
     began: Instant,
-    ended: Instant,
     result: Result<(), String>,
 }
 
@@ -49,13 +48,13 @@ async fn worker(url: String, number: usize, stop: Arc<AtomicBool>, done: Arc<Ato
         };
         let result = answered.await;
         done.fetch_add(1, SeqCst);
-        outcomes.push(Outcome { began, ended: Instant::now(), result });
+        outcomes.push(Outcome { began, result });
     }
     outcomes
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_new_request_fails_when_an_engine_is_killed_under_load() {
+async fn no_request_fails_when_an_engine_is_killed_under_load() {
     let up = Up::start(&["--engines", "3"]);
     let stop = Arc::new(AtomicBool::new(false));
     let done = Arc::new(AtomicUsize::new(0));
@@ -81,16 +80,7 @@ async fn no_new_request_fails_when_an_engine_is_killed_under_load() {
         before.len(),
         after.len()
     );
-    let failed: Vec<_> = after.iter().filter_map(|o| o.result.as_ref().err()).collect();
-    assert!(failed.is_empty(), "{} of {} new requests failed: {failed:?}", failed.len(), after.len());
-    for outcome in before {
-        if let Err(text) = &outcome.result {
-            assert!(outcome.ended >= killed, "failed before the kill: {text}");
-            assert!(
-                text.contains("stream_interrupted") && !text.contains("[DONE]"),
-                "not a typed end: {text}"
-            );
-        }
-    }
+    let failed: Vec<_> = outcomes.iter().filter_map(|o| o.result.as_ref().err()).collect();
+    assert!(failed.is_empty(), "{} of {} requests failed: {failed:?}", failed.len(), outcomes.len());
     up.stop();
 }

@@ -54,12 +54,13 @@ impl Engine {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
+        let mut engine = Self { address: ([127, 0, 0, 1], 0).into(), child, _folder: folder };
         let deadline = Instant::now() + LONGEST;
         loop {
             let text = std::fs::read(&announce).unwrap_or_default();
             if let Ok(said) = serde_json::from_slice::<Value>(&text) {
-                let address = said["address"].as_str().unwrap().parse().unwrap();
-                return Self { address, child, _folder: folder };
+                engine.address = said["address"].as_str().unwrap().parse().unwrap();
+                return engine;
             }
             assert!(Instant::now() < deadline, "an engine did not start");
             tokio::time::sleep(Duration::from_millis(10)).await;
