@@ -29,7 +29,7 @@ const ENGINES: usize = 4;
 const TOKENS: u64 = 20;
 
 /// What dies so often is started again at once here, and is never given up.
-const SETTINGS: [(&str, &str); 8] = [
+const SETTINGS: [(&str, &str); 11] = [
     ("PENSTOCK_AGENT__ENGINES__LIVENESS_MS", "200"),
     ("PENSTOCK_AGENT__ENGINES__READY_POLL_MS", "50"),
     ("PENSTOCK_AGENT__ENGINES__ORPHAN_TERM_MS", "300"),
@@ -39,6 +39,10 @@ const SETTINGS: [(&str, &str); 8] = [
     ("PENSTOCK_AGENT__ENGINES__GIVE_UP_RETRY_S", "1"),
     // By the end of a long stream, unlucky ones have lost more engines than any real stream will.
     ("PENSTOCK_PROXY__RESUME__ATTEMPTS", "30"),
+    ("PENSTOCK_PROXY__QUEUE__DEADLINE_MS", "60000"),
+    // A request that was not answered yet is retried; half of the engines dead at once is no everyday share of retries.
+    ("PENSTOCK_PROXY__UPSTREAM__RETRY_PERCENT", "100"),
+    ("PENSTOCK_PROXY__UPSTREAM__ATTEMPTS", "10"),
 ];
 
 fn setting(name: &str, unless: u64) -> u64 {

@@ -96,9 +96,19 @@ pub(crate) fn config() -> ProxyConfig {
 impl Proxy {
     /// One that knows these engines.
     pub(crate) fn start(config: ProxyConfig, engines: &[&Engine]) -> Self {
+        Self::at(config, &engines.iter().map(|engine| engine.address).collect::<Vec<_>>())
+    }
+
+    /// From now on it knows these.
+    #[allow(dead_code)] // of those who share this file not all need it
+    pub(crate) fn knows(&self, engines: &[SocketAddr]) {
+        self.gateway.table.apply(&state(engines));
+    }
+
+    /// One that knows the engines at these addresses.
+    pub(crate) fn at(config: ProxyConfig, engines: &[SocketAddr]) -> Self {
         let gateway = Arc::new(Gateway::new(config.clone()).unwrap());
-        let addresses: Vec<SocketAddr> = engines.iter().map(|engine| engine.address).collect();
-        gateway.table.apply(&state(&addresses));
+        gateway.table.apply(&state(engines));
         let runtime = listener::runtime(&config.public);
         let (name, settings) = config.client_listeners().into_iter().next().unwrap();
         let socket = listener::bind(&name, "127.0.0.1:0").unwrap();

@@ -30,7 +30,9 @@ pub(crate) struct Holdings {
 
 impl Fleet {
     pub(crate) fn start(args: &[&str], env: &[(&str, &str)]) -> Self {
-        let up = Up::start_with_env(args, env);
+        // Requests are known again by their bytes, so engines are to get them as they came.
+        let as_they_came = [("PENSTOCK_PROXY__RESUME__TOKEN_IDS", "false")];
+        let up = Up::start_with_env(args, &[&as_they_came, env].concat());
         let engines = up.json["engines"].as_array().unwrap();
         let engines = engines.iter().map(|e| e["address"].as_str().unwrap().to_owned()).collect();
         Self { up, engines, http: client(), faulty: AtomicBool::new(false) }

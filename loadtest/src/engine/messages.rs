@@ -246,7 +246,6 @@ impl Render for Messages {
         }
         let mut body = json!({
             "id": self.id, "type": "message", "role": "assistant", "content": content, "model": self.model,
-            "usage": {"input_tokens": usage.prompt, "output_tokens": usage.completion},
         });
         // What is null is left out of a body.
         for (name, value) in [("stop_reason", reason), ("stop_sequence", sequence)] {
@@ -254,6 +253,7 @@ impl Render for Messages {
                 body[name] = value;
             }
         }
+        body["usage"] = json!({"input_tokens": usage.prompt, "output_tokens": usage.completion});
         body.to_string().into_bytes()
     }
 

@@ -132,6 +132,11 @@ impl Place {
         &self.ticket
     }
 
+    /// What was looked at for it, if somebody wants to read that.
+    pub(super) const fn take_seen(&mut self) -> Option<Box<Considered>> {
+        self.seen.take()
+    }
+
     pub(super) const fn how(&self) -> How {
         self.how
     }

@@ -172,20 +172,23 @@ impl Gateway {
         if resumes.count >= self.config.resume.attempts {
             return Err(Refusal::Attempts.into());
         }
-        let pool = self.pool(errand.target)?.ok_or(Refusal::NoCapacity)?;
-        if !pool.resumes.take(self.now_ms()) {
-            return Err(Refusal::Budget.into());
-        }
-        record.lost(loss);
         let mut search = Search::new(errand.target, errand.asked, errand.rules, record.considers());
         search.failed_by(left.endpoint());
         let deadline = began + Duration::from_millis(self.config.queue.deadline_ms);
-        let mut tries = 0;
+        let (mut tries, mut left_behind) = (0, false);
+        let mut costs = true;
         loop {
-            let place = self.place_for_the_rest(relay, &mut search, left, loss, deadline).await?;
+            let pool = self.pool(errand.target)?.ok_or(Refusal::NoCapacity)?;
+            if costs && !pool.resumes.take(self.now_ms()) {
+                return Err(Refusal::Budget.into());
+            }
+            let mut place = self.place_for_the_rest(relay, &mut search, left, loss, deadline).await?;
             record.queued(std::mem::take(&mut search.queued));
+            if !std::mem::replace(&mut left_behind, true) {
+                record.lost(loss);
+            }
             let how = (search.rules.policy, place.how());
-            let seen = search.considers.then(Box::default);
+            let seen = place.take_seen();
             record.picked(place.pool(), place.endpoint(), how, seen);
             let asked = self.ask_for_the_rest(relay, record, &place, errand, &mut answers, resumes);
             let cut = self.lifecycle.cut();
@@ -203,12 +206,17 @@ impl Gateway {
                 Err(Declined::Failed(failed)) => failed,
             };
             self.note_failure(place.ticket(), &failed);
-            // An engine that cannot be reached costs nobody anything.
-            tries += usize::from(failed.failure != UpstreamFailure::Connect);
-            let again = tries < self.config.upstream.attempts && Instant::now() < deadline;
-            record.attempt_failed(&failed, if again { Next::Retry } else { Next::GiveUp });
-            if !again {
-                return Err(Refusal::NoCapacity.into());
+            // One that cannot be reached, or is full, costs nobody anything. One that was lost with it is one more.
+            costs = !matches!(failed.failure, UpstreamFailure::Connect | UpstreamFailure::Busy);
+            tries += u32::from(costs);
+            let refusal = match () {
+                () if resumes.count + tries >= self.config.resume.attempts => Some(Refusal::Attempts),
+                () if Instant::now() >= deadline => Some(Refusal::NoCapacity),
+                () => None,
+            };
+            record.attempt_failed(&failed, if refusal.is_some() { Next::GiveUp } else { Next::Retry });
+            if let Some(refusal) = refusal {
+                return Err(refusal.into());
             }
             match failed.failure {
                 UpstreamFailure::Busy => search.refused_by(place.endpoint()),

@@ -11,6 +11,7 @@ use super::{
     stitch::{Form, Merge, Stitch},
     stop::Stops,
     tracker::Plan,
+    wire::Seam as Gap,
 };
 
 /// How far behind the last id a whole character may end: its bytes are at most four, and a token has at least one.
@@ -289,10 +290,13 @@ fn with_text(seen: &Seen, original: &Members<'_>, answers: &Answers) -> Result<P
     if original.flag("include_stop_str_in_output") && !stops(original).is_empty() {
         return Err(Refusal::OutputState.into());
     }
-    let before = match (seen.without_ids || seen.prompt.is_empty(), answers.tokens) {
-        (false, _) => seen.whole as u64,
-        (true, Some(tokens)) => tokens,
-        (true, None) => return Err(NoPlan::Asks(Question::Tokens(text))),
+    // What a chat's template would do with white space at the end nobody can tell.
+    let (told, gap) = if seen.wishes().chat { Gap::of(&text) } else { (&*text, Gap::default()) };
+    let counted = !seen.without_ids && !seen.prompt.is_empty() && gap.is_closed();
+    let before = match (counted, answers.tokens) {
+        (true, _) => seen.whole as u64,
+        (false, Some(tokens)) => tokens,
+        (false, None) => return Err(NoPlan::Asks(Question::Tokens(told.to_owned()))),
     };
     let mut added = vec![("stream", b"true".to_vec())];
     if !seen.prompt.is_empty() {
@@ -311,13 +315,13 @@ fn with_text(seen: &Seen, original: &Members<'_>, answers: &Answers) -> Result<P
         added.push(("min_tokens", min.to_string().into_bytes()));
     }
     if seen.wishes().chat {
-        added.push(("messages", continued(original, &text)?));
+        added.push(("messages", continued(original, told)?));
         added.push(("continue_final_message", b"true".to_vec()));
         added.push(("add_generation_prompt", b"false".to_vec()));
     } else {
         let Some(Value::String(prompt)) = original.value("prompt") else { return Err(Refusal::Body.into()) };
         // With `echo` the prompt is the beginning of what was seen.
-        let whole = if original.is_set("echo") { text.clone() } else { [&*prompt, &*text].concat() };
+        let whole = if original.is_set("echo") { told.to_owned() } else { [&*prompt, told].concat() };
         added.push(("prompt", Value::String(whole).to_string().into_bytes()));
     }
     let prompt = seen.prompt.len() as u64;
@@ -325,7 +329,7 @@ fn with_text(seen: &Seen, original: &Members<'_>, answers: &Answers) -> Result<P
         Merge { before, prompt: (prompt > 0).then_some(prompt), characters: text.chars().count() as u64 };
     let path = if seen.wishes().chat { "/v1/chat/completions" } else { "/v1/completions" };
     let ask = Ask { path, body: original.write(&OF_THE_BEGINNING, &added), recomputed: prompt + before };
-    let stitch = Stitch::new(seen.names.clone(), Form::Native, merge);
+    let stitch = Stitch::new(seen.names.clone(), Form::Native, merge).behind(gap);
     Ok(Plan { ask, seam: seam(stitch), kept: if seen.without_ids { seen.ids.len() } else { seen.whole } })
 }
 

@@ -6,6 +6,7 @@ use super::{
     Refusal,
     sample::{Ending, Sample, event, push_ids},
     stop::Stops,
+    wire::Seam as Gap,
 };
 use crate::openai::{
     event::walk,
@@ -40,6 +41,8 @@ pub struct Stitch {
     names: Option<(Vec<u8>, Vec<u8>)>,
     form: Form,
     merge: Merge,
+    /// White space where the text seen and its continuation meet.
+    gap: Gap,
     stops: Option<Stopping>,
     over: bool,
 }
@@ -60,7 +63,14 @@ impl Stitch {
     /// For a stream of these names; without any, the continuation's own stay.
     #[must_use]
     pub fn new(names: Option<(Vec<u8>, Vec<u8>)>, form: Form, merge: Merge) -> Self {
-        Self { names, form, merge, stops: None, over: false }
+        Self { names, form, merge, gap: Gap::default(), stops: None, over: false }
+    }
+
+    /// Takes off what white space the client has already.
+    #[must_use]
+    pub(super) fn behind(mut self, gap: Gap) -> Self {
+        self.gap = gap;
+        self
     }
 
     /// Looks for stop strings once `min` tokens have come; `usage` as the client asked for it.
@@ -104,16 +114,24 @@ impl Stitch {
                 self.written(&sample, data, out)
             }
             _ => {
-                out.extend(event(&self.native(data)));
+                let native = self.native(data);
+                out.extend(event(&native));
                 Ok(())
             }
         }
     }
 
     /// A chunk under the stream's names, with the counts of the whole.
-    fn native(&self, data: &[u8]) -> Vec<u8> {
-        let mut edits: Vec<Edit<'_>> = Vec::new();
+    fn native(&mut self, data: &[u8]) -> Vec<u8> {
         let at = |path: &[span::Step<'_>]| span::find(data, path);
+        let content =
+            at(&[Key("choices"), At(0), Key("delta"), Key("content")]).filter(|_| !self.gap.is_closed());
+        let joined = content.and_then(|range| {
+            let piece: String = serde_json::from_slice(data.get(range.clone())?).ok()?;
+            Some((range, serde_json::Value::from(self.gap.new_text(&piece)).to_string()))
+        });
+        let mut edits: Vec<Edit<'_>> = Vec::new();
+        edits.extend(joined.iter().map(|(range, text)| (range.clone(), text.as_bytes())));
         if let Some((id, created)) = &self.names {
             edits.extend(at(&[Key("id")]).map(|range| (range, &**id)));
             edits.extend(at(&[Key("created")]).map(|range| (range, &**created)));

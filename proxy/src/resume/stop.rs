@@ -1,9 +1,9 @@
 //! Stop strings that span the cut: the gateway looks for them in the place of the engine that goes on, which has not seen the
 //! text before.
 //!
-//! As vLLM does it (`v1/engine/detokenizer.py`): after each token the strings are looked for in the order in which they were
-//! given, where the text is new or a string may have begun before it; text in which one may have begun is held back, the
-//! longest string's length less one, in characters; none is looked for before `min_tokens`.
+//! As vLLM does it (`v1/engine/detokenizer.py`): after each token the strings are looked for that end in its text; the one that is
+//! whole first ends the answer. Text in which one may have begun is held back, the longest string's length less one, in
+//! characters; none ends an answer before `min_tokens`.
 
 /// Looks for stop strings in text that comes piece by piece.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,8 +15,6 @@ pub struct Stops {
     window: String,
     /// Bytes of it that were given out.
     given: usize,
-    /// Bytes of it in which no string counts.
-    exempt: usize,
 }
 
 /// What a piece of text let out.
@@ -32,8 +30,7 @@ impl Stops {
     /// After `given` was delivered and `held` was not.
     #[must_use]
     pub fn new(strings: Vec<String>, include: bool, given: &str, held: &str) -> Self {
-        let mut stops =
-            Self { strings, include, window: [given, held].concat(), given: given.len(), exempt: 0 };
+        let mut stops = Self { strings, include, window: [given, held].concat(), given: given.len() };
         stops.forget();
         stops
     }
@@ -47,9 +44,7 @@ impl Stops {
     pub fn push(&mut self, piece: &str, counts: bool) -> Let {
         let before = self.window.len();
         self.window.push_str(piece);
-        if !counts {
-            self.exempt = self.window.len();
-        } else if let Some((string, at)) = self.found(before) {
+        if let Some((string, at)) = self.found(before).filter(|_| counts) {
             let keep = if self.include { at + string.len() } else { at };
             self.window.truncate(keep);
             return Let { text: self.rest(), stop: Some(string) };
@@ -69,15 +64,19 @@ impl Stops {
         text
     }
 
+    /// The string that is complete first, and where it begins; of two the one that was given first. It may have begun in text that
+    /// was not looked at, but not ended there.
     fn found(&self, before: usize) -> Option<(String, usize)> {
-        self.strings.iter().filter(|string| !string.is_empty()).find_map(|string| {
-            let mut from = before.saturating_sub(string.len() - 1).max(self.exempt);
+        let first_of = |string: &String| {
+            let mut from = before.saturating_sub(string.len() - 1);
             while !self.window.is_char_boundary(from) {
                 from += 1;
             }
-            let at = self.window.get(from..)?.find(string.as_str())?;
-            Some((string.clone(), from + at))
-        })
+            self.window.get(from..)?.find(string.as_str()).map(|at| from + at)
+        };
+        let strings = self.strings.iter().filter(|string| !string.is_empty());
+        let found = strings.filter_map(|string| Some((string, first_of(string)?)));
+        found.min_by_key(|(string, at)| at + string.len()).map(|(string, at)| (string.clone(), at))
     }
 
     /// What was given out and no string can begin in is not needed any more.
@@ -85,7 +84,6 @@ impl Stops {
         let past = back(&self.window, self.reach()).min(self.given);
         self.window.drain(..past);
         self.given -= past;
-        self.exempt = self.exempt.saturating_sub(past);
     }
 }
 
@@ -118,9 +116,7 @@ mod tests {
             if i == cut {
                 let whole = pieces[..cut].concat();
                 let (given, held) = whole.split_at(text.len());
-                let exempt = stops.exempt;
                 stops = Stops::new(strings.clone(), include, given, held);
-                stops.exempt = exempt.min(stops.window.len());
             }
             let out = stops.push(piece, i >= min);
             text.push_str(&out.text);
@@ -143,9 +139,11 @@ mod tests {
     }
 
     #[test]
-    fn before_the_minimum_none_counts_and_the_first_in_the_list_wins() {
+    fn before_the_minimum_none_ends_and_the_one_that_is_whole_first_wins() {
         assert_eq!(answer(&["aXb", "cXd"], 9, &["X"], false, 1), ("aXbc".into(), Some("X".into())));
-        assert_eq!(answer(&["xyz"], 9, &["z", "y"], false, 0).1, Some("z".into()));
+        assert_eq!(answer(&["aX", "Yb"], 9, &["XY"], false, 1), ("a".into(), Some("XY".into())));
+        assert_eq!(answer(&["xyz"], 9, &["z", "y"], false, 0).1, Some("y".into()));
+        assert_eq!(answer(&["xyz"], 9, &["yz", "z"], false, 0).1, Some("yz".into()));
     }
 
     proptest! {
