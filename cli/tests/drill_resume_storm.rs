@@ -56,7 +56,9 @@ async fn metric(up: &Up, name: &str) -> Option<f64> {
     let text = client().get(url).send().await.ok()?.text().await.ok()?;
     let of_name =
         text.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
-    of_name.map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    let sum: Option<f64> = of_name.map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum();
+    // The sum of nothing is -0.
+    sum.map(|sum| sum + 0.0)
 }
 
 /// Engines that serve, as the proxy sees them too.

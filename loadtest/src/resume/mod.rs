@@ -40,6 +40,8 @@ const ENGINES: u32 = 2;
 const LOOK: Duration = Duration::from_millis(100);
 /// Events of a stream beside its tokens: the role, the usage, `[DONE]`.
 const OTHER_EVENTS: u64 = 3;
+/// Tokens of a whole answer.
+const ANSWER_TOKENS: u64 = 100;
 
 /// How a proxy is set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,10 +49,17 @@ enum Kind {
     Off,
     On,
     Stripped,
+    /// Whole answers, asked for as they are.
+    Whole,
+    /// Whole answers, put together out of streams.
+    Assembled,
 }
 
 impl Kind {
-    const ALL: [Self; 3] = [Self::Off, Self::On, Self::Stripped];
+    /// Those that carry streams.
+    const STREAMS: [Self; 3] = [Self::Off, Self::On, Self::Stripped];
+    /// Those that carry whole answers.
+    const ANSWERS: [Self; 2] = [Self::Whole, Self::Assembled];
 
     /// What it is called in the tables.
     const fn name(self) -> &'static str {
@@ -58,15 +67,44 @@ impl Kind {
             Self::Off => "resume off",
             Self::On => "resume on",
             Self::Stripped => "resume on, ids taken out",
+            Self::Whole => "asked for as they are",
+            Self::Assembled => "asked for as streams",
         }
     }
 
     const fn settings(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Off => &[("PENSTOCK_PROXY__RESUME__ENABLED", "false")],
-            Self::On => &[],
+            Self::On | Self::Whole => &[],
+            Self::Assembled => &[("PENSTOCK_PROXY__RESUME__UNARY", "stream")],
             Self::Stripped => &[("PENSTOCK_PROXY__RESUME__STRIP_TOKEN_IDS", "true")],
         }
+    }
+}
+
+/// What one window carries.
+#[derive(Debug, Clone, Copy)]
+struct Work {
+    clients: u64,
+    requests: u64,
+    /// Of each answer.
+    tokens: u64,
+    unary: bool,
+}
+
+impl Work {
+    fn streams(count: u32, tokens: u32) -> Self {
+        let count = u64::from(count);
+        Self { clients: count, requests: count, tokens: tokens.into(), unary: false }
+    }
+
+    fn answers(clients: u32, count: u32) -> Self {
+        Self { clients: clients.into(), requests: count.into(), tokens: ANSWER_TOKENS, unary: true }
+    }
+
+    /// Events, or answers: what the CPU time is divided by.
+    const fn units(self) -> u64 {
+        if self.unary { self.requests } else { self.requests * (self.tokens + OTHER_EVENTS) }
     }
 }
 
@@ -102,14 +140,20 @@ async fn run(options: &Options) -> Result<Figures, String> {
     let fast = engines(options, &["--sim-speed=0".into()]).await?;
     let mut figures = Figures::default();
     for round in 1..=options.rounds {
-        for kind in Kind::ALL {
-            let (streams, tokens) = (u64::from(options.streams), u64::from(options.tokens));
-            let window = window(options, kind, &paced, streams, tokens).await?;
+        for kind in Kind::STREAMS {
+            let work = Work::streams(options.streams, options.tokens);
+            let window = window(options, kind, &paced, work).await?;
             say(&format!("round {round}, {}, paced: {}", kind.name(), window.text()));
             figures.add(kind, true, window);
-            let (streams, tokens) = (u64::from(options.fast_streams), u64::from(options.fast_tokens));
-            let window = self::window(options, kind, &fast, streams, tokens).await?;
+            let work = Work::streams(options.fast_streams, options.fast_tokens);
+            let window = self::window(options, kind, &fast, work).await?;
             say(&format!("round {round}, {}, at full speed: {}", kind.name(), window.text()));
+            figures.add(kind, false, window);
+        }
+        for kind in Kind::ANSWERS {
+            let work = Work::answers(options.fast_streams, options.answers);
+            let window = window(options, kind, &fast, work).await?;
+            say(&format!("round {round}, whole answers, {}: {}", kind.name(), window.text()));
             figures.add(kind, false, window);
         }
     }
@@ -135,13 +179,7 @@ fn model() -> String {
 }
 
 /// One window: a proxy begins, carries that many streams to their ends, and ends.
-async fn window(
-    options: &Options,
-    kind: Kind,
-    engines: &[Engine],
-    streams: u64,
-    tokens: u64,
-) -> Result<Window, String> {
+async fn window(options: &Options, kind: Kind, engines: &[Engine], work: Work) -> Result<Window, String> {
     let mut tasks = JoinSet::new();
     let addresses: Vec<SocketAddr> = engines.iter().map(|engine| engine.address).collect();
     let ads = Ads::start(&fleet(options), &addresses, &mut tasks).await?;
@@ -149,10 +187,10 @@ async fn window(
     ads.ready().await?;
     proxy.wait_for_revision(1).await?;
     // What a first request brings along is not a stream's.
-    load(proxy.public, 1, 2, 0).await?;
+    load(proxy.public, Work { clients: 1, requests: 1, tokens: 2, ..work }, 0).await?;
     let (idle, cpu, began) = (proxy.memory()?, proxy.cpu()?, Instant::now());
     let mut most = idle;
-    let loading = load(proxy.public, streams, tokens, options.prompt_bytes);
+    let loading = load(proxy.public, work, options.prompt_bytes);
     tokio::pin!(loading);
     loop {
         tokio::select! {
@@ -166,20 +204,27 @@ async fn window(
     let took = began.elapsed();
     let cpu = proxy.cpu()?.saturating_sub(cpu);
     proxy.stop().await?;
-    let events = streams * (tokens + OTHER_EVENTS);
-    Ok(Window { took, cpu, events, streams, memory_bytes: most.saturating_sub(idle) })
+    Ok(Window {
+        took,
+        cpu,
+        events: work.units(),
+        streams: work.clients,
+        memory_bytes: most.saturating_sub(idle),
+    })
 }
 
-/// That many verified streams, all at once.
-async fn load(proxy: SocketAddr, streams: u64, tokens: u64, prompt_bytes: usize) -> Result<(), String> {
+/// Verified streams or answers, one after the other on each connection.
+async fn load(proxy: SocketAddr, work: Work, prompt_bytes: usize) -> Result<(), String> {
     let wanted = load::Options {
         url: format!("http://{proxy}"),
         model: model(),
-        streams,
-        tokens,
+        streams: work.clients,
+        requests: work.requests,
+        tokens: work.tokens,
+        unary: work.unary,
         prompt_bytes,
         // A thousand a second.
-        connect_ramp_ms: streams,
+        connect_ramp_ms: work.clients,
         ..load::Options::default()
     };
     let report = load::run(wanted).await.map_err(|e| e.to_string())?;

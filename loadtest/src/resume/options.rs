@@ -29,6 +29,9 @@ pub struct Options {
     /// Windows at full speed: tokens of each stream
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(2..=10_000_000))]
     pub fast_tokens: u32,
+    /// Windows of whole answers: answers of 100 tokens, by as many clients as there are streams at full speed
+    #[arg(long, default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    pub answers: u32,
     /// Bytes of text in each prompt
     #[arg(long, default_value_t = 2_000)]
     pub prompt_bytes: usize,

@@ -10,7 +10,7 @@ pub(super) struct Window {
     pub(super) took: Duration,
     /// CPU time of the proxy.
     pub(super) cpu: Duration,
-    /// Relayed to clients.
+    /// Events relayed to clients, or whole answers.
     pub(super) events: u64,
     pub(super) streams: u64,
     /// What it had at most, beyond what it had before.
@@ -32,7 +32,7 @@ impl Window {
 
     /// One line of progress.
     pub(super) fn text(&self) -> String {
-        format!("{:.2} µs of CPU an event, {:.0} events/s", self.cpu_us(), self.rate())
+        format!("{:.2} µs of CPU for each, {:.0}/s", self.cpu_us(), self.rate())
     }
 }
 
@@ -66,7 +66,7 @@ impl Figures {
         );
         let [_, cpu_off, _] = self.spread(Kind::Off, true, Window::cpu_us);
         let [_, memory_off, _] = self.spread(Kind::Off, true, Window::stream_kib);
-        for kind in Kind::ALL {
+        for kind in Kind::STREAMS {
             let [least, cpu, most] = self.spread(kind, true, Window::cpu_us);
             let [_, memory, _] = self.spread(kind, true, Window::stream_kib);
             text += &format!(
@@ -82,7 +82,7 @@ impl Figures {
             options.fast_streams, options.fast_tokens
         );
         let [_, cpu_off, _] = self.spread(Kind::Off, false, Window::cpu_us);
-        for kind in Kind::ALL {
+        for kind in Kind::STREAMS {
             let [least, cpu, most] = self.spread(kind, false, Window::cpu_us);
             let [_, rate, _] = self.spread(kind, false, Window::rate);
             text += &format!(
@@ -91,6 +91,17 @@ impl Figures {
                 cpu - cpu_off,
                 (cpu / cpu_off - 1.0) * 100.0,
             );
+        }
+        text += &format!(
+            "\n| {} whole answers of {} tokens by {} clients | CPU of an answer | answers/s |\n|---|---|---|\n",
+            options.answers,
+            super::ANSWER_TOKENS,
+            options.fast_streams
+        );
+        for kind in Kind::ANSWERS {
+            let [least, cpu, most] = self.spread(kind, false, Window::cpu_us);
+            let [_, rate, _] = self.spread(kind, false, Window::rate);
+            text += &format!("| {} | {cpu:.0} µs ({least:.0} to {most:.0}) | {rate:.0} |\n", kind.name());
         }
         text
     }
