@@ -1,6 +1,6 @@
 //! The wire to the proxies: xDS over one stream per proxy, delta or state of the world, to our own proxies and to Envoys.
 //!
-//! [`project`] makes resources of the view ([`routes`]: where names lead, [`departure`]: what becomes of streams, [`envoy`]: the
+//! [`project`] makes resources of the view ([`routes`]: where names lead, `departure`: what becomes of streams, [`envoy`]: the
 //! same for a stock Envoy, [`guard`]: what is held back), [`hub`] publishes one immutable [`snapshot`] to every subscriber, [`session`] is one subscriber's protocol
 //! state ([`sotw`]: in the other protocol's words), [`server`] the gRPC around it, [`peer`] who may subscribe. [`loads`] brings
 //! news of engines' loads on the same stream, in a lane of their own.

@@ -4,7 +4,7 @@
 //! [`v1::ModelRoute`] ([`super::routes`]). A deployment without endpoints has a route and an empty table, so that proxies
 //! answer "nobody serves it now" and not "no such model". A deleted one loses its route at once; its table stays while
 //! engines are registered, which are draining by then. The same for a stock Envoy is made by [`super::envoy`]. What the
-//! [`super::guard`] holds stays in the tables. What becomes of streams is said by [`super::departure`].
+//! [`super::guard`] holds stays in the tables. What becomes of streams is said by `super::departure`.
 //!
 //! Cost: a changed model costs its own resources, once for all subscribers; the others cost a pointer comparison.
 

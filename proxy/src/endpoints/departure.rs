@@ -5,7 +5,7 @@
 //! answers for it any more. The order hangs on the endpoint's live figures, so it survives a swap, and stands when the endpoint
 //! has left the tables: its streams are still there.
 //!
-//! Streams stand in a [`Line`], in the order in which they began. While streams are to be moved, the first in line gets a turn
+//! Streams stand in a line, in the order in which they began. While streams are to be moved, the first in line gets a turn
 //! every so often; those that end before it free their place, and those that join later have theirs behind the others. What
 //! was told to leave is out of the line, and nothing calls it back: only those that still stand there are kept by an undrain.
 //! A stream that was told and stays all the same, because no other engine takes it, may join again, at the end.

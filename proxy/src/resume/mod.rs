@@ -11,7 +11,7 @@
 //!   the ways in which a stream dies inside a 200: an error event, an abort that is not ours, an end that is none, garbage.
 //! - [`chunks`]: that memory for chat and text completions, token by token; [`sample`] is what makes it cheap.
 //! - [`messages`], [`responses`]: the same for Anthropic's messages and for responses, by text.
-//! - [`plan`]: what is asked of the next engine. [`body`] reads the request's members for it, [`refusal`] says why not.
+//! - `plan`: what is asked of the next engine. [`body`] reads the request's members for it, [`refusal`] says why not.
 //! - [`seam`]: the continuation's events become events of the stream. [`stitch`] does it for chunks: the stream's id, its shape,
 //!   its counts. [`stop`] finds stop strings that span the cut.
 //! - [`unary`]: a whole answer out of a stream's events, for requests that want one.

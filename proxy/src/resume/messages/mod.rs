@@ -1,8 +1,8 @@
 //! Anthropic's messages: a stream of `/v1/messages` that goes on.
 //!
 //! vLLM's `/v1/messages` does not continue a last message of the assistant; its `/v1/chat/completions` does, and the former is
-//! an adapter of the latter. So the rest is asked as a chat completion: [`request`] says of the request what vLLM's
-//! adapter would, and [`stitch`] of the chunks.
+//! an adapter of the latter. So the rest is asked as a chat completion: `request` says of the request what vLLM's
+//! adapter would, and `stitch` of the chunks.
 //!
 //! vLLM ends a stream that was aborted with a `stop_reason` of null. So nothing of an end is the client's before
 //! `message_stop`: what precedes it is held.

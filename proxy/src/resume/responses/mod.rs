@@ -1,7 +1,7 @@
 //! A stream of `/v1/responses` that goes on.
 //!
 //! vLLM continues a last `input` item of the assistant whose status is "in_progress". Its answer is a response of its own,
-//! which [`stitch`] makes the rest of the one that the client has: ids, numbers, the whole text where it is repeated.
+//! which `stitch` makes the rest of the one that the client has: ids, numbers, the whole text where it is repeated.
 //!
 //! The events that end a text say nothing of how it ended; only `response.completed` does. So they are held until it comes.
 //! (Stock vLLM closes an aborted response that used no harmony as "completed": such an end cannot be told from a true one.)
