@@ -261,7 +261,8 @@ impl Batch {
         let span = itl_us.saturating_mul(settings.jitter_percent) / 100;
         let draw = tokens::finish(settings.jitter_seed ^ id.rotate_left(32) ^ running.generated);
         let itl_us = itl_us - span + draw % (2 * span + 1);
-        self.due.push(Reverse((from_us + itl_us, running.stay, id)));
+        // Never none: time would stand still with one token after the other.
+        self.due.push(Reverse((from_us + itl_us.max(1), running.stay, id)));
     }
 
     /// Counts tokens of a running sequence, preempting the youngest while there is no room. False if that was itself.
