@@ -78,4 +78,6 @@ async fn who_wants_none_gets_none() {
         got.contains("stream_interrupted") && !got.contains("[DONE]") && !got.contains("token_ids\":["),
         "{got}"
     );
+    let refused = "penstock_proxy_resume_refusals_total{endpoint=\"e0\",reason=\"opted_out\"}";
+    assert_eq!(pair.proxy.count(refused), 1, "it is counted as what it is");
 }

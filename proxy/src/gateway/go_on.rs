@@ -165,6 +165,9 @@ impl Gateway {
         resumes: &Resumes,
         began: Instant,
     ) -> Result<(Continuation, u64), NotOn> {
+        if relay.tracker.is_idle() {
+            return Err(self.why_nobody_remembers(errand.request).into());
+        }
         let mut answers = Answers::default();
         if let Err(NoPlan::Refused(refusal)) = relay.tracker.plan(&errand.request.body, &answers) {
             return Err(refusal.into());
@@ -222,6 +225,15 @@ impl Gateway {
                 UpstreamFailure::Busy => search.refused_by(place.endpoint()),
                 _ => search.failed_by(place.endpoint()),
             }
+        }
+    }
+
+    /// Why nothing is known of a stream that was lost.
+    fn why_nobody_remembers(&self, request: &EngineRequest) -> Refusal {
+        match request.resume {
+            _ if !self.config.resume.enabled => Refusal::Disabled,
+            None if request.stream => Refusal::OptedOut,
+            _ => Refusal::Api,
         }
     }
 

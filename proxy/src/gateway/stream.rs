@@ -72,6 +72,7 @@ impl Gateway {
                 Err(Interrupted::Failed(error)) => break Err(error),
                 Err(Interrupted::Unfit(refusal)) => {
                     self.metrics.resumes.refused(&place.endpoint().id, refusal);
+                    record.not_resumed(Loss::Garbage, refusal);
                     break Err(GatewayError::Lost { failure: UpstreamFailure::MidStream, refusal });
                 }
                 Err(Interrupted::Lost(loss)) => loss,
