@@ -24,7 +24,8 @@
 //! # Invariants
 //!
 //! - A request reads one snapshot an attempt and no lock that an update takes.
-//! - Nothing is written to the client before an engine's answer has begun; nothing is retried after.
+//! - Nothing is written to the client before an engine's answer has begun; nothing is retried after. A stream whose engine is
+//!   lost then goes on where it was, at another, or not at all.
 //! - A stream that breaks ends with an error event, never as if it were whole.
 //! - The engine's connection closes when the client leaves, in every phase: it is dropped with the future that waits on it.
 //! - The data plane needs neither the control plane nor its store to serve a request.
