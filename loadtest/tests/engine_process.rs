@@ -157,6 +157,13 @@ fn a_taken_port_is_one_clear_line_and_exit_code_1() {
     assert!(said.contains(&format!("cannot listen on 127.0.0.1:{port} (--host, --port)")), "{said}");
 }
 
+/// Whether a process has a handler for a signal: proc_pid_status(5), SigCgt.
+fn catches(pid: u32, signal: Signal) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+    u64::from_str_radix(caught.trim(), 16).unwrap() >> (signal as i32 - 1) & 1 == 1
+}
+
 #[test]
 fn never_ready_never_listens_and_ends_on_sigterm() {
     let dir = tempfile::tempdir().unwrap();
@@ -166,6 +173,8 @@ fn never_ready_never_listens_and_ends_on_sigterm() {
             .arg(&announce)
             .spawn()
             .unwrap();
+    // Sent before the process catches it, the signal would end it as any other.
+    wait_for("SIGTERM to be caught", || catches(child.id(), Signal::SIGTERM));
     // One that was started later, with the same loading time, is ready by now.
     let _later = Sim::start(&[]);
     assert!(!announce.exists() && child.try_wait().unwrap().is_none());

@@ -30,6 +30,9 @@ use crate::{
     },
 };
 
+/// Pause before engines that all failed a request are asked once more.
+const AGAIN_AFTER: Duration = Duration::from_millis(250);
+
 /// Names the deployment that answered.
 const MODEL: &str = "x-penstock-model";
 
@@ -110,6 +113,14 @@ impl<'a> Search<'a> {
         self.busy += 1;
     }
 
+    /// All may be asked again; whether that makes a difference.
+    pub(super) fn forget(&mut self) -> bool {
+        self.busy = 0;
+        let any = !self.tried.is_empty();
+        self.tried.clear();
+        any
+    }
+
     /// Those that answered busy may be asked again.
     fn forgive_busy(&mut self) {
         let busy = std::mem::take(&mut self.busy);
@@ -180,6 +191,11 @@ impl Gateway {
             }
             let mut place = match placed? {
                 Ok(place) => place,
+                // A retry was decided on, and each has failed it: one of them may be back, or another be there.
+                Err(Unpicked::Nobody) if waits && search.forget() => {
+                    self.pause(session, AGAIN_AFTER).await?;
+                    continue;
+                }
                 Err(Unpicked::Nobody) => return Ok(Outcome::Unanswered(search.last)),
                 Err(Unpicked::Saturated | Unpicked::Asleep) => return Ok(Outcome::Full),
             };
@@ -221,6 +237,15 @@ impl Gateway {
             }
             self.metrics.retries.with_label_values(&[failed.failure.label()]).inc();
             search.last = Some(failed);
+        }
+    }
+
+    /// Does nothing for so long, as long as anybody still wants the answer.
+    pub(super) async fn pause(&self, session: &mut ServerSession, length: Duration) -> Result<(), GatewayError> {
+        tokio::select! {
+            () = tokio::time::sleep(length) => Ok(()),
+            () = downstream::gone(session) => Err(GatewayError::ClientGone),
+            () = self.lifecycle.cut().cancelled() => Err(GatewayError::Draining),
         }
     }
 

@@ -259,11 +259,7 @@ impl Gateway {
                 Err(Unpicked::Nobody | Unpicked::Saturated | Unpicked::Asleep) => {}
             }
             search.forget();
-            tokio::select! {
-                () = tokio::time::sleep(LOOK_EVERY) => {}
-                () = downstream::gone(relay.session()) => return Err(NotOn::Failed(GatewayError::ClientGone)),
-                () = self.lifecycle.cut().cancelled() => return Err(NotOn::Failed(GatewayError::Draining)),
-            }
+            self.pause(relay.session(), LOOK_EVERY).await?;
         }
     }
 
@@ -371,14 +367,6 @@ fn answer(question: Question, body: &[u8], answers: &mut Answers) -> bool {
         Question::Context => answers.context = number("max_model_len"),
     }
     answers.tokens.is_some() || answers.context.is_some() || !answers.texts.is_empty()
-}
-
-impl Search<'_> {
-    /// Nobody is left to ask: all may be asked again.
-    fn forget(&mut self) {
-        self.tried.clear();
-        self.busy = 0;
-    }
 }
 
 impl Place {
