@@ -7,6 +7,7 @@
 //! - [`updates`]: a benchmark of one proxy whose tables change all the time while it carries streams.
 //! - [`fanout`]: a benchmark of a control plane that tells many proxies of changes in a large fleet.
 //! - [`resume`]: a benchmark of what it costs a proxy to be ready to continue streams.
+//! - [`scale`]: how the cost of a proxy grows, and the line that it follows.
 //!
 //! The first two meet in [`engine::tokens`] and [`engine::generation`] only: what the engine will answer can be computed by
 //! anyone who has the request, so a lost, doubled, reordered or foreign token is found by comparison, not by trust.
@@ -16,5 +17,6 @@ pub mod engine;
 pub mod fanout;
 pub mod load;
 pub mod resume;
+pub mod scale;
 pub mod updates;
 mod usage;

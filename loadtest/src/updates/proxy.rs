@@ -51,6 +51,16 @@ impl Proxy {
         ads: SocketAddr,
         settings: &[(&str, &str)],
     ) -> Result<Self, String> {
+        Self::start_with(program, ads, settings, None).await
+    }
+
+    /// The same, with a file of settings.
+    pub(crate) async fn start_with(
+        program: &Path,
+        ads: SocketAddr,
+        settings: &[(&str, &str)],
+        file: Option<&Path>,
+    ) -> Result<Self, String> {
         let folder = tempfile::tempdir().map_err(|e| format!("cannot make a folder: {e}"))?;
         let announce = folder.path().join("announce.json");
         let child = Command::new(program)
@@ -62,6 +72,7 @@ impl Proxy {
             .env("PENSTOCK_PROXY__DISCOVERY__SNAPSHOT_FILE", folder.path().join("snapshot"))
             .env("PENSTOCK_PROXY__DRAIN__DEADLINE_MS", "1")
             .envs(settings.iter().copied())
+            .args(file.into_iter().flat_map(|file| [Path::new("--config"), file]))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .kill_on_drop(true)
@@ -112,6 +123,11 @@ impl Proxy {
                 sleep(Duration::from_millis(10)).await;
             }
         })
+    }
+
+    /// Its process id.
+    pub(crate) const fn pid(&self) -> u32 {
+        self.pid
     }
 
     /// CPU time it has used.
