@@ -64,8 +64,12 @@ impl Client {
 
     /// What it says in `authorization`; empty for nothing.
     fn key<'a>(&self, lane: &'a Lane) -> &'a str {
-        let keys = &lane.plan.keys;
-        let turn = self.stream.wrapping_add(self.made) % keys.len().max(1) as u64;
+        let (keys, options) = (&lane.plan.keys, &lane.plan.options);
+        let count = keys.len().max(1) as u64;
+        // Streams that last begin apart, so that together they come through all keys.
+        let apart = options.arrivals.is_closed();
+        let first = if apart { self.stream.saturating_mul(count) / options.streams } else { self.stream };
+        let turn = first.wrapping_add(self.made) % count;
         usize::try_from(turn).ok().and_then(|turn| keys.get(turn)).map_or("", String::as_str)
     }
 

@@ -29,6 +29,8 @@ const TOKENS: u64 = 16;
 const WARMUP_S: f64 = 1.0;
 /// How long a proxy without requests is watched.
 const IDLE: Duration = Duration::from_secs(2);
+/// CPU time of which a figure can be made.
+const LEAST_CPU: Duration = Duration::from_millis(50);
 /// How often the memory is looked at.
 const LOOK: Duration = Duration::from_millis(100);
 /// Connections that are opened a second.
@@ -84,6 +86,8 @@ impl Axis {
 pub(super) struct Measured {
     /// CPU of an event or request, µs.
     pub(super) cpu_us: f64,
+    /// How many of them there were.
+    pub(super) units: u64,
     /// Share of a core without any requests.
     pub(super) idle: f64,
     /// Most memory while it was under load, bytes.
@@ -97,7 +101,8 @@ pub(super) async fn measure(options: &Options, axis: Axis, place: u32) -> Result
     let pause_ms = f64::from(place) * 1e3 / options.events_per_s;
     let flags = match axis {
         Axis::Streams => vec![format!("--sim-itl-ms={pause_ms}"), "--sim-itl-growth-us=0".into()],
-        _ => vec!["--sim-speed=0".into()],
+        // Room for the prompts that are under way, of a few million tokens.
+        _ => vec!["--sim-speed=0".into(), "--sim-kv-blocks=1048576".into()],
     };
     let mut engines = Vec::new();
     for _ in 0..ENGINES {
@@ -145,9 +150,8 @@ pub(super) async fn measure(options: &Options, axis: Axis, place: u32) -> Result
         Axis::Endpoints | Axis::Tenants => {}
     }
     let measured = loaded(&proxy, axis, wanted).await;
-    let memory = measured.as_ref().map_or(0.0, |(_, memory)| *memory);
     proxy.stop().await?;
-    Ok(Measured { cpu_us: measured?.0, idle, memory })
+    Ok(Measured { idle, ..measured? })
 }
 
 /// Tokens of a stream that lasts so long.
@@ -155,8 +159,8 @@ fn tokens(seconds: f64, pause_ms: f64) -> u64 {
     whole((seconds * 1e3 / pause_ms).ceil()).max(1)
 }
 
-/// CPU of an event or request, and the most memory.
-async fn loaded(proxy: &Proxy, axis: Axis, wanted: load::Options) -> Result<(f64, f64), String> {
+/// What a load takes; nothing of the time before it.
+async fn loaded(proxy: &Proxy, axis: Axis, wanted: load::Options) -> Result<Measured, String> {
     let pid = proxy.pid();
     let mut cpu = Vec::new();
     let mut most = proxy.memory()?;
@@ -178,10 +182,12 @@ async fn loaded(proxy: &Proxy, axis: Axis, wanted: load::Options) -> Result<(f64
     let used = after?.saturating_sub(before?);
     let counts = report.window.counts;
     let units = if axis == Axis::Streams { counts.events } else { counts.good };
-    if units == 0 {
-        return Err(format!("nothing happened in the measured part\n{}", report.table()));
+    // The kernel tells CPU time by hundredths of a second.
+    if units == 0 || used < LEAST_CPU {
+        let why = format!("{units} {}s and {used:?} of CPU are too little to measure", axis.unit());
+        return Err(format!("{why}: take more --seconds\n{}", report.table()));
     }
-    Ok((used.as_secs_f64() * 1e6 / units as f64, most as f64))
+    Ok(Measured { cpu_us: used.as_secs_f64() * 1e6 / units as f64, units, idle: 0.0, memory: most as f64 })
 }
 
 /// The share of a core that it takes without requests.

@@ -64,9 +64,10 @@ async fn run(options: &Options) -> Result<Figures, String> {
             for place in axis.places(options) {
                 let measured = measure(options, axis, *place).await?;
                 say(&format!(
-                    "round {round}, {place} {}: {:.2} µs of CPU for each {}, {:.0} MiB",
+                    "round {round}, {place} {}: {:.2} µs of CPU for each of {} {}s, {:.0} MiB",
                     axis.name(),
                     measured.cpu_us,
+                    measured.units,
                     axis.unit(),
                     measured.memory / f64::from(1 << 20)
                 ));

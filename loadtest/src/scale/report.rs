@@ -150,8 +150,12 @@ mod tests {
         let mut figures = Figures::default();
         for axis in Axis::ALL {
             for place in [10, 1_000] {
-                let measured =
-                    |cpu_us| Measured { cpu_us, idle: 0.01, memory: 10.0 * MIB + f64::from(place) * MIB };
+                let measured = |cpu_us| Measured {
+                    cpu_us,
+                    units: 9,
+                    idle: 0.01,
+                    memory: 10.0 * MIB + f64::from(place) * MIB,
+                };
                 let all = vec![measured(5.0), measured(9.0), measured(6.0)];
                 figures.0.insert((axis, place), all);
             }
