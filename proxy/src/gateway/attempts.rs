@@ -241,7 +241,11 @@ impl Gateway {
     }
 
     /// Does nothing for so long, as long as anybody still wants the answer.
-    pub(super) async fn pause(&self, session: &mut ServerSession, length: Duration) -> Result<(), GatewayError> {
+    pub(super) async fn pause(
+        &self,
+        session: &mut ServerSession,
+        length: Duration,
+    ) -> Result<(), GatewayError> {
         tokio::select! {
             () = tokio::time::sleep(length) => Ok(()),
             () = downstream::gone(session) => Err(GatewayError::ClientGone),

@@ -15,7 +15,7 @@ use std::{future::Future, pin::pin, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
-use pingora_core::protocols::http::{ServerSession, v1::client::HttpSession as Http1Session};
+use pingora_core::protocols::http::ServerSession;
 use pingora_error::ErrorType;
 use pingora_http::ResponseHeader;
 use tokio::time::{Instant, sleep_until};
@@ -32,7 +32,7 @@ use crate::{
     },
     resume::{Loss, Refusal, seam::Seam, tracker::Tracker, unary::Assembly},
     telemetry::metrics::Metrics,
-    upstream::client::Open,
+    upstream::{client::Open, connection::Connection},
 };
 
 /// A write is filled with what is already there up to about this size, in bytes: some seventy usual events.
@@ -97,7 +97,7 @@ impl Relayed {
 
 /// One engine's part in an answer.
 pub struct Leg {
-    connection: Http1Session,
+    connection: Connection,
     /// Present for a stream of events.
     splitter: Option<EventSplitter>,
     /// Present for a part that is not the first.
@@ -122,7 +122,7 @@ impl Leg {
     }
 
     /// The engine's connection, if it can be used again.
-    pub fn into_connection(self) -> Option<Http1Session> {
+    pub fn into_connection(self) -> Option<Connection> {
         self.ended.then_some(self.connection)
     }
 }
@@ -262,7 +262,7 @@ impl<'a> Relay<'a> {
             }
             let read = tokio::select! {
                 biased;
-                read = leg.connection.read_body_bytes() => read,
+                read = leg.connection.read_body() => read,
                 () = downstream::gone(self.session) => return Err(GatewayError::ClientGone.into()),
                 () = cut.as_mut() => return Err(GatewayError::Draining.into()),
                 loss = leave.as_mut() => return Err(Interrupted::Lost(loss)),
@@ -405,7 +405,7 @@ fn take_what_is_there(leg: &mut Leg, chunk: Bytes) -> Result<(Bytes, After), Int
     let mut joined = BytesMut::new();
     let mut after = After::More;
     while first.len().max(joined.len()) < COALESCE_BYTES {
-        match connection.read_body_bytes().now_or_never() {
+        match connection.read_body().now_or_never() {
             None => break,
             Some(Ok(None)) => {
                 after = After::End;
