@@ -37,6 +37,7 @@ impl Gateway {
         let context = RelayContext {
             idle: Duration::from_millis(idle_ms),
             stall: Duration::from_millis(self.config.resume.stall_ms),
+            write_stall: Duration::from_millis(self.config.limits.write_stall_ms),
             cut: self.lifecycle.cut(),
             shape: record.shape(),
             metrics: &self.metrics,

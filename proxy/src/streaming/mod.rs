@@ -1,6 +1,7 @@
 //! An answer on its way to the client: events ([`relay`]), or a WebSocket's bytes both ways ([`tunnel`], [`websocket`],
 //! [`rename`]).
 
+pub mod bell;
 pub mod relay;
 pub mod rename;
 pub mod tunnel;

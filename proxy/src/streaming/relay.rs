@@ -8,13 +8,19 @@
 //! An engine's part in an answer is a [`Leg`]. When one is lost the stream may go on with another: the relay, and what its
 //! tracker knows of the client, stay ([`crate::resume`]).
 //!
-//! Cost of an event: one read, one write, one allocation for its bytes, one atomic load, no timer set (one idle timer a stream
-//! is looked at when it fires, not when an event passes), no lock; what the tracker notes is a few comparisons.
+//! Cost of an event: one read, one write, no timer set (one idle timer a stream is looked at when it fires, not when an event
+//! passes), no lock; what else is waited for is polled when it has something to say ([`Bell`]); the write goes past the session
+//! where it can ([`direct`]); what the tracker notes is a few comparisons.
 
-use std::{future::Future, pin::pin, time::Duration};
+use std::{
+    future::{Future, poll_fn},
+    io,
+    pin::pin,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
-use futures_util::FutureExt;
 use pingora_core::protocols::http::ServerSession;
 use pingora_error::ErrorType;
 use pingora_http::ResponseHeader;
@@ -22,7 +28,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    downstream::{self, respond},
+    downstream::{self, direct, respond},
     error::{GatewayError, UpstreamFailure},
     health::Pulse,
     openai::{
@@ -31,8 +37,12 @@ use crate::{
         usage::{StreamFacts, Usage},
     },
     resume::{Loss, Refusal, seam::Seam, tracker::Tracker, unary::Assembly},
+    streaming::bell::Bell,
     telemetry::metrics::Metrics,
-    upstream::{client::Open, connection::Connection},
+    upstream::{
+        client::Open,
+        connection::{BodyError, Connection},
+    },
 };
 
 /// A write is filled with what is already there up to about this size, in bytes: some seventy usual events.
@@ -48,6 +58,8 @@ pub struct RelayContext<'a> {
     pub idle: Duration,
     /// The same for a stream that can go on elsewhere.
     pub stall: Duration,
+    /// Longest time in which a client takes nothing of what is written.
+    pub write_stall: Duration,
     /// Cancelled when the gateway will wait no longer.
     pub cut: &'a CancellationToken,
     /// Shape of an error event.
@@ -142,6 +154,18 @@ impl From<GatewayError> for Interrupted {
     fn from(error: GatewayError) -> Self {
         Self::Failed(error)
     }
+}
+
+/// What a read brought.
+type Read = Result<Option<Bytes>, BodyError>;
+
+/// What was waited for.
+enum Came {
+    Read(Read),
+    ClientGone,
+    LastCall,
+    Lost(Loss),
+    Silence,
 }
 
 /// What follows the bytes that were there.
@@ -256,21 +280,42 @@ impl<'a> Relay<'a> {
         });
         let mut idle = pin!(sleep_until(self.last_progress + patience));
         let mut cut = pin!(self.context.cut.cancelled());
+        let bell = Bell::default();
         loop {
             if self.tracker.facts.is_over() && leg.seam.as_ref().is_some_and(Seam::is_over) {
                 return self.end(leg).await;
             }
-            let read = tokio::select! {
-                biased;
-                read = leg.connection.read_body() => read,
-                () = downstream::gone(self.session) => return Err(GatewayError::ClientGone.into()),
-                () = cut.as_mut() => return Err(GatewayError::Draining.into()),
-                loss = leave.as_mut() => return Err(Interrupted::Lost(loss)),
-                () = idle.as_mut() => {
-                    if self.last_progress.elapsed() >= patience {
-                        return Err(Interrupted::Lost(Loss::Stalled));
-                    }
+            let session = &mut *self.session;
+            let came = poll_fn(|cx| {
+                if let Poll::Ready(read) = leg.connection.poll_body(cx) {
+                    return Poll::Ready(Came::Read(read));
+                }
+                if !bell.has_rung(cx) {
+                    return Poll::Pending;
+                }
+                let cx = &mut bell.context();
+                if pin!(downstream::gone(session)).poll(cx).is_ready() {
+                    return Poll::Ready(Came::ClientGone);
+                }
+                if cut.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Came::LastCall);
+                }
+                if let Poll::Ready(loss) = leave.as_mut().poll(cx) {
+                    return Poll::Ready(Came::Lost(loss));
+                }
+                idle.as_mut().poll(cx).map(|()| Came::Silence)
+            });
+            let read = match came.await {
+                Came::Read(read) => read,
+                Came::ClientGone => return Err(GatewayError::ClientGone.into()),
+                Came::LastCall => return Err(GatewayError::Draining.into()),
+                Came::Lost(loss) => return Err(Interrupted::Lost(loss)),
+                Came::Silence if self.last_progress.elapsed() >= patience => {
+                    return Err(Interrupted::Lost(Loss::Stalled));
+                }
+                Came::Silence => {
                     idle.as_mut().reset(self.last_progress + patience);
+                    bell.ring();
                     continue;
                 }
             };
@@ -355,6 +400,14 @@ impl<'a> Relay<'a> {
     async fn write(&mut self, bytes: Bytes, pulse: &Pulse<'_>) -> Result<(), GatewayError> {
         self.pace.bytes += bytes.len() as u64;
         self.context.metrics.bytes_out.inc_by(bytes.len() as u64);
+        if let Some(socket) = direct::socket(self.session) {
+            let left = direct::begin(socket, &bytes).map_err(|e| direct_error(&e))?;
+            if left == 0 {
+                return Ok(());
+            }
+            let rest = direct::rest(socket, &bytes, left, self.context.write_stall);
+            return pulse.while_written(rest).await.map_err(|e| direct_error(&e));
+        }
         pulse.while_written(self.session.write_response_body(bytes, false)).await.map_err(|e| write_error(&e))
     }
 
@@ -404,18 +457,19 @@ fn take_what_is_there(leg: &mut Leg, chunk: Bytes) -> Result<(Bytes, After), Int
     let first = whole(chunk)?.unwrap_or_default();
     let mut joined = BytesMut::new();
     let mut after = After::More;
-    while first.len().max(joined.len()) < COALESCE_BYTES {
-        match connection.read_body().now_or_never() {
-            None => break,
-            Some(Ok(None)) => {
+    let mut cx = Context::from_waker(Waker::noop());
+    while connection.has_more() && first.len().max(joined.len()) < COALESCE_BYTES {
+        match connection.poll_body(&mut cx) {
+            Poll::Pending => break,
+            Poll::Ready(Ok(None)) => {
                 after = After::End;
                 break;
             }
-            Some(Err(_)) => {
+            Poll::Ready(Err(_)) => {
                 after = After::Broken;
                 break;
             }
-            Some(Ok(Some(chunk))) => {
+            Poll::Ready(Ok(Some(chunk))) => {
                 let Some(next) = whole(chunk)? else { continue };
                 if joined.is_empty() {
                     joined.extend_from_slice(&first);
@@ -425,6 +479,14 @@ fn take_what_is_there(leg: &mut Leg, chunk: Bytes) -> Result<(Bytes, After), Int
         }
     }
     Ok((if joined.is_empty() { first } else { joined.freeze() }, after))
+}
+
+/// Why bytes could not be written past the session.
+fn direct_error(error: &io::Error) -> GatewayError {
+    match error.kind() {
+        io::ErrorKind::TimedOut => GatewayError::ClientStalled,
+        _ => GatewayError::ClientGone,
+    }
 }
 
 fn write_error(error: &pingora_error::Error) -> GatewayError {

@@ -53,6 +53,8 @@ pub struct Connection {
     room: usize,
     /// Reads in a row that would have fitted into a much smaller one.
     quiet: u32,
+    /// Whether the last read filled it: there may be more.
+    filled: bool,
     body: Decoder,
     keeps_alive: bool,
     /// Whether anything of the answer has come.
@@ -103,6 +105,7 @@ impl Connection {
             buffer: BytesMut::new(),
             room: LEAST_ROOM,
             quiet: 0,
+            filled: false,
             body: Decoder::new(Framing::Length(0)),
             keeps_alive: false,
             begun: false,
@@ -210,6 +213,11 @@ impl Connection {
         self.body.is_ended()
     }
 
+    /// Whether [`Self::poll_body`] may have something without waiting: where not, asking is in vain.
+    pub fn has_more(&self) -> bool {
+        self.filled || !self.buffer.is_empty() || self.body.is_ended()
+    }
+
     /// Bytes of the body that are still to come, where its head told.
     pub fn body_left(&self) -> Option<u64> {
         self.body.left()
@@ -259,8 +267,10 @@ impl Connection {
             self.buffer.reserve(self.room.saturating_sub(held).max(LEAST_ROOM / 2));
         }
         let spare = self.buffer.capacity() - held;
+        self.filled = false;
         let read = ready!(pin!(self.stream.read_buf(&mut self.buffer)).poll(cx))?;
-        if read == spare {
+        self.filled = read == spare;
+        if self.filled {
             self.room = (self.room * 2).min(MOST_ROOM);
         }
         self.quiet = if read * 4 < self.room && self.room > LEAST_ROOM { self.quiet + 1 } else { 0 };
