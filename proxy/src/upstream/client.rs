@@ -32,7 +32,7 @@ use crate::{
     endpoints::Endpoint,
     error::UpstreamFailure,
     openai::{
-        event::EventSplitter,
+        event::{EventSplitter, walk},
         usage::{FinishReason, StreamFacts},
     },
     streaming::tunnel::End,
@@ -320,7 +320,10 @@ async fn first_events(connection: &mut Connection, splitter: &mut EventSplitter)
         };
         let whole = splitter.push(chunk).map_err(|e| Failed::new(UpstreamFailure::Garbage, e))?;
         let Some(whole) = whole else { continue };
-        facts.observe(&whole);
+        // The first event alone: what came with it is the relay's, so that it makes no difference how reads fell.
+        if let Some(event) = walk(&whole, true).next() {
+            facts.on_event(event.name, &event.data);
+        }
         let failed = facts.finish_reason.filter(|reason| reason.is_failure()).map(FinishReason::label);
         return match facts.error.as_deref().or(failed) {
             None => Ok(whole),
