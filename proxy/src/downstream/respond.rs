@@ -1,14 +1,18 @@
 //! Answers that the gateway itself writes: errors, lists of models, and whole answers of engines.
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use penstock_config::proxy::LimitsConfig;
 use pingora_core::protocols::http::ServerSession;
-use pingora_error::Result;
+use pingora_error::{ErrorType::InvalidHTTPHeader, OrErr, Result};
 use pingora_http::ResponseHeader;
 
 use super::body;
-use crate::{error::GatewayError, openai::ErrorShape, upstream::headers::named_by_connection};
+use crate::{
+    error::GatewayError,
+    openai::ErrorShape,
+    upstream::{connection::head::Head, headers::named_by_connection},
+};
 
 /// The header that names a request; the same id is in our logs and goes to the engine. It is ours: two clients may choose
 /// the same name, and an engine that gets a name twice mixes up two requests.
@@ -189,14 +193,16 @@ const NOT_FORWARDED: &[&str] = &[
 ///
 /// # Errors
 /// A header that cannot be written; not to be expected of one that was read.
-pub fn head_from_engine(engine: &ResponseHeader, request_id: &str) -> Result<ResponseHeader> {
-    let mut head = ResponseHeader::build_no_case(engine.status, Some(engine.headers.len() + 4))?;
-    let named = named_by_connection(&engine.headers);
-    for (name, value) in &engine.headers {
+pub fn head_from_engine(engine: Head<'_>, request_id: &str) -> Result<ResponseHeader> {
+    let mut head = ResponseHeader::build_no_case(engine.status, Some(engine.fields.len() + 4))?;
+    let named = named_by_connection(engine.values("connection"));
+    for field in engine.fields {
         let stays =
             |name: &str| NOT_FORWARDED.contains(&name) || named.iter().any(|n| n.eq_ignore_ascii_case(name));
+        let name = HeaderName::from_bytes(field.name.as_bytes()).or_err(InvalidHTTPHeader, "a name")?;
         if !stays(name.as_str()) {
-            head.append_header(name.clone(), value.clone())?;
+            let value = HeaderValue::from_bytes(field.value).or_err(InvalidHTTPHeader, "a value")?;
+            head.append_header(name, value)?;
         }
     }
     if engine.status == StatusCode::SWITCHING_PROTOCOLS {
@@ -236,28 +242,28 @@ pub fn is_event_stream(head: &ResponseHeader) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::upstream::connection::head;
 
     #[test]
     fn what_belongs_to_the_engines_connection_stays_there() {
-        let mut engine = ResponseHeader::build_no_case(200, None).expect("a head");
-        for (name, value) in [
-            ("connection", "close, X-Inside"),
-            ("x-inside", "1"),
-            ("keep-alive", "timeout=5"),
-            ("transfer-encoding", "chunked"),
-            ("content-length", "3"),
-            ("server", "uvicorn"),
-            ("x-request-id", "theirs"),
-            ("endpoint-load-metrics", "TEXT x=1"),
-            ("set-cookie", "a=1"),
-            ("upgrade", "h2c"),
-            ("content-type", "application/json"),
-            ("x-kept", "1"),
-            ("x-kept", "2"),
-        ] {
-            engine.append_header(name, value).expect("a header");
-        }
-        let head = head_from_engine(&engine, "ours").expect("a head");
+        let engine = "HTTP/1.1 200 OK\r\n\
+            connection: close, X-Inside\r\n\
+            x-inside: 1\r\n\
+            keep-alive: timeout=5\r\n\
+            transfer-encoding: chunked\r\n\
+            server: uvicorn\r\n\
+            x-request-id: theirs\r\n\
+            endpoint-load-metrics: TEXT x=1\r\n\
+            set-cookie: a=1\r\n\
+            upgrade: h2c\r\n\
+            Content-Type: application/json\r\n\
+            x-kept: 1\r\n\
+            x-kept: 2\r\n\
+            \r\n";
+        let parsed = head::parse(engine.as_bytes(), |head| {
+            head_from_engine(head, "ours").map_err(|_| head::BadHead::Field)
+        });
+        let (_, head) = parsed.expect("good").expect("whole");
         let mut lines: Vec<_> =
             head.headers.iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap_or("?"))).collect();
         lines.sort_unstable();

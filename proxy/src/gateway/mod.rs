@@ -121,6 +121,11 @@ impl Gateway {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// Closes connections to engines that have not been used for a while.
+    pub fn sweep_connections(&self) {
+        self.engines.sweep();
+    }
+
     /// How much a client may send, and how slowly.
     pub fn limits(&self) -> &LimitsConfig {
         &self.config.limits

@@ -104,7 +104,7 @@ impl Gateway {
             (Err(_), _) => {}
         }
         if let (Ok(()), Some(connection)) = (&relayed.outcome, leg.into_connection()) {
-            self.engines.release(connection, place.endpoint()).await;
+            self.engines.release(connection);
         }
         relayed.outcome?;
         if is_whole {

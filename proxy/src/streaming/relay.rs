@@ -21,7 +21,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use pingora_core::protocols::http::{ServerSession, v1::client::HttpSession as Http1Session};
+use pingora_core::protocols::http::ServerSession;
 use pingora_error::ErrorType;
 use pingora_http::ResponseHeader;
 use tokio::time::{Instant, sleep_until};
@@ -39,7 +39,10 @@ use crate::{
     resume::{Loss, Refusal, seam::Seam, tracker::Tracker, unary::Assembly},
     streaming::bell::Bell,
     telemetry::metrics::Metrics,
-    upstream::client::Open,
+    upstream::{
+        client::Open,
+        connection::{BodyError, Connection},
+    },
 };
 
 /// A write is filled with what is already there up to about this size, in bytes: some seventy usual events.
@@ -109,7 +112,7 @@ impl Relayed {
 
 /// One engine's part in an answer.
 pub struct Leg {
-    connection: Http1Session,
+    connection: Connection,
     /// Present for a stream of events.
     splitter: Option<EventSplitter>,
     /// Present for a part that is not the first.
@@ -133,12 +136,8 @@ impl Leg {
         (Self { seam: Some(seam), ..leg }, first)
     }
 
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Read> {
-        poll_read(&mut self.connection, cx)
-    }
-
     /// The engine's connection, if it can be used again.
-    pub fn into_connection(self) -> Option<Http1Session> {
+    pub fn into_connection(self) -> Option<Connection> {
         self.ended.then_some(self.connection)
     }
 }
@@ -161,7 +160,7 @@ impl From<GatewayError> for Interrupted {
 }
 
 /// What a read brought.
-type Read = pingora_error::Result<Option<Bytes>>;
+type Read = Result<Option<Bytes>, BodyError>;
 
 /// What was waited for.
 enum Came {
@@ -315,7 +314,7 @@ impl<'a> Relay<'a> {
             }
             let session = &mut *self.session;
             let came = poll_fn(|cx| {
-                if let Poll::Ready(read) = leg.poll_read(cx) {
+                if let Poll::Ready(read) = leg.connection.poll_body(cx) {
                     return Poll::Ready(Came::Read(read));
                 }
                 if !bell.has_rung(cx) {
@@ -478,10 +477,6 @@ impl<'a> Relay<'a> {
     }
 }
 
-fn poll_read(connection: &mut Http1Session, cx: &mut Context<'_>) -> Poll<Read> {
-    pin!(connection.read_body_bytes()).poll(cx)
-}
-
 /// `chunk` and whatever else can be read without waiting, less an event that is not whole.
 fn take_what_is_there(leg: &mut Leg, chunk: Bytes) -> Result<(Bytes, After), Interrupted> {
     let Leg { connection, splitter, .. } = leg;
@@ -493,8 +488,8 @@ fn take_what_is_there(leg: &mut Leg, chunk: Bytes) -> Result<(Bytes, After), Int
     let mut joined = BytesMut::new();
     let mut after = After::More;
     let mut cx = Context::from_waker(Waker::noop());
-    while first.len().max(joined.len()) < COALESCE_BYTES {
-        match poll_read(connection, &mut cx) {
+    while connection.has_more() && first.len().max(joined.len()) < COALESCE_BYTES {
+        match connection.poll_body(&mut cx) {
             Poll::Pending => break,
             Poll::Ready(Ok(None)) => {
                 after = After::End;
