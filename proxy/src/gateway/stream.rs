@@ -16,7 +16,10 @@ use crate::{
     error::{GatewayError, UpstreamFailure},
     record::Record,
     resume::{Loss, Refusal, body::Members, tracker::Tracker, unary::Assembly},
-    streaming::relay::{Interrupted, Leg, Relay, RelayContext},
+    streaming::{
+        leg::Leg,
+        relay::{Interrupted, Relay, RelayContext},
+    },
     upstream::client::{Failed, Open, Whole},
 };
 

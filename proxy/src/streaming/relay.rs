@@ -16,11 +16,11 @@ use std::{
     future::{Future, poll_fn},
     io,
     pin::pin,
-    task::{Context, Poll, Waker},
+    task::Poll,
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use pingora_core::protocols::http::ServerSession;
 use pingora_error::ErrorType;
 use pingora_http::ResponseHeader;
@@ -33,20 +33,16 @@ use crate::{
     health::Pulse,
     openai::{
         ErrorShape, error_body,
-        event::{EventSplitter, walk},
+        event::walk,
         usage::{StreamFacts, Usage},
     },
     resume::{Loss, Refusal, seam::Seam, tracker::Tracker, unary::Assembly},
-    streaming::bell::Bell,
-    telemetry::metrics::Metrics,
-    upstream::{
-        client::Open,
-        connection::{BodyError, Connection},
+    streaming::{
+        bell::Bell,
+        leg::{After, Leg, Read},
     },
+    telemetry::metrics::Metrics,
 };
-
-/// A write is filled with what is already there up to about this size, in bytes: some seventy usual events.
-const COALESCE_BYTES: usize = 16 << 10;
 
 /// How long a stream keeps its counts to itself: all streams together write to the same two counters.
 const TELL_EVERY: Duration = Duration::from_millis(500);
@@ -110,38 +106,6 @@ impl Relayed {
     }
 }
 
-/// One engine's part in an answer.
-pub struct Leg {
-    connection: Connection,
-    /// Present for a stream of events.
-    splitter: Option<EventSplitter>,
-    /// Present for a part that is not the first.
-    seam: Option<Seam>,
-    /// Whether anything has come of it.
-    begun: bool,
-    /// Whether the engine has ended it in order.
-    ended: bool,
-}
-
-impl Leg {
-    /// The first part, or the only one. What it begins with is handed to [`Relay::begin`].
-    pub fn first(open: Open) -> (Self, ResponseHeader, Bytes) {
-        let Open { head, first, connection, events } = open;
-        (Self { connection, splitter: events, seam: None, begun: false, ended: false }, head, first)
-    }
-
-    /// One that goes on where another was lost; what it begins with is handed to [`Relay::go_on`].
-    pub fn next(open: Open, seam: Seam) -> (Self, Bytes) {
-        let (leg, _, first) = Self::first(open);
-        (Self { seam: Some(seam), ..leg }, first)
-    }
-
-    /// The engine's connection, if it can be used again.
-    pub fn into_connection(self) -> Option<Connection> {
-        self.ended.then_some(self.connection)
-    }
-}
-
 /// Why a leg does not go on.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Interrupted {
@@ -159,9 +123,6 @@ impl From<GatewayError> for Interrupted {
     }
 }
 
-/// What a read brought.
-type Read = Result<Option<Bytes>, BodyError>;
-
 /// What was waited for.
 enum Came {
     Read(Read),
@@ -169,15 +130,6 @@ enum Came {
     LastCall,
     Lost(Loss),
     Silence,
-}
-
-/// What follows the bytes that were there.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum After {
-    More,
-    End,
-    /// The connection broke. Not to be read again: a reader that has failed says "end" next.
-    Broken,
 }
 
 /// What has passed since the process's counters were last told.
@@ -359,7 +311,7 @@ impl<'a> Relay<'a> {
             let gap = self.last_read.saturating_duration_since(before);
             self.pace.reading += gap;
             self.pace.longest_gap = self.pace.longest_gap.max(gap);
-            let (ready, after) = take_what_is_there(leg, chunk)?;
+            let (ready, after) = leg.take_what_is_there(chunk)?;
             if self.deliver(leg, ready, pulse).await? || leg.splitter.is_none() {
                 self.last_progress = self.last_read;
             }
@@ -475,40 +427,6 @@ impl<'a> Relay<'a> {
         let whole = self.whole.and_then(Assembly::body);
         Relayed { tokens: self.tracker.tokens(), facts: self.tracker.facts, pace: self.pace, whole, outcome }
     }
-}
-
-/// `chunk` and whatever else can be read without waiting, less an event that is not whole.
-fn take_what_is_there(leg: &mut Leg, chunk: Bytes) -> Result<(Bytes, After), Interrupted> {
-    let Leg { connection, splitter, .. } = leg;
-    let mut whole = |chunk: Bytes| match splitter.as_mut() {
-        None => Ok(Some(chunk)),
-        Some(splitter) => splitter.push(chunk).map_err(|_| Interrupted::Lost(Loss::Garbage)),
-    };
-    let first = whole(chunk)?.unwrap_or_default();
-    let mut joined = BytesMut::new();
-    let mut after = After::More;
-    let mut cx = Context::from_waker(Waker::noop());
-    while connection.has_more() && first.len().max(joined.len()) < COALESCE_BYTES {
-        match connection.poll_body(&mut cx) {
-            Poll::Pending => break,
-            Poll::Ready(Ok(None)) => {
-                after = After::End;
-                break;
-            }
-            Poll::Ready(Err(_)) => {
-                after = After::Broken;
-                break;
-            }
-            Poll::Ready(Ok(Some(chunk))) => {
-                let Some(next) = whole(chunk)? else { continue };
-                if joined.is_empty() {
-                    joined.extend_from_slice(&first);
-                }
-                joined.extend_from_slice(&next);
-            }
-        }
-    }
-    Ok((if joined.is_empty() { first } else { joined.freeze() }, after))
 }
 
 /// Why bytes could not be written past the session.
