@@ -54,7 +54,7 @@ pub async fn whole(
     request_id: &str,
     body: Bytes,
 ) -> Result<()> {
-    let mut head = ResponseHeader::build(status, Some(6))?;
+    let mut head = ResponseHeader::build_no_case(status, Some(6))?;
     head.insert_header(header::CONTENT_TYPE, content_type)?;
     head.insert_header(REQUEST_ID, request_id)?;
     whole_with_head(session, head, body).await
@@ -65,7 +65,7 @@ pub async fn whole(
 /// # Errors
 /// The client could not be written to.
 pub async fn options(session: &mut ServerSession, allow: &'static str, request_id: &str) -> Result<()> {
-    let mut head = ResponseHeader::build(StatusCode::NO_CONTENT, Some(4))?;
+    let mut head = ResponseHeader::build_no_case(StatusCode::NO_CONTENT, Some(4))?;
     head.insert_header(header::ALLOW, allow)?;
     head.insert_header(REQUEST_ID, request_id)?;
     echo_client_id(session, &mut head)?;
@@ -146,7 +146,7 @@ fn error_body(error: &GatewayError, shape: ErrorShape) -> Bytes {
 }
 
 fn error_head(error: &GatewayError, request_id: &str) -> Result<ResponseHeader> {
-    let mut head = ResponseHeader::build(error.status(), Some(8))?;
+    let mut head = ResponseHeader::build_no_case(error.status(), Some(8))?;
     head.insert_header(header::CONTENT_TYPE, "application/json")?;
     head.insert_header(REQUEST_ID, request_id)?;
     if let Some(seconds) = error.retry_after_s() {
@@ -194,7 +194,7 @@ const NOT_FORWARDED: &[&str] = &[
 /// # Errors
 /// A header that cannot be written; not to be expected of one that was read.
 pub fn head_from_engine(engine: Head<'_>, request_id: &str) -> Result<ResponseHeader> {
-    let mut head = ResponseHeader::build(engine.status, Some(engine.fields.len() + 4))?;
+    let mut head = ResponseHeader::build_no_case(engine.status, Some(engine.fields.len() + 4))?;
     let named = named_by_connection(engine.values("connection"));
     for field in engine.fields {
         let stays =

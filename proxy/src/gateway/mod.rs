@@ -147,6 +147,9 @@ impl Gateway {
     }
 
     /// From a parsed head to the end of the answer, or to the beginning of a tunnel.
+    ///
+    /// What most requests do not come to is boxed, here and below: a request's future is as large as its largest branch, is
+    /// moved when its task is made, and stays in memory as long as its stream.
     async fn handle(
         &self,
         session: &mut ServerSession,
@@ -177,7 +180,7 @@ impl Gateway {
                 let asked_for = take::Url { path, ..asked_for };
                 self.inference(session, record, api, asked_for, from).await
             }
-            Route::Realtime => self.realtime(session, record, asked_for, from).await,
+            Route::Realtime => Box::pin(self.realtime(session, record, asked_for, from)).await,
             Route::Models => self.say(session, record, "application/json", self.models()).await,
             Route::Model { id } => {
                 let model = self.model(&id)?;

@@ -78,7 +78,7 @@ impl Gateway {
                 }
                 Err(Interrupted::Lost(loss)) => loss,
             };
-            match self.go_on(&mut relay, record, &place, errand, loss, &mut resumes).await {
+            match Box::pin(self.go_on(&mut relay, record, &place, errand, loss, &mut resumes)).await {
                 Ok(next) => {
                     place = next.place;
                     leg = next.leg;

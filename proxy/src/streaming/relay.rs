@@ -48,6 +48,9 @@ use crate::{
 /// A write is filled with what is already there up to about this size, in bytes: some seventy usual events.
 const COALESCE_BYTES: usize = 16 << 10;
 
+/// How long a stream keeps its counts to itself: all streams together write to the same two counters.
+const TELL_EVERY: Duration = Duration::from_millis(500);
+
 /// Most bytes of events that a whole answer is made of: a million tokens and more.
 const MOST_ASSEMBLED: usize = 512 << 20;
 
@@ -177,6 +180,28 @@ enum After {
     Broken,
 }
 
+/// What has passed since the process's counters were last told.
+struct Untold<'a> {
+    events: u64,
+    bytes: u64,
+    since: Instant,
+    metrics: &'a Metrics,
+}
+
+impl Untold<'_> {
+    fn tell(&mut self, now: Instant) {
+        self.since = now;
+        self.metrics.events.inc_by(std::mem::take(&mut self.events));
+        self.metrics.bytes_out.inc_by(std::mem::take(&mut self.bytes));
+    }
+}
+
+impl Drop for Untold<'_> {
+    fn drop(&mut self) {
+        self.tell(self.since);
+    }
+}
+
 /// An answer on its way to the client.
 pub struct Relay<'a> {
     session: &'a mut ServerSession,
@@ -186,6 +211,7 @@ pub struct Relay<'a> {
     /// A whole answer in the making, for a client that wants one: it is not written to piece by piece.
     whole: Option<Assembly>,
     pace: Pace,
+    untold: Untold<'a>,
     /// Bytes of events that went into it.
     assembled: usize,
     last_read: Instant,
@@ -208,6 +234,7 @@ impl<'a> Relay<'a> {
             tracker,
             whole,
             pace: Pace::default(),
+            untold: Untold { events: 0, bytes: 0, since: now, metrics: context.metrics },
             assembled: 0,
             last_read: now,
             last_progress: now,
@@ -364,7 +391,7 @@ impl<'a> Relay<'a> {
         let (before, came) = (self.tracker.facts.events, self.tracker.came());
         let sound = self.tracker.facts.error.is_none();
         let mut passed = self.tracker.pass(bytes);
-        self.context.metrics.events.inc_by(self.tracker.facts.events - before);
+        self.untold.events += self.tracker.facts.events - before;
         if sound && self.tracker.facts.error.is_some() {
             let shape = self.context.shape;
             passed.bytes = error_body::normalise_events(&passed.bytes, shape).unwrap_or(passed.bytes);
@@ -399,7 +426,10 @@ impl<'a> Relay<'a> {
 
     async fn write(&mut self, bytes: Bytes, pulse: &Pulse<'_>) -> Result<(), GatewayError> {
         self.pace.bytes += bytes.len() as u64;
-        self.context.metrics.bytes_out.inc_by(bytes.len() as u64);
+        self.untold.bytes += bytes.len() as u64;
+        if self.last_read.saturating_duration_since(self.untold.since) >= TELL_EVERY {
+            self.untold.tell(self.last_read);
+        }
         if let Some(socket) = direct::socket(self.session) {
             let left = direct::begin(socket, &bytes).map_err(|e| direct_error(&e))?;
             if left == 0 {
