@@ -11,6 +11,7 @@
 //! The first two meet in [`engine::tokens`] and [`engine::generation`] only: what the engine will answer can be computed by
 //! anyone who has the request, so a lost, doubled, reordered or foreign token is found by comparison, not by trust.
 
+mod clock;
 pub mod engine;
 pub mod fanout;
 pub mod load;
