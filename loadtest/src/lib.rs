@@ -15,6 +15,7 @@
 
 mod ask;
 pub mod bench;
+mod clock;
 pub mod engine;
 pub mod fanout;
 mod limits;

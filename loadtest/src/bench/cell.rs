@@ -189,6 +189,8 @@ impl Cell {
 impl Shape {
     /// The engines' flags.
     pub(super) fn engine_flags(&self) -> Vec<String> {
+        // Where latency is of interest. Not in all: a gateway that knows events by their form would meet none of it.
+        let stamp = if matches!(self.pace, Pace::PerSecond(_)) { 10 } else { 0 };
         let pause_ms = match self.pace {
             Pace::Full => return vec!["--sim-speed=0".into(), format!("--sim-burst={}", self.burst)],
             Pace::PerSecond(rate) => 1e3 / rate,
@@ -200,7 +202,13 @@ impl Shape {
             // Only where it cannot end a stream before its window does.
             format!("--sim-jitter-percent={}", if self.tokens > 2 { 10 } else { 0 }),
             format!("--sim-burst={}", self.burst),
+            format!("--sim-stamp={stamp}"),
         ]
+    }
+
+    /// Seconds from the start that the generator leaves out of its times.
+    pub(super) fn warmup_s(&self) -> f64 {
+        self.window_s.0.min(self.duration_s.map_or(f64::MAX, |duration_s| duration_s / 2.0))
     }
 
     /// Seconds that the load takes if all goes well.

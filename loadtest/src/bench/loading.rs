@@ -1,11 +1,9 @@
-//! The generator beside the measurement: a thread of its own with a runtime of its own, so that neither waits for the other.
-//!
-//! It shares a process with the benchmark and with nothing that is measured.
+//! The load: the generator, with threads of its own, beside the measurement. It shares a process with the benchmark and with
+//! nothing that is measured.
 
-use std::{collections::BTreeMap, thread::JoinHandle, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
-use tokio::{sync::oneshot, task::JoinSet};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio::task::JoinSet;
 
 use super::{
     cell::{Shape, Unit},
@@ -24,9 +22,8 @@ pub(super) struct Target {
 
 /// A load under way; it ends with this.
 pub(super) struct Loading {
-    reports: oneshot::Receiver<Result<Vec<load::Report>, String>>,
-    thread: JoinHandle<()>,
-    _cancel: DropGuard,
+    running: JoinSet<Result<load::Report, load::LoadError>>,
+    ended: Vec<load::Report>,
 }
 
 /// The generators' options for `shape`, one for each URL.
@@ -41,11 +38,17 @@ pub(super) fn options(shape: &Shape, target: &Target) -> Vec<load::Options> {
             streams: streams.max(1).into(),
             tokens: shape.tokens.into(),
             duration_s: shape.duration_s.unwrap_or(0.0),
+            warmup_s: shape.warmup_s(),
             connect_ramp_ms: Duration::from_secs_f64(shape.ramp_s).as_millis() as u64,
             prompt_bytes: shape.prompt_bytes,
             unary: shape.unary,
             seed: index.into(),
             api_key: target.api_key.clone(),
+            http2: shape.tls_h2.is_some(),
+            streams_per_connection: shape.tls_h2.unwrap_or(1).into(),
+            // The certificate is as old as the gateway.
+            insecure: shape.tls_h2.is_some(),
+            quiet: true,
             idle_timeout_s: 30.0,
             ..load::Options::default()
         }
@@ -54,58 +57,40 @@ pub(super) fn options(shape: &Shape, target: &Target) -> Vec<load::Options> {
 }
 
 /// Begins the load.
-pub(super) fn start(shape: &Shape, target: &Target) -> Result<Loading, String> {
-    let all = options(shape, target);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|e| format!("cannot start the generator: {e}"))?;
-    let (done, reports) = oneshot::channel();
-    let cancel = CancellationToken::new();
-    let cancelled = cancel.clone();
-    let work = async move {
-        let mut running = JoinSet::new();
-        for options in all {
-            running.spawn(load::run(options));
-        }
-        let mut reports = Vec::new();
-        while let Some(ended) = running.join_next().await {
-            match ended {
-                Ok(Ok(report)) => reports.push(report),
-                Ok(Err(e)) => return Err(e.to_string()),
-                Err(e) => return Err(e.to_string()),
-            }
-        }
-        Ok(reports)
-    };
-    let thread = std::thread::Builder::new().name("generator".into()).spawn(move || {
-        runtime.block_on(async move {
-            tokio::select! {
-                // Whoever asked may have left.
-                reports = work => done.send(reports).map_or((), drop),
-                () = cancelled.cancelled() => {}
-            }
-        });
-    });
-    let thread = thread.map_err(|e| format!("cannot start the generator: {e}"))?;
-    Ok(Loading { reports, thread, _cancel: cancel.drop_guard() })
+pub(super) fn start(shape: &Shape, target: &Target) -> Loading {
+    let mut running = JoinSet::new();
+    for options in options(shape, target) {
+        running.spawn(load::run(options));
+    }
+    Loading { running, ended: Vec::new() }
 }
 
 impl Loading {
-    /// Waits for its end, for so long.
-    pub(super) async fn end(mut self, patience: Duration) -> Result<Vec<load::Report>, String> {
-        let ended = tokio::time::timeout(patience, &mut self.reports).await;
-        let reports =
-            ended.map_err(|_| format!("the load did not end within {:.0} s", patience.as_secs_f64()))?;
-        let reports = reports.map_err(|_| "the generator is gone".to_owned())??;
-        // It has said its last.
-        self.thread.join().map_err(|_| "the generator panicked".to_owned())?;
-        Ok(reports)
+    /// Waits for its end.
+    async fn all(&mut self) -> Result<(), String> {
+        while let Some(ended) = self.running.join_next().await {
+            let report = ended.map_err(|e| format!("the generator: {e}"))?;
+            self.ended.push(report.map_err(|e| e.to_string())?);
+        }
+        Ok(())
     }
 
-    /// Whether it has ended.
-    pub(super) fn has_ended(&self) -> bool {
-        self.thread.is_finished()
+    /// Waits for its end, for so long.
+    pub(super) async fn end(mut self, patience: Duration) -> Result<Vec<load::Report>, String> {
+        let ended = tokio::time::timeout(patience, self.all()).await;
+        ended.map_err(|_| format!("the load did not end within {:.0} s", patience.as_secs_f64()))??;
+        Ok(self.ended)
+    }
+
+    /// Waits for so long; whether it has ended meanwhile.
+    ///
+    /// # Errors
+    /// It could not begin, or broke.
+    pub(super) async fn ends_within(&mut self, time: Duration) -> Result<bool, String> {
+        match tokio::time::timeout(time, self.all()).await {
+            Ok(ended) => ended.map(|()| true),
+            Err(_) => Ok(false),
+        }
     }
 }
 
@@ -127,8 +112,9 @@ pub(super) fn note(sample: &mut Sample, unit: Unit, reports: &[load::Report]) {
 /// What clients waited for.
 fn latency(report: &load::Report, unit: Unit) -> Option<Latency> {
     let quantiles = match unit {
-        Unit::Request => &report.total,
-        Unit::Event | Unit::Stream => return None,
+        Unit::Request => report.total,
+        Unit::Event => report.one_way?,
+        Unit::Stream => return None,
     };
     let some = quantiles.count > 0;
     some.then(|| Latency { p50_us: quantiles.p50_us as f64, p99_us: quantiles.p99_us as f64 })
@@ -165,16 +151,17 @@ mod tests {
     async fn a_load_on_nobody_fails_and_one_that_is_left_ends() {
         let scale = Scale { seconds: 0.5, divisor: 64, most_streams: 10 };
         let shape = Cell::Unary.shape(Peer::Direct, scale);
-        let loading = start(&shape, &target(&["http://127.0.0.1:9"])).unwrap();
+        let loading = start(&shape, &target(&["http://127.0.0.1:9"]));
         let mut sample = Sample::default();
         note(&mut sample, Unit::Request, &loading.end(Duration::from_secs(60)).await.unwrap());
         assert!(sample.good == 0 && sample.failures["connect"].0 == sample.failed && sample.failed > 0);
         assert_eq!(sample.latency, None);
-        let left =
-            start(&Shape { duration_s: Some(1e6), ..shape }, &target(&["http://127.0.0.1:9"])).unwrap();
-        assert!(!left.has_ended());
+        let endless = Shape { duration_s: Some(1e6), ..shape };
+        let mut left = start(&endless, &target(&["http://127.0.0.1:9"]));
+        assert_eq!(left.ends_within(Duration::from_millis(10)).await, Ok(false));
         let late = left.end(Duration::from_millis(10)).await.unwrap_err();
         assert!(late.contains("did not end"), "{late}");
-        assert!(start(&shape, &target(&["ftp://x"])).unwrap().end(Duration::from_secs(60)).await.is_err());
+        let mut wrong = start(&shape, &target(&["ftp://x"]));
+        assert!(wrong.ends_within(Duration::from_secs(60)).await.unwrap_err().contains("ftp://x"));
     }
 }

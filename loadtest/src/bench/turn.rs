@@ -241,14 +241,16 @@ async fn measure(
     let memory_before = memory()?;
     let mut memory_peak = memory_before;
     let began = Instant::now();
-    let loading = loading::start(shape, &serving.target)?;
+    let mut loading = loading::start(shape, &serving.target);
     let from = Duration::from_secs_f64(shape.window_s.0);
     let until = from + Duration::from_secs_f64(shape.window_s.1);
     let (mut first, mut last) = (None, None);
-    while last.is_none() && !loading.has_ended() {
+    while last.is_none() {
         let wanted = if first.is_none() { from } else { until };
         let left = wanted.saturating_sub(began.elapsed());
-        sleep(left.min(LOOK)).await;
+        if loading.ends_within(left.min(LOOK)).await? {
+            break;
+        }
         if began.elapsed() >= wanted {
             let mark = Mark::now(tree, engines).await?;
             if first.is_none() { first = Some(mark) } else { last = Some(mark) }
