@@ -10,6 +10,8 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 ARGS ?=
 # How long `make drill-resume` kills engines.
 DRILL_SECONDS ?= 60
+# Where `make bench` keeps the gateways that it compares with.
+PEERS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/penstock/peers
 # What `make load-*` talks to.
 BASE_URL ?= http://127.0.0.1:8081
 MODEL ?=
@@ -18,7 +20,7 @@ export BASE_URL MODEL API_KEY
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup-build setup-test
 setup-build:
@@ -64,6 +66,18 @@ load-k6: setup-test ## k6 against a running gateway: BASE_URL, MODEL, API_KEY
 .PHONY: load-oha
 load-oha: ## oha against a running gateway: BASE_URL, MODEL, API_KEY
 	@loadtest/oha/chat.sh
+
+.PHONY: bench
+bench: setup-build ## Penstock and its peers side by side, see docs/benchmarks.md; flags in ARGS="--quick"
+	$(CARGO) build --locked --profile dist -p penstock-proxy --bin penstock-proxy
+	$(CARGO) build --locked --release -p penstock-loadtest --bin penstock-bench --bin penstock-relay --bin penstock-engine-sim
+	@scripts/bench_peers.sh "$(PEERS)"
+	@"$(TARGET)/release/penstock-bench" --proxy "$(TARGET)/dist/penstock-proxy" --peers-dir "$(PEERS)" \
+		--json "$(TARGET)/bench/$$(date +%Y%m%dT%H%M%S).json" $(ARGS)
+
+.PHONY: bench-report
+bench-report: ## what `make bench` has measured, into docs/benchmarks.md
+	@"$(TARGET)/release/penstock-bench" --from $(TARGET)/bench/*.json --write docs/benchmarks.md
 
 .PHONY: bench-updates
 bench-updates: setup-build ## what table updates cost the streams of a proxy, see docs/benchmarks.md; flags in ARGS="..."
