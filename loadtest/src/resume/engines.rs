@@ -13,8 +13,8 @@ use tokio::{
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running simulator; it ends with this.
-pub(super) struct Engine {
-    pub(super) address: SocketAddr,
+pub(crate) struct Engine {
+    pub(crate) address: SocketAddr,
     _child: Child,
     _folder: TempDir,
 }
@@ -26,7 +26,7 @@ struct Announced {
 
 impl Engine {
     /// Starts one with more flags and waits until it is ready.
-    pub(super) async fn start(program: &Path, model: &str, flags: &[String]) -> Result<Self, String> {
+    pub(crate) async fn start(program: &Path, model: &str, flags: &[String]) -> Result<Self, String> {
         let folder = tempfile::tempdir().map_err(|e| format!("cannot make a folder: {e}"))?;
         let announce = folder.path().join("announce.json");
         let mut child = Command::new(program)

@@ -24,11 +24,9 @@ use std::{
 use clap::Parser;
 use tokio::{task::JoinSet, time::sleep};
 
+pub(crate) use self::engines::Engine;
 pub use self::options::Options;
-use self::{
-    engines::Engine,
-    report::{Figures, Window},
-};
+use self::report::{Figures, Window};
 use crate::{
     load,
     updates::{Ads, Options as FleetOptions, Proxy},
