@@ -1,8 +1,8 @@
 //! How many instructions do an event and a request cost the proxy, and did that change?
 //!
 //! Times differ from run to run and from machine to machine; instructions in user space hardly do. They are counted by
-//! callgrind, for the pure parts of the hot path ([`parts`]: the proxy's bench "instructions") and for the proxy as a
-//! process ([`process`]), and compared with those of the past ([`pins`], a file in the repository). What differs by more
+//! callgrind, for the pure parts of the hot path (`parts`: the proxy's bench "instructions") and for the proxy as a
+//! process (`process`), and compared with those of the past (`pins`, a file in the repository). What differs by more
 //! than its tolerance fails, also when it is less: a gain is pinned, so that it is not lost unseen.
 //!
 //! All counts are marginal: what it costs to do twice as many, less what it costs to do them once, divided by how many they
@@ -14,15 +14,11 @@ mod options;
 mod parts;
 mod pins;
 mod process;
+mod profile;
 mod report;
 mod valgrind;
 
-use std::{
-    ffi::OsString,
-    io::Write,
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::{ffi::OsString, io::Write, path::Path, process::ExitCode};
 
 use clap::Parser;
 use tempfile::TempDir;
@@ -63,7 +59,7 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
 async fn run(options: &Options) -> Result<(String, Option<String>), String> {
     let before = read(&options.pins, options.pin)?;
     let setting = setting().await?;
-    let folder = Folder::new(options)?;
+    let folder = TempDir::new().map_err(|e| format!("cannot make a folder: {e}"))?;
     let mut runs = Vec::new();
     for _ in 0..options.runs {
         let mut counted = parts::count(options, folder.path()).await?;
@@ -117,29 +113,4 @@ fn machine() -> String {
 #[cfg(not(target_arch = "x86_64"))]
 fn machine() -> String {
     std::env::consts::ARCH.to_owned()
-}
-
-/// Where callgrind's files go.
-enum Folder {
-    Kept(PathBuf),
-    Gone(TempDir),
-}
-
-impl Folder {
-    fn new(options: &Options) -> Result<Self, String> {
-        match &options.keep {
-            Some(folder) => {
-                std::fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-                Ok(Self::Kept(folder.clone()))
-            }
-            None => tempfile::tempdir().map(Self::Gone).map_err(|e| format!("cannot make a folder: {e}")),
-        }
-    }
-
-    fn path(&self) -> &Path {
-        match self {
-            Self::Kept(folder) => folder,
-            Self::Gone(folder) => folder.path(),
-        }
-    }
 }

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
+use super::{profile, valgrind::Dump};
+
 /// Count the instructions of Penstock's hot path under callgrind and compare them with what they were
 #[derive(Debug, Clone, Parser)]
 #[command(name = "penstock-bench-instructions", version)]
@@ -29,7 +31,7 @@ pub struct Options {
     /// How often each is counted; the middle is taken, and the spread shown
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub runs: u32,
-    /// Keep callgrind's files there, for callgrind_annotate
+    /// Write there, for each, which functions the instructions are spent in
     #[arg(long, value_name = "FOLDER")]
     pub keep: Option<PathBuf>,
 }
@@ -38,5 +40,45 @@ impl Options {
     /// Whether that is to be counted.
     pub(super) fn wants(&self, name: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|text| name.contains(text.as_str()))
+    }
+
+    /// Writes where the difference of two dumps comes from, if that is wanted.
+    pub(super) fn keep(&self, name: &str, [once, twice]: [&Dump; 2], units: u64) -> Result<(), String> {
+        let Some(folder) = &self.keep else { return Ok(()) };
+        let file = folder.join(format!("{}.txt", file_name(name)));
+        let text = profile::text(name, &once.text()?, &twice.text()?, units);
+        std::fs::create_dir_all(folder)
+            .and_then(|()| std::fs::write(&file, text))
+            .map_err(|e| format!("{}: {e}", file.display()))
+    }
+}
+
+/// A count's name without what is awkward in a file's.
+fn file_name(name: &str) -> String {
+    let mut file: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    while file.contains("--") {
+        file = file.replace("--", "-");
+    }
+    file
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_chosen_by_a_part_of_their_names() {
+        let options = |only: &[&str]| {
+            let files = ["--proxy=p", "--engine-sim=e", "--parts=x", "--pins=y"];
+            Options::parse_from(["count"].iter().chain(&files).chain(only))
+        };
+        assert!(options(&[]).wants("pick"));
+        let some = options(&["--only=scan", "--only", "event"]);
+        assert!(some.wants("request: scan") && some.wants("paced event") && !some.wants("pick"));
+    }
+
+    #[test]
+    fn a_name_becomes_a_files() {
+        assert_eq!(file_name("process: unary request, 1 KB"), "process-unary-request-1-KB");
     }
 }

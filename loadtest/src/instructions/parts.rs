@@ -25,13 +25,14 @@ pub(super) async fn count(options: &Options, folder: &Path) -> Result<Vec<Counte
         if !options.wants(&name) {
             continue;
         }
-        let out = folder.join(format!("part-{number}"));
         let run = async |times: u64| {
+            let out = folder.join(format!("part-{number}-{times}"));
             let times = times.to_string();
-            valgrind::count(&options.parts, &["--run", &name, &times], &out).await
+            valgrind::run(&options.parts, &["--run", &name, &times], &out).await
         };
         let (once, twice) = (run(times).await?, run(2 * times).await?);
-        let each = twice.saturating_sub(once) / times.max(1);
+        options.keep(&name, [&once, &twice], times)?;
+        let each = twice.total.saturating_sub(once.total) / times.max(1);
         counted.push(Counted { name, instructions: each, tolerance_percent: TOLERANCE_PERCENT });
     }
     Ok(counted)

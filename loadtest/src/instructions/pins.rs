@@ -63,7 +63,7 @@ impl Compared {
     /// By how much it has changed.
     pub(super) fn percent(&self) -> Option<f64> {
         let (before, now) = self.before.zip(self.now)?;
-        Some((now as f64 / before.max(1) as f64 - 1.0) * 100.0)
+        Some((now as f64 - before as f64) * 100.0 / before.max(1) as f64)
     }
 
     /// What is wrong, as a sentence.
@@ -174,8 +174,8 @@ pub(super) fn complaint(compared: &[Compared], was: &Setting, is: &Setting) -> O
             was.rustc, was.valgrind, was.machine, is.rustc, is.valgrind, is.machine
         );
     }
-    text += "\nWhere from: `make count ARGS=\"--keep FOLDER\"`, then `callgrind_annotate FOLDER/NAME.callgrind`. \
-             If it is meant: `make count ARGS=--pin`, and say why in the commit.";
+    text += "\nWhere the instructions go: `make count ARGS=\"--keep FOLDER\"`. \
+             If the change is meant: `make count ARGS=--pin`, and say why in the commit.";
     Some(text)
 }
 

@@ -18,7 +18,11 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::{Options, pins::Counted, valgrind};
+use super::{
+    Options,
+    pins::Counted,
+    valgrind::{self, Dump},
+};
 use crate::{
     load,
     resume::Engine,
@@ -155,7 +159,7 @@ pub(super) async fn count(options: &Options, folder: &Path) -> Result<Vec<Counte
         let out = folder.join(if paced { "paced" } else { "fast" });
         let mut subject = Subject::start(options, paced, out, &mut tasks).await?;
         for cell in cells {
-            let instructions = subject.count(cell, options.keep.is_some()).await?;
+            let instructions = subject.count(cell, options).await?;
             let Cell { name, tolerance_percent, .. } = *cell;
             counted.push(Counted { name: name.into(), instructions, tolerance_percent });
         }
@@ -214,40 +218,37 @@ impl Subject {
         }
         self.dump().await?;
         sleep(REST).await;
-        let (rested, took, _) = self.dump().await?;
-        self.resting = rested as f64 / took.as_secs_f64();
+        let (rested, took) = self.dump().await?;
+        self.resting = rested.total as f64 / took.as_secs_f64();
         Ok(())
     }
 
     /// What was counted since the last time, and how long that was.
-    async fn dump(&mut self) -> Result<(u64, Duration, PathBuf), String> {
+    async fn dump(&mut self) -> Result<(Dump, Duration), String> {
         sleep(SETTLE).await;
         self.dumps += 1;
-        let (count, file) = valgrind::dump(self.proxy.pid(), &self.out, self.dumps).await?;
+        let dump = valgrind::dump(self.proxy.pid(), &self.out, self.dumps).await?;
         let now = Instant::now();
         let took = now - std::mem::replace(&mut self.last, now);
-        Ok((count, took, file))
+        Ok((dump, took))
     }
 
-    async fn count(&mut self, cell: &Cell, keep: bool) -> Result<u64, String> {
-        let mut spent = [0.0; 2];
-        // The first only brings the cell's own buffers and tables into being.
-        for (times, slot) in [(1, 0), (1, 0), (2, 1)] {
-            let (requests, tokens) = cell.window(times);
-            self.dump().await?;
-            let work = load_of(cell.clients, requests, tokens, cell.unary, cell.prompt_bytes);
-            load(self.proxy.public, &work).await?;
-            let (count, took, file) = self.dump().await?;
-            if let Some(spent) = spent.get_mut(slot) {
-                *spent = count as f64 - self.resting * took.as_secs_f64();
-            }
-            if keep && times == 2 {
-                let name = cell.name.trim_start_matches("process: ").replace([' ', ','], "-");
-                let kept = self.out.with_file_name(format!("{name}.callgrind"));
-                std::fs::copy(&file, &kept).map_err(|e| format!("{}: {e}", kept.display()))?;
-            }
-        }
-        let [once, twice] = spent;
+    /// What one window costs, less what the clock does in it.
+    async fn window(&mut self, cell: &Cell, times: u64) -> Result<(f64, Dump), String> {
+        let (requests, tokens) = cell.window(times);
+        let work = load_of(cell.clients, requests, tokens, cell.unary, cell.prompt_bytes);
+        self.dump().await?;
+        load(self.proxy.public, &work).await?;
+        let (dump, took) = self.dump().await?;
+        Ok((dump.total as f64 - self.resting * took.as_secs_f64(), dump))
+    }
+
+    async fn count(&mut self, cell: &Cell, options: &Options) -> Result<u64, String> {
+        // The cell's own buffers and tables come into being.
+        self.window(cell, 1).await?;
+        let (once, first) = self.window(cell, 1).await?;
+        let (twice, second) = self.window(cell, 2).await?;
+        options.keep(cell.name, [&first, &second], cell.units())?;
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates")]
         Ok(((twice - once) / cell.units() as f64).round() as u64)
     }

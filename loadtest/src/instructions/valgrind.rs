@@ -24,26 +24,25 @@ pub(super) fn runner(out: &Path) -> Vec<OsString> {
         .collect()
 }
 
-/// Runs a program to its end; how many instructions that were.
-pub(super) async fn count(program: &Path, args: &[&str], out: &Path) -> Result<u64, String> {
+/// Runs a program to its end and has its instructions counted into `out`.
+pub(super) async fn run(program: &Path, args: &[&str], out: &Path) -> Result<Dump, String> {
     let under = runner(out);
     let (valgrind, flags) = under.split_first().ok_or("no runner")?;
     let mut command = Command::new(valgrind);
     command.args(flags).arg(program).args(args).stdout(Stdio::null());
     call(command).await.map_err(|e| format!("{} {}: {e}", program.display(), args.join(" ")))?;
-    total(out)
+    Dump::read(out.to_owned())
 }
 
 /// Has the process `pid` write what it has counted since the last time. The file is the `number`th beside `out`.
-pub(super) async fn dump(pid: u32, out: &Path, number: u32) -> Result<(u64, PathBuf), String> {
+pub(super) async fn dump(pid: u32, out: &Path, number: u32) -> Result<Dump, String> {
     let mut command = Command::new("vgdb");
     // 0: wait until it looks, do not trace it, which containers do not allow.
     command.arg(format!("--pid={pid}")).args(["--max-invoke-ms=0", "dump"]).stdout(Stdio::null());
     call(command).await.map_err(|e| format!("vgdb: {e}"))?;
     let mut file = out.as_os_str().to_owned();
     file.push(format!(".{number}"));
-    let file = PathBuf::from(file);
-    total(&file).map(|count| (count, file))
+    Dump::read(file.into())
 }
 
 /// What valgrind calls itself.
@@ -67,9 +66,29 @@ async fn call(mut command: Command) -> Result<String, String> {
     Ok(String::from_utf8_lossy(&done.stdout).into_owned())
 }
 
-fn total(file: &Path) -> Result<u64, String> {
-    let text = std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
-    total_of(&String::from_utf8_lossy(&text)).ok_or_else(|| format!("{}: no total", file.display()))
+/// What callgrind has counted.
+pub(super) struct Dump {
+    /// Instructions.
+    pub(super) total: u64,
+    file: PathBuf,
+}
+
+impl Dump {
+    fn read(file: PathBuf) -> Result<Self, String> {
+        let text = text(&file)?;
+        let total = total_of(&text).ok_or_else(|| format!("{}: no total", file.display()))?;
+        Ok(Self { total, file })
+    }
+
+    /// Function by function.
+    pub(super) fn text(&self) -> Result<String, String> {
+        text(&self.file)
+    }
+}
+
+fn text(file: &Path) -> Result<String, String> {
+    let bytes = std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// The sum over all functions, which a dump ends with.
