@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Streams, as fast as the connections go. oha counts a stream as one response: its latency is the whole stream's, "first byte"
-# in its table is the first event, which is the first token.
+# Streams, as fast as the connections go. oha counts a stream as one response: its latency is the whole stream's; of the time
+# to the first token it says nothing.
 #
 #   loadtest/oha/stream.sh [--dry-run]
 #

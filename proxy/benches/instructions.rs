@@ -62,8 +62,8 @@ const PARTS: &[Part] = &[
     Part { name: "request of 1 KB: ask for token ids", times: 500, make: || ask_for_ids(1 << 10) },
     Part { name: "request of 64 KB: ask for token ids", times: 50, make: || ask_for_ids(64 << 10) },
     Part { name: "pick from 4 endpoints", times: 500, make: || pick(4) },
-    Part { name: "pick from 100 endpoints", times: 100, make: || pick(100) },
-    Part { name: "pick from 10,000 endpoints", times: 3, make: || pick(10_000) },
+    Part { name: "pick from 100 endpoints", times: 300, make: || pick(100) },
+    Part { name: "pick from 10,000 endpoints", times: 20, make: || pick(10_000) },
     Part { name: "head for an engine", times: 200, make: head },
     Part { name: "access log, a line", times: 500, make: log_line },
 ];

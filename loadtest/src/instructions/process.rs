@@ -1,4 +1,4 @@
-//! The whole proxy: a process under callgrind, with engines and clients outside of it.
+//! The whole proxy: a process under callgrind, with its engine and its clients outside of it.
 //!
 //! What one event or request more costs is what a window with twice as many costs more, divided by how many more they
 //! were: starting, connecting and whatever else happens once is in both and drops out. What happens by the clock (timers,
@@ -33,12 +33,19 @@ use crate::{
 const REST: Duration = Duration::from_secs(3);
 /// From the client's last byte until the proxy is done with a request: its log line, its engine's connection.
 const SETTLE: Duration = Duration::from_millis(300);
-/// Of a paced stream, in milliseconds.
-const TOKEN_MS: &str = "10";
-/// Engines for paced streams: one for each, so that their tokens do not come at one time.
-const PACED_ENGINES: u32 = 4;
-/// One thread for requests: which of several takes a connection is chance.
-const SETTINGS: &[(&str, &str)] = &[("PENSTOCK_PROXY__PUBLIC__THREADS", "1")];
+/// Between the tokens of a paced stream, in milliseconds. There is one stream: of several, events would come at one time or
+/// not, for a whole run, as their first ones did, and share a turn of the runtime or not.
+const TOKEN_MS: &str = "5";
+/// The defaults, less what would happen by chance: one of several threads would take a connection, and probes come, and
+/// endpoints count as slow, by the clock.
+const SETTINGS: &[(&str, &str)] = &[
+    ("PENSTOCK_PROXY__PUBLIC__THREADS", "1"),
+    ("PENSTOCK_PROXY__HEALTH__PROBE_INTERVAL_MS", "0"),
+    ("PENSTOCK_PROXY__HEALTH__LATENCY_FACTOR", "0"),
+];
+/// What the proxy does when it has nothing to do.
+const AT_REST: &str = "process: a second without work";
+const AT_REST_TOLERANCE_PERCENT: f64 = 25.0;
 
 /// What one cell carries; twice in its second window.
 struct Cell {
@@ -120,9 +127,9 @@ const CELLS: &[Cell] = &[
         name: "process: paced event",
         paced: true,
         unary: false,
-        clients: PACED_ENGINES as u64,
-        requests: PACED_ENGINES as u64,
-        tokens: 400,
+        clients: 1,
+        requests: 1,
+        tokens: 1_000,
         prompt_bytes: 1_000,
         more: More::Tokens,
         tolerance_percent: 5.0,
@@ -152,7 +159,8 @@ pub(super) async fn count(options: &Options, folder: &Path) -> Result<Vec<Counte
     let mut counted = Vec::new();
     for paced in [false, true] {
         let cells: Vec<&Cell> = CELLS.iter().filter(|c| c.paced == paced && options.wants(c.name)).collect();
-        if cells.is_empty() {
+        let rests = paced && options.wants(AT_REST);
+        if cells.is_empty() && !rests {
             continue;
         }
         let mut tasks = JoinSet::new();
@@ -163,12 +171,19 @@ pub(super) async fn count(options: &Options, folder: &Path) -> Result<Vec<Counte
             let Cell { name, tolerance_percent, .. } = *cell;
             counted.push(Counted { name: name.into(), instructions, tolerance_percent });
         }
+        if rests {
+            counted.push(Counted {
+                name: AT_REST.into(),
+                instructions: whole(subject.resting),
+                tolerance_percent: AT_REST_TOLERANCE_PERCENT,
+            });
+        }
         subject.proxy.stop().await?;
     }
     Ok(counted)
 }
 
-/// A proxy whose instructions are counted, and its engines.
+/// A proxy whose instructions are counted, and its engine.
 struct Subject {
     proxy: Proxy,
     /// Where its counts go.
@@ -177,7 +192,7 @@ struct Subject {
     last: Instant,
     /// Instructions a second that it needs to do nothing.
     resting: f64,
-    _engines: Vec<Engine>,
+    _engine: Engine,
     _ads: Ads,
 }
 
@@ -188,25 +203,17 @@ impl Subject {
         out: PathBuf,
         tasks: &mut JoinSet<()>,
     ) -> Result<Self, String> {
-        let (engines, pace) = if paced {
-            (PACED_ENGINES, format!("--sim-itl-ms={TOKEN_MS}"))
-        } else {
-            (1, "--sim-speed=0".to_owned())
-        };
+        let pace = if paced { format!("--sim-itl-ms={TOKEN_MS}") } else { "--sim-speed=0".to_owned() };
         let flags = [pace, "--sim-itl-growth-us=0".into(), "--sim-jitter-percent=0".into()];
-        let fleet = FleetOptions { endpoints: engines, pools: 1, ..FleetOptions::of(options.proxy.clone()) };
-        let mut all = Vec::new();
-        for _ in 0..engines {
-            all.push(Engine::start(&options.engine_sim, &model(), &flags).await?);
-        }
-        let addresses: Vec<SocketAddr> = all.iter().map(|engine| engine.address).collect();
-        let ads = Ads::start(&fleet, &addresses, tasks).await?;
+        let fleet = FleetOptions { endpoints: 1, pools: 1, ..FleetOptions::of(options.proxy.clone()) };
+        let engine = Engine::start(&options.engine_sim, &model(), &flags).await?;
+        let ads = Ads::start(&fleet, &[engine.address], tasks).await?;
         let under = valgrind::runner(&out);
         let mut proxy = Proxy::start_under(&under, &options.proxy, ads.address, SETTINGS).await?;
         ads.ready().await?;
         proxy.wait_for_revision(1).await?;
         let mut subject =
-            Self { proxy, out, dumps: 0, last: Instant::now(), resting: 0.0, _engines: all, _ads: ads };
+            Self { proxy, out, dumps: 0, last: Instant::now(), resting: 0.0, _engine: engine, _ads: ads };
         subject.warm_up().await?;
         Ok(subject)
     }
@@ -249,9 +256,13 @@ impl Subject {
         let (once, first) = self.window(cell, 1).await?;
         let (twice, second) = self.window(cell, 2).await?;
         options.keep(cell.name, [&first, &second], cell.units())?;
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates")]
-        Ok(((twice - once) / cell.units() as f64).round() as u64)
+        Ok(whole((twice - once) / cell.units() as f64))
     }
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates")]
+fn whole(count: f64) -> u64 {
+    count.round() as u64
 }
 
 /// The one model.

@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 pub(super) fn runner(out: &Path) -> Vec<OsString> {
     let mut to = OsString::from("--callgrind-out-file=");
     to.push(out);
-    ["valgrind", "--tool=callgrind", "--quiet", "--dump-line=no", "--vgdb-poll=200"]
+    ["valgrind", "--tool=callgrind", "--quiet", "--vgdb-poll=200"]
         .into_iter()
         .map(OsString::from)
         .chain([to])
