@@ -50,7 +50,7 @@ use std::{
 };
 
 use clap::Parser;
-use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
+use nix::sys::resource::{UsageWho, getrusage};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
@@ -69,10 +69,7 @@ use self::{
     stats::{Span, Stats, ns},
     trace::{BadTrace, Trace},
 };
-use crate::clock::now_ns;
-
-/// Files that are open beside the connections.
-const OTHER_FILES: u64 = 200;
+use crate::{clock::now_ns, limits::raise_open_files};
 
 /// Why a run cannot begin. All that goes wrong later is counted in the report.
 #[derive(Debug, thiserror::Error)]
@@ -200,9 +197,7 @@ async fn load(
     show: impl FnOnce(&Options, &Arc<Shared>) -> Option<JoinSet<()>>,
 ) -> Result<Report, LoadError> {
     let plan = Arc::new(Plan::new(options).await?);
-    let most =
-        if plan.options.arrivals.is_closed() { plan.options.streams } else { plan.options.max_in_flight };
-    raise_file_limit(most + OTHER_FILES);
+    raise_open_files();
     let shared = Arc::new(Shared::default());
     shared.tickets.store(plan.options.requests_to_make(), Ordering::Relaxed);
     let cpu_before = cpu_s();
@@ -314,17 +309,6 @@ async fn keys(options: &Options) -> Result<Vec<String>, LoadError> {
     }
     let values: Vec<String> = keys.iter().map(|key| format!("Bearer {key}")).collect();
     Ok(if values.is_empty() { vec![String::new()] } else { values })
-}
-
-/// Files and sockets that this process may have open: the usual limit of 1,024 is there for programs that use select().
-pub(crate) fn raise_file_limit(wanted: u64) {
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
-    // Beyond the hard limit for those who may; up to it for everybody. What is missing is told by the connections.
-    for (soft_wanted, hard_wanted) in [(wanted, hard.max(wanted)), (wanted.min(hard), hard)] {
-        if soft >= soft_wanted || setrlimit(Resource::RLIMIT_NOFILE, soft_wanted, hard_wanted).is_ok() {
-            return;
-        }
-    }
 }
 
 /// CPU time of this process so far, s.

@@ -114,8 +114,10 @@ pub(super) async fn measure(options: &Options, axis: Axis, place: u32) -> Result
     let keys = if axis == Axis::Tenants { Some(Keys::new(place)?) } else { None };
 
     let ads = Ads::start(&fleet, &addresses, &mut tasks).await?;
-    let settings = keys.as_ref().map(Keys::settings);
-    let mut proxy = Proxy::start_with(&options.proxy, ads.address, &[], settings.as_deref()).await?;
+    let mut proxy = match &keys {
+        None => Proxy::start(&options.proxy, ads.address, &[]).await?,
+        Some(keys) => Proxy::start_with(&options.proxy, ads.address, &keys.settings()).await?,
+    };
     ads.ready().await?;
     proxy.wait_for_revision(1).await?;
     let idle = idle(&proxy).await?;

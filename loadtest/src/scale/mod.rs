@@ -21,9 +21,7 @@ use self::{
     cell::{Axis, Measured, measure},
     report::Figures,
 };
-
-/// Files that are open beside the streams'.
-const OTHER_FILES: u64 = 1_000;
+use crate::limits::raise_open_files;
 
 /// Runs the command line `argv`, program name first: 0 done, 1 something broke, 2 usage.
 pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -56,8 +54,7 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
 /// Goes through all places, round by round.
 async fn run(options: &Options) -> Result<Figures, String> {
     // The proxy inherits the limit, and needs two for each stream.
-    let streams = options.streams.iter().max().copied().unwrap_or_default();
-    crate::load::raise_file_limit(2 * u64::from(streams) + OTHER_FILES);
+    raise_open_files();
     let mut all: BTreeMap<(Axis, u32), Vec<Measured>> = BTreeMap::new();
     for round in 1..=options.rounds {
         for axis in Axis::ALL {

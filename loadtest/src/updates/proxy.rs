@@ -1,6 +1,7 @@
 //! The proxy under test: a process of its own, looked at through /proc and its private port.
 
 use std::{
+    ffi::OsString,
     net::SocketAddr,
     path::Path,
     process::Stdio,
@@ -11,15 +12,13 @@ use std::{
 use serde::Deserialize;
 use tempfile::TempDir;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
     process::{Child, Command},
     task::JoinHandle,
     time::{sleep, timeout},
 };
 
 use super::ads::Log;
-use crate::usage;
+use crate::{ask, usage};
 
 /// How long it may take to start, to use what it was told, and to stop.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -51,19 +50,37 @@ impl Proxy {
         ads: SocketAddr,
         settings: &[(&str, &str)],
     ) -> Result<Self, String> {
-        Self::start_with(program, ads, settings, None).await
+        Self::launch(&[], program, ads, settings, &[]).await
     }
 
     /// The same, with a file of settings.
-    pub(crate) async fn start_with(
+    pub(crate) async fn start_with(program: &Path, ads: SocketAddr, file: &Path) -> Result<Self, String> {
+        Self::launch(&[], program, ads, &[], &["--config".into(), file.into()]).await
+    }
+
+    /// [`Self::start`] with another program and its flags in front: one that becomes the proxy, as valgrind does.
+    pub(crate) async fn start_under(
+        under: &[OsString],
         program: &Path,
         ads: SocketAddr,
         settings: &[(&str, &str)],
-        file: Option<&Path>,
+    ) -> Result<Self, String> {
+        Self::launch(under, program, ads, settings, &[]).await
+    }
+
+    async fn launch(
+        under: &[OsString],
+        program: &Path,
+        ads: SocketAddr,
+        settings: &[(&str, &str)],
+        args: &[OsString],
     ) -> Result<Self, String> {
         let folder = tempfile::tempdir().map_err(|e| format!("cannot make a folder: {e}"))?;
         let announce = folder.path().join("announce.json");
-        let child = Command::new(program)
+        let mut words = under.iter().map(OsString::as_os_str).chain([program.as_os_str()]);
+        let first = words.next().unwrap_or(program.as_os_str());
+        let child = Command::new(first)
+            .args(words)
             .args(["--listen", "127.0.0.1:0", "--private-listen", "127.0.0.1:0", "--log-level", "warn"])
             .arg("--controlplane")
             .arg(format!("http://{ads}"))
@@ -72,12 +89,12 @@ impl Proxy {
             .env("PENSTOCK_PROXY__DISCOVERY__SNAPSHOT_FILE", folder.path().join("snapshot"))
             .env("PENSTOCK_PROXY__DRAIN__DEADLINE_MS", "1")
             .envs(settings.iter().copied())
-            .args(file.into_iter().flat_map(|file| [Path::new("--config"), file]))
+            .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .kill_on_drop(true)
             .spawn()
-            .map_err(|e| format!("cannot start {}: {e}", program.display()))?;
+            .map_err(|e| format!("cannot start {}: {e}", first.display()))?;
         let pid = child.id().ok_or("the proxy has ended at once")?;
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -153,17 +170,8 @@ impl Proxy {
 
 /// The revision that the proxy at `private` says it uses.
 async fn revision(private: SocketAddr) -> Result<u64, String> {
-    let asked = async {
-        let mut stream = TcpStream::connect(private).await?;
-        stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: p\r\nconnection: close\r\n\r\n").await?;
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).await?;
-        std::io::Result::Ok(answer)
-    };
-    let answer = timeout(PATIENCE, asked).await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
-    let text = String::from_utf8_lossy(&answer);
-    let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-    let ready: Readyz = serde_json::from_str(body).map_err(|e| format!("/readyz: {e}"))?;
+    let ready: Readyz =
+        serde_json::from_value(ask::json(private, "/readyz").await?).map_err(|e| format!("/readyz: {e}"))?;
     let (_, revision) = ready.snapshot_version.split_once('.').ok_or("/readyz: no version")?;
     revision.parse().map_err(|_| "/readyz: no revision".to_owned())
 }
