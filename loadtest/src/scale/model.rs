@@ -36,11 +36,12 @@ impl Line {
     }
 }
 
-/// The middle of values, the smallest and the largest.
+/// The median of values, the smallest and the largest.
 pub(super) fn spread(mut values: Vec<f64>) -> [f64; 3] {
     values.sort_by(f64::total_cmp);
+    let last = values.len().saturating_sub(1);
     let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
-    [at(values.len() / 2), at(0), at(values.len().saturating_sub(1))]
+    [f64::midpoint(at(last / 2), at(last.div_ceil(2))), at(0), at(last)]
 }
 
 /// The lines that a fleet is computed from.
@@ -146,6 +147,7 @@ mod tests {
         assert_eq!(Line::fit(&[(1.0, 2.0), (2.0, 0.0)]), None);
         assert_eq!(Line::fit(&[(1.0, 2.0), (2.0, f64::NAN)]), None);
         assert_eq!(spread(vec![3.0, 1.0, 2.0]), [2.0, 1.0, 3.0]);
+        assert_eq!(spread(vec![3.0, 1.0]), [2.0, 1.0, 3.0]);
         assert!(spread(Vec::new()).iter().all(|value| value.is_nan()));
     }
 

@@ -71,7 +71,10 @@ impl Figures {
         );
         let memory: Column = ("memory at most, MiB", |m| m.memory / MIB, 1);
         let idle: Column = ("a core at rest, %", |m| m.idle * 100.0, 1);
-        let fitted = [cpu, memory].map(|column| (column, self.line(axis, column.1)));
+        // Large prompts have fewer clients, and what is buffered is bounded: no line.
+        let has_line = |column: Column| axis != Axis::Prompt || column.0 == cpu.0;
+        let line = |column: Column| if has_line(column) { self.line(axis, column.1) } else { None };
+        let fitted = [cpu, memory].map(|column| (column, line(column)));
         let mut text = format!("\n| {} |", axis.name());
         for ((name, ..), _) in fitted {
             text.push_str(&format!(" {name} | from the line |"));
@@ -93,7 +96,7 @@ impl Figures {
             text.push_str(&format!(" {} |\n", cell(idle).1));
         }
         text.push('\n');
-        for ((name, ..), line) in fitted {
+        for ((name, ..), line) in fitted.into_iter().filter(|(column, _)| has_line(*column)) {
             match line {
                 Some(Line { base, each }) => text.push_str(&format!(
                     "- {name}: {base:.3} and {:.4} for each thousand of {}\n",
