@@ -76,10 +76,7 @@ pub(super) fn page(report: &Report) -> String {
          svg { width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; }\n\
          </style>\n<h1>penstock load</h1>\n",
     );
-    let about = format!(
-        "{} streams of {} tokens, {:.2} s",
-        report.streams, report.tokens_per_request, report.elapsed_s
-    );
+    let about = format!("{}, {:.2} s", report.about, report.elapsed_s);
     text.push_str(&format!("<p>{}</p>\n<table class=\"facts\">\n", escaped(&about)));
     for (name, fact) in report.facts() {
         text.push_str(&format!("<tr><td>{name}<td>{}\n", escaped(&fact)));

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{
-    Plan,
+    Options, Plan,
     answer::ERROR_EVENT,
     stats::{Counts, Failed, Quantiles, Stats},
 };
@@ -28,6 +28,9 @@ pub struct Window {
 /// of all of it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
+    /// What was asked for, in words.
+    #[serde(skip)]
+    pub(super) about: String,
     /// Concurrent streams; in the open loop the most that there might be.
     pub streams: u64,
     /// Tokens asked for in each request, unless they vary.
@@ -92,6 +95,7 @@ impl Report {
         let one_way = Some(stats.one_way.quantiles()).filter(|quantiles| quantiles.count > 0);
         let in_open = |quantiles: Quantiles| open.then_some(quantiles);
         Self {
+            about: about(&plan.options),
             streams: if open { plan.options.max_in_flight } else { plan.options.streams },
             tokens_per_request: plan.options.tokens,
             elapsed_s,
@@ -188,10 +192,7 @@ impl Report {
 
     /// For a human.
     pub fn table(&self) -> String {
-        let mut text = format!(
-            "{} streams, {} tokens each, {:.2} s\n",
-            self.streams, self.tokens_per_request, self.elapsed_s
-        );
+        let mut text = format!("{}, {:.2} s\n", self.about, self.elapsed_s);
         for (name, fact) in self.facts() {
             text.push_str(&format!("{name:<10} {fact}\n"));
         }
@@ -209,9 +210,7 @@ impl Report {
     /// Tables in Markdown.
     pub fn markdown(&self) -> String {
         let mut text = String::from("| what | |\n|---|---|\n");
-        let about =
-            format!("{} of {} tokens, {:.2} s", self.streams, self.tokens_per_request, self.elapsed_s);
-        text.push_str(&format!("| streams | {about} |\n"));
+        text.push_str(&format!("| load | {}, {:.2} s |\n", self.about, self.elapsed_s));
         for (name, fact) in self.facts() {
             text.push_str(&format!("| {name} | {fact} |\n"));
         }
@@ -228,7 +227,37 @@ impl Report {
     }
 }
 
+/// What is asked for.
+fn about(options: &Options) -> String {
+    let who = match options.arrivals.is_closed() {
+        true => format!("{} streams", options.streams),
+        false => format!("an open loop, {} sessions at once at most", options.max_in_flight),
+    };
+    match options.output_length {
+        None => format!("{who}, {} tokens each", options.tokens),
+        Some(_) => format!("{who}, answers of different lengths"),
+    }
+}
+
 /// The percentiles in ms.
 pub(super) fn milliseconds(q: &Quantiles) -> [f64; 5] {
     [q.p50_us, q.p90_us, q.p99_us, q.p999_us, q.max_us].map(|us| us as f64 / 1e3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_said_what_was_asked_for() {
+        let options = Options { streams: 3, tokens: 9, ..Options::default() };
+        assert_eq!(about(&options), "3 streams, 9 tokens each");
+        let open = Options {
+            arrivals: super::super::Arrivals::Constant(1.0),
+            output_length: Some(super::super::lengths::Lengths::Uniform(1, 2)),
+            ..options
+        };
+        let wanted = "an open loop, 1000 sessions at once at most, answers of different lengths";
+        assert_eq!(about(&open), wanted);
+    }
 }
