@@ -209,10 +209,7 @@ fn table(endpoints: usize) -> Option<EndpointTable> {
     let resource = xds::Resource {
         name: "m".into(),
         version: "1".into(),
-        resource: Some(xds::Any {
-            type_url: xds::ENDPOINT_TABLE_TYPE.into(),
-            value: pool.encode_to_vec(),
-        }),
+        resource: Some(xds::Any { type_url: xds::ENDPOINT_TABLE_TYPE.into(), value: pool.encode_to_vec() }),
         ..Default::default()
     };
     let told = xds::DeltaDiscoveryResponse {
@@ -239,7 +236,9 @@ fn pick(endpoints: usize) -> Step {
         let Some(pool) = snapshot.as_ref().and_then(|snapshot| snapshot.pools.get("m")) else {
             unreachable!("the table was refused");
         };
-        let picked = routing::pick(pool, &[], &Asked::default(), 3_600_000, (&rules, &rules.rules), |n| rng.usize(..n));
+        let picked = routing::pick(pool, &[], &Asked::default(), 3_600_000, (&rules, &rules.rules), |n| {
+            rng.usize(..n)
+        });
         assert!(picked.is_ok(), "{picked:?}");
         held.push_back(picked);
         if held.len() > 3 {
@@ -311,13 +310,15 @@ impl Drop for Log {
 
 fn log_line() -> Step {
     let config = TelemetryConfig { access_log: "/dev/null".into(), ..TelemetryConfig::default() };
-    let log = Metrics::new().map_err(|e| format!("{e:?}")).and_then(|m| access_log::open(&config, &Arc::new(m)));
+    let log =
+        Metrics::new().map_err(|e| format!("{e:?}")).and_then(|m| access_log::open(&config, &Arc::new(m)));
     let log = log.map(Log);
     let mut facts = Facts::new("0198c7f2-3a4b-7c5d-8e6f-0123456789ab".into());
     facts.client = Some([127, 0, 0, 1].into());
     facts.method = http::Method::POST;
     (facts.path, facts.route, facts.stream) = ("/v1/chat/completions".into(), "chat_completions", true);
-    (facts.model, facts.deployment, facts.endpoint) = ("model-0".into(), "model-0".into(), "model-0-3".into());
+    (facts.model, facts.deployment, facts.endpoint) =
+        ("model-0".into(), "model-0".into(), "model-0-3".into());
     (facts.attempts, facts.status, facts.outcome, facts.blame) = (1, 200, Outcome::Completed, "none");
     (facts.bytes_in, facts.bytes_out) = (1_024, 23_000);
     (facts.prompt_tokens, facts.completion_tokens) = (Some(250), Some(100));

@@ -90,9 +90,8 @@ impl Pins {
     /// Reads the file's text.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let pins: Self = toml::from_str(text).map_err(|e| e.to_string())?;
-        let bad = |count: &&Counted| {
-            count.instructions == 0 || !(0.1..=100.0).contains(&count.tolerance_percent)
-        };
+        let bad =
+            |count: &&Counted| count.instructions == 0 || !(0.1..=100.0).contains(&count.tolerance_percent);
         match pins.counts.iter().find(bad) {
             None => Ok(pins),
             Some(Counted { name, .. }) => {
@@ -126,6 +125,13 @@ impl Pins {
             }
         }
         Self { setting, counts }
+    }
+
+    /// The names of those that are too far from their pins.
+    pub(super) fn doubtful(&self, counted: &[Counted]) -> Vec<String> {
+        let compared = self.compare(counted, true).into_iter();
+        let doubtful = compared.filter(|line| matches!(line.verdict, Verdict::More | Verdict::Less));
+        doubtful.map(|line| line.name).collect()
     }
 
     /// Each of the new counts beside the old one. `some`: not all were to be made.
@@ -230,6 +236,12 @@ mod tests {
     }
 
     #[test]
+    fn what_is_too_far_from_its_pin_is_doubted() {
+        let now = [counted("scan", 1_060), counted("pick", 200), counted("new", 1)];
+        assert_eq!(pins().doubtful(&now), ["scan"]);
+    }
+
+    #[test]
     fn what_is_new_or_gone_is_told_unless_only_some_were_counted() {
         let now = [counted("scan", 1_000), counted("split", 5)];
         let named = |name: &str, verdict| (name.to_owned(), verdict);
@@ -244,7 +256,8 @@ mod tests {
         old.counts[0].tolerance_percent = 9.0;
         let now = [counted("scan", 700), counted("split", 5)];
         let some = old.clone().with(setting("2"), &now, true);
-        let names = |pins: &Pins| pins.counts.iter().map(|c| (c.name.clone(), c.instructions)).collect::<Vec<_>>();
+        let names =
+            |pins: &Pins| pins.counts.iter().map(|c| (c.name.clone(), c.instructions)).collect::<Vec<_>>();
         assert_eq!(names(&some), [("scan".into(), 700), ("pick".into(), 200), ("split".into(), 5)]);
         assert_eq!((some.counts[0].tolerance_percent, some.setting.rustc.as_str()), (9.0, "2"));
         assert_eq!(names(&old.with(setting("2"), &now, false)), [("scan".into(), 700), ("split".into(), 5)]);

@@ -1,5 +1,5 @@
-//! Which functions the instructions of one more event or request are spent in: two dumps of callgrind, one less the
-//! other. Pure.
+//! Which functions the instructions of one more event or request are spent in: dumps of callgrind, less those of another
+//! time. Pure.
 //!
 //! callgrind_annotate shows one dump, with all that happens once and with whatever was under way when it was written.
 
@@ -18,12 +18,14 @@ struct Cost {
 }
 
 /// The costliest functions of one more of `units`, by what they cost themselves and by what they cost in all.
-pub(super) fn text(name: &str, once: &str, twice: &str, units: u64) -> String {
-    let (once, mut costs) = (costs_of(once), costs_of(twice));
-    for (function, before) in once {
-        let cost = costs.entry(function).or_default();
-        cost.own -= before.own;
-        cost.whole -= before.whole;
+pub(super) fn text(name: &str, once: &[String], twice: &[String], units: u64) -> String {
+    let mut costs: HashMap<String, Cost> = HashMap::new();
+    for (dumps, sign) in [(once, -1.0), (twice, 1.0)] {
+        for (function, one) in dumps.iter().flat_map(|dump| costs_of(dump)) {
+            let cost = costs.entry(function).or_default();
+            cost.own += sign * one.own;
+            cost.whole += sign * one.whole;
+        }
     }
     let units = units.max(1) as f64;
     let mut text = format!("{name}: instructions of one more, by function\n");
@@ -55,6 +57,9 @@ fn costs_of(dump: &str) -> HashMap<String, Cost> {
         } else if line.starts_with("calls=") {
             is_call = true;
         } else if line.starts_with(|c: char| c.is_ascii_digit() || "+-*".contains(c)) {
+            if function.is_empty() {
+                continue;
+            }
             // A position, then the count.
             let Some(count) = line.split(' ').nth(1).and_then(|count| count.parse::<f64>().ok()) else {
                 continue;
@@ -87,13 +92,14 @@ fn full<'a>(name: &'a str, names: &mut HashMap<&'a str, &'a str>) -> &'a str {
 mod tests {
     use super::*;
 
-    const ONCE: &str = "events: Ir\n\nfn=(1) main\n0 10\ncfn=(2) scan\ncalls=1 0\n0 100\n\nfn=(2)\n0 100\n\ntotals: 110\n";
+    const ONCE: &str =
+        "events: Ir\n\nfn=(1) main\n0 10\ncfn=(2) scan\ncalls=1 0\n0 100\n\nfn=(2)\n0 100\n\ntotals: 110\n";
     const TWICE: &str = "events: Ir\n\nfn=(1) main\n0 14\ncfn=(3) scan\ncalls=3 0\n* 300\n\nfn=(3)\n+3 260\n\
         cfn=(4) copy\ncalls=9 0\n0 40\ncfn=(3)\ncalls=1 0\n0 99\n\nfn=(4)\n0 40\n\ntotals: 314\n";
 
     #[test]
     fn one_dump_less_the_other_is_divided_by_the_units() {
-        let text = text("scans", ONCE, TWICE, 2);
+        let text = text("scans", &[ONCE.into()], &[TWICE.into()], 2);
         let lines: Vec<&str> = text.lines().collect();
         let wanted = [
             "scans: instructions of one more, by function",
@@ -113,8 +119,8 @@ mod tests {
 
     #[test]
     fn what_is_no_dump_has_no_costs() {
-        for broken in ["", "fn=\n0\ncalls=\n", "calls=1 0\n* x\n", "+ 1"] {
-            let shown = text("x", broken, broken, 0);
+        for broken in ["", "fn=\n0\ncalls=\n", "calls=1 0\n* x\n", "+ 1", "fn=(1) f\n+ x"] {
+            let shown = text("x", &[], &[broken.into()], 0);
             assert_eq!(shown.lines().filter(|line| line.starts_with(' ')).count(), 0, "{broken:?}: {shown}");
         }
     }
