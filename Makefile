@@ -10,7 +10,10 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 ARGS ?=
 # How long `make drill-resume` kills engines.
 DRILL_SECONDS ?= 60
-# What `make load-*` does, and what it talks to; docs/load.md has the other settings.
+# Where `make bench` keeps the gateways that it compares with.
+PEERS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/penstock/peers
+# What `make load-*` talks to.
+# What `make load-*` does, and what it talks to; docs/load-tools.md has the other settings.
 SCRIPT ?= smoke
 RECIPE ?= chat
 BASE_URL ?= http://127.0.0.1:8081
@@ -20,7 +23,7 @@ export BASE_URL MODEL API_KEY
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup-build setup-test
 setup-build:
@@ -73,6 +76,18 @@ load-oha: ## oha against a running gateway: RECIPE=chat, stream, big-body, rate 
 .PHONY: count
 count: setup-test ## instructions of an event and of a request, against the pinned ones; docs/instructions.md; flags in ARGS="..."
 	@scripts/count.sh $(ARGS)
+
+.PHONY: bench
+bench: setup-build ## Penstock and its peers side by side, see docs/benchmarks.md; flags in ARGS="--quick"
+	$(CARGO) build --locked --profile dist -p penstock-proxy --bin penstock-proxy
+	$(CARGO) build --locked --release -p penstock-loadtest --bin penstock-bench --bin penstock-relay --bin penstock-engine-sim
+	@scripts/bench_peers.sh "$(PEERS)"
+	@"$(TARGET)/release/penstock-bench" --proxy "$(TARGET)/dist/penstock-proxy" --peers-dir "$(PEERS)" \
+		--json "$(TARGET)/bench/$$(date +%Y%m%dT%H%M%S).json" $(ARGS)
+
+.PHONY: bench-report
+bench-report: ## what `make bench` has measured, into docs/benchmarks.md
+	@"$(TARGET)/release/penstock-bench" --from $(TARGET)/bench/*.json --write docs/benchmarks.md
 
 .PHONY: bench-updates
 bench-updates: setup-build ## what table updates cost the streams of a proxy, see docs/benchmarks.md; flags in ARGS="..."

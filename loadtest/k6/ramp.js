@@ -4,7 +4,7 @@
 //
 //   make load-k6 SCRIPT=ramp RATE=50
 //
-// Settings, beside those of all scripts (docs/load.md): START_RATE (1) and RATE (20) in chats a second, RAMP (1m) for the way
+// Settings, beside those of all scripts (docs/load-tools.md): START_RATE (1) and RATE (20) in chats a second, RAMP (1m) for the way
 // up, HOLD (1m), VUS (200): most chats at once.
 import { chat, findModel, thresholds } from './lib/chat.js';
 import { count, milliseconds, number } from './lib/settings.js';

@@ -3,7 +3,7 @@
 //
 //   make load-k6      or: k6 run -e BASE_URL=http://127.0.0.1:8081 loadtest/k6/smoke.js
 //
-// Settings, beside those of all scripts (docs/load.md): VUS (4), ITERATIONS (40).
+// Settings, beside those of all scripts (docs/load-tools.md): VUS (4), ITERATIONS (40).
 import { findModel, models, stream, thresholds, unary } from './lib/chat.js';
 import { count } from './lib/settings.js';
 

@@ -4,7 +4,7 @@
 //
 //   make load-k6 SCRIPT=soak DURATION=8h
 //
-// Settings, beside those of all scripts (docs/load.md): DURATION (1h), RATE (10) in chats a second, VUS (200): most at once.
+// Settings, beside those of all scripts (docs/load-tools.md): DURATION (1h), RATE (10) in chats a second, VUS (200): most at once.
 import exec from 'k6/execution';
 import { chat, findModel, thresholds } from './lib/chat.js';
 import { count, milliseconds } from './lib/settings.js';

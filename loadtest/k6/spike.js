@@ -4,7 +4,7 @@
 //
 //   make load-k6 SCRIPT=spike RATE=10 SPIKE_RATE=200
 //
-// Settings, beside those of all scripts (docs/load.md): RATE (5) and SPIKE_RATE (10 x RATE) in chats a second, BEFORE (30s),
+// Settings, beside those of all scripts (docs/load-tools.md): RATE (5) and SPIKE_RATE (10 x RATE) in chats a second, BEFORE (30s),
 // SPIKE (20s), AFTER (30s), RECOVERY (5s) between the burst's end and "after", VUS (400): most chats at once,
 // MAX_SHED (0.5): share of the burst's chats that may be turned away.
 import { chat, findModel, thresholds } from './lib/chat.js';

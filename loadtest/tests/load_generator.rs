@@ -17,7 +17,8 @@ async fn many_streams_every_token_verified() {
     let report = load(&sim, Options { streams: 200, tokens: 30, requests: 400, ..Options::default() }).await;
     assert!(report.is_good(), "{}", report.table());
     assert_eq!((report.good, report.tokens_verified), (400, 12_000));
-    assert!(report.ttft.count == 400 && report.inter_token.p50_us > 500);
+    // 29 times 2 ms less a tenth: that holds however late a busy machine brings them.
+    assert!(report.ttft.count == 400 && report.total.p50_us > 50_000, "{}", report.table());
     assert_eq!(sim.state()["in_flight"], 0);
     assert_eq!(sim.state()["generated_tokens"], 12_000);
 }
@@ -60,4 +61,18 @@ async fn nobody_there_is_a_failure() {
     let options =
         Options { url: "http://127.0.0.1:9".into(), streams: 1, connect_ramp_ms: 0, ..Options::default() };
     assert_eq!(run(options).await.unwrap().failures["connect"].count, 1);
+}
+
+#[tokio::test]
+async fn damage_to_whole_answers_is_found_too() {
+    let sim = Sim::start(&["--sim-speed", "0"]);
+    let whole = Options { streams: 1, tokens: 20, unary: true, idle_timeout_s: 1.0, ..Options::default() };
+    for (kind, found) in
+        [("close", "send"), ("reset", "send"), ("status", "status 503"), ("freeze", "timeout")]
+    {
+        sim.fault(json!({"kind": kind, "status": 503, "count": 1}));
+        let report = load(&sim, whole.clone()).await;
+        assert!(report.failures.contains_key(found) && report.failed == 1, "{kind}: {}", report.table());
+    }
+    assert!(load(&sim, whole).await.is_good(), "nothing is left of it");
 }

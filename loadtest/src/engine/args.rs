@@ -94,6 +94,8 @@ pub(super) struct SimOptions {
     pub core: bool,
     /// Events per write where several are due.
     pub burst: usize,
+    /// Every so many events of a stream say when they were written; 0 = none.
+    pub stamp: u64,
     /// Faults from the start.
     pub faults: Vec<Fault>,
     /// File for the bound address.
@@ -126,6 +128,7 @@ impl Default for SimOptions {
             kv_blocks: 65_536,
             core: true,
             burst: 1,
+            stamp: 0,
             faults: Vec::new(),
             announce: None,
             dev_mode: false,

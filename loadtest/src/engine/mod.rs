@@ -34,7 +34,7 @@ mod other_routes;
 mod parser;
 mod realtime;
 mod record;
-mod render;
+pub(crate) mod render;
 mod request;
 mod responses;
 mod routes;

@@ -9,6 +9,11 @@ use super::{
     http::{push_chunk, push_chunk_size, push_decimal},
 };
 
+/// What is in front of the time in a stamped event; behind it are a quote and the end of the object.
+pub(crate) const STAMP: &[u8] = b",\"sim_ns\":\"";
+/// Digits of that time, with zeros in front: three centuries of nanoseconds.
+pub(crate) const STAMP_DIGITS: usize = 19;
+
 /// Token counts of a request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Usage {
@@ -102,6 +107,10 @@ pub(super) struct Frame {
     /// The event to cut off, counted from 0, and the bytes of it that still go out.
     cut: Option<(u64, usize)>,
     is_cut: bool,
+    /// The next event gets a place for the time.
+    stamp_next: bool,
+    /// Where in `out` times are to be filled in.
+    stamps: Vec<usize>,
 }
 
 impl Frame {
@@ -110,12 +119,47 @@ impl Frame {
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.clear();
         write(&mut scratch);
-        self.push(&scratch);
+        let stamped = std::mem::take(&mut self.stamp_next) && scratch.ends_with(b"}\n\n");
+        if stamped {
+            scratch.truncate(scratch.len() - 3);
+            scratch.extend_from_slice(STAMP);
+            scratch.resize(scratch.len() + STAMP_DIGITS, b'0');
+            scratch.extend_from_slice(b"\"}\n\n");
+        }
+        let is_whole = self.push(&scratch);
+        if stamped && is_whole {
+            // Behind the digits: a quote, the end of the object, of the event and of the chunk.
+            self.stamps.push(self.out.len() - 6 - STAMP_DIGITS);
+        }
         self.scratch = scratch;
+    }
+
+    /// Gives the next event, if it is a JSON object, a place for the time at which it is sent.
+    pub(super) const fn stamp_next(&mut self) {
+        self.stamp_next = true;
+    }
+
+    /// Fills the time in where it is to be. To be called right before the bytes are sent; reads the clock only if needed.
+    pub(super) fn fill_stamps(&mut self, now_ns: impl Fn() -> u64) {
+        if self.stamps.is_empty() {
+            return;
+        }
+        let mut left = now_ns();
+        let mut digits = [b'0'; STAMP_DIGITS];
+        for digit in digits.iter_mut().rev() {
+            *digit = b"0123456789"[(left % 10) as usize];
+            left /= 10;
+        }
+        for at in self.stamps.drain(..) {
+            if let Some(place) = self.out.get_mut(at..at + STAMP_DIGITS) {
+                place.copy_from_slice(&digits);
+            }
+        }
     }
 
     /// Adds OpenAI's last event.
     pub(super) fn done(&mut self) {
+        self.stamp_next = false;
         self.push(b"data: [DONE]\n\n");
     }
 
@@ -124,9 +168,10 @@ impl Frame {
         push_chunk(&mut self.out, b": keep-alive\n\n");
     }
 
-    fn push(&mut self, event: &[u8]) {
+    /// True if all of it is in `out`.
+    fn push(&mut self, event: &[u8]) -> bool {
         if self.is_cut {
-            return;
+            return false;
         }
         match self.cut {
             Some((at, bytes)) if at == self.events => {
@@ -137,6 +182,7 @@ impl Frame {
             _ => push_chunk(&mut self.out, event),
         }
         self.events += 1;
+        !self.is_cut
     }
 
     /// From event `at` on (none: the next one) only `bytes` bytes go out, of an event whose chunk announces all of it:
@@ -158,7 +204,7 @@ impl Frame {
 }
 
 /// Appends the inside of a JSON string.
-pub(super) fn push_escaped(out: &mut Vec<u8>, text: &str) {
+pub(crate) fn push_escaped(out: &mut Vec<u8>, text: &str) {
     let bytes = text.as_bytes();
     let mut from = 0;
     for (at, &byte) in bytes.iter().enumerate() {
@@ -241,6 +287,22 @@ mod tests {
         assert_eq!(framed(Some(0), 99), ("a\r\ndata: 12\n\n".into(), true));
         assert_eq!(framed(Some(1), 0), ("a\r\ndata: 12\n\n\r\ne\r\n".into(), true));
         assert!(!framed(Some(2), 0).1, "there is no such event");
+    }
+
+    #[test]
+    fn a_stamped_event_says_when_it_was_sent() {
+        let mut frame = Frame::default();
+        frame.event(|out| out.extend_from_slice(b"data: {\"a\":1}\n\n"));
+        frame.stamp_next();
+        frame.event(|out| out.extend_from_slice(b"data: {\"b\":1}\n\n"));
+        frame.event(|out| out.extend_from_slice(b"data: {\"c\":1}\n\n"));
+        frame.stamp_next();
+        frame.event(|out| out.extend_from_slice(b"data: [DONE]\n\n"));
+        frame.fill_stamps(|| 1_234_567_890_123);
+        frame.fill_stamps(|| 0);
+        let text = String::from_utf8(frame.out).unwrap();
+        let stamped = "data: {\"b\":1,\"sim_ns\":\"0000001234567890123\"}\n\n";
+        assert!(text.contains(stamped) && text.matches("sim_ns").count() == 1, "{text}");
     }
 
     #[test]

@@ -99,6 +99,12 @@ pub(super) const SIM_FLAGS: &[SimFlag] = &[
         set: |o, v| size(v, 1, 1024).map(|n| o.burst = n),
     },
     SimFlag {
+        name: "sim-stamp",
+        value: "N",
+        help: "put the time of its writing into every N-th event of a stream, as sim_ns; 0 = none (0)",
+        set: |o, v| int(v, 0, u64::MAX).map(|n| o.stamp = n),
+    },
+    SimFlag {
         name: "sim-kv-blocks",
         value: "N",
         help: "KV blocks of 16 tokens (65536)",

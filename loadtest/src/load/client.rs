@@ -1,313 +1,253 @@
-//! One worker: one connection, one request at a time, everything checked.
+//! One client: one request at a time, everything checked.
 
-use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
-};
+use std::{pin::Pin, rc::Rc, task::Poll};
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper::{Request, Response, body::Incoming, client::conn::http1};
-use hyper_util::rt::TokioIo;
-use serde_json::{Value, json};
-use tokio::{net::TcpStream, task::JoinSet};
+use http_body_util::Full;
+use hyper::{
+    Request, Response,
+    body::{Body, Incoming},
+    client::conn::http2,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{sync::Mutex, task::JoinSet};
 
 use super::{
-    Options, Target,
-    report::{ERROR_EVENT, Stats, note},
-    shape::{Misshapen, Shape},
-    sse::{self, Event, Splitter},
-    verify::{Checker, Wrong},
+    answer::{Answer, Began, Failure, check_whole, lossy},
+    connection::{Http1, Patience, Stream},
+    lane::Lane,
+    prompts::{Session, body},
+    verify::Checker,
 };
-use crate::engine::template::Message;
+use crate::clock::now_ns;
 
-/// Longest example of an error body kept.
-const MAX_EXAMPLE: usize = 300;
+/// Longest whole answer.
+const MAX_BODY_BYTES: usize = 64 << 20;
+/// How much HTTP/2 may send unasked, on a stream and on a connection: never a reason to wait here.
+const WINDOW_BYTES: u32 = 16 << 20;
 
-/// A failed request: its kind, for counting, and what happened.
-struct Failure {
-    kind: String,
-    detail: String,
+/// A connection that several clients use, and the task that drives it.
+pub(super) type SharedHttp2 = Rc<Mutex<Option<Http2>>>;
+
+/// HTTP/2 to the server.
+pub(super) struct Http2 {
+    sender: http2::SendRequest<Full<Bytes>>,
+    /// Ends with this.
+    _connection: JoinSet<()>,
 }
 
-impl Failure {
-    fn new(kind: &str, detail: impl ToString) -> Self {
-        Self { kind: kind.into(), detail: detail.to_string() }
-    }
-}
-
-impl From<Wrong> for Failure {
-    fn from(wrong: Wrong) -> Self {
-        Self::new(wrong.kind(), &wrong)
-    }
-}
-
-impl From<Misshapen> for Failure {
-    fn from(misshapen: Misshapen) -> Self {
-        Self::new("misshapen stream", &misshapen)
-    }
-}
-
-/// A worker.
-pub(super) struct Worker {
-    target: Target,
-    options: Arc<Options>,
-    index: u64,
+/// A client.
+pub(super) struct Client {
+    /// Named in its prompts.
+    stream: u64,
+    /// Requests of the stream so far.
     made: u64,
-    stats: Arc<Mutex<Stats>>,
-    sender: Option<http1::SendRequest<Full<Bytes>>>,
-    /// The task that drives the connection; ends with it, or with the worker.
-    connection: JoinSet<()>,
+    /// Which connection of HTTP/2 is its.
+    group: u64,
+    http1: Option<Http1>,
 }
 
-/// What a stream has said so far.
-struct Progress {
-    started: Instant,
-    last: Option<Instant>,
-    finish: Option<String>,
-    usage: Option<(u64, u64)>,
-    done: bool,
-    text: String,
-    shape: Shape,
-    /// Ids must come, and are checked.
-    ids: bool,
+/// What is done with the bytes of an answer.
+enum Reader {
+    Stream(Box<Answer>),
+    Whole(Vec<u8>, Box<Checker>),
+    /// The status is an error.
+    Refusal(u16, Vec<u8>),
 }
 
-impl Worker {
-    pub(super) fn new(target: Target, options: Arc<Options>, index: u64, stats: Arc<Mutex<Stats>>) -> Self {
-        Self { target, options, index, made: 0, stats, sender: None, connection: JoinSet::new() }
+impl Client {
+    /// The `number`-th of its thread's.
+    pub(super) fn new(lane: &Lane, number: u64) -> Self {
+        let group = number / lane.plan.options.streams_per_connection;
+        Self { stream: number, made: 0, group, http1: None }
     }
 
-    /// Makes one request and counts it.
-    pub(super) async fn request(&mut self) {
+    /// Speaks for another stream from now on.
+    pub(super) const fn is_stream(&mut self, stream: u64) {
+        self.stream = stream;
+        self.made = 0;
+    }
+
+    /// Asks the session's next question and counts the answer. How long it thinks before the one after it, in ms; none if
+    /// there is none, or if this one failed.
+    pub(super) async fn ask(
+        &mut self,
+        lane: &Lane,
+        session: &mut Session,
+        intended_ns: Option<u64>,
+    ) -> Option<u64> {
         self.made += 1;
-        if let Err(failure) = self.try_request().await {
-            self.sender = None;
-            self.stats().fail(&failure.kind, &failure.detail);
+        let tokens = session.ask(&lane.plan.traffic, self.made);
+        let options = &lane.plan.options;
+        let mut checker = Checker::chat(session.messages(), tokens);
+        if session.goes_on() {
+            checker.keep_text();
+        }
+        if !options.token_ids {
+            checker.forget_ids();
+        }
+        let body = body(options, session.messages(), tokens);
+        let began_ns = now_ns();
+        let began = Began { intended_ns: intended_ns.unwrap_or(began_ns), began_ns };
+        if let Some(intended_ns) = intended_ns.filter(|ns| lane.plan.span.holds(*ns)) {
+            lane.stats.borrow_mut().late.note(intended_ns, began_ns);
+        }
+        let answered = match options.http2 {
+            true => self.ask_http2(lane, body, began, checker).await,
+            false => self.ask_http1(lane, &body, began, checker).await,
+        };
+        let now_ns = now_ns();
+        match answered {
+            Ok(text) => {
+                lane.stats.borrow_mut().good(now_ns, began.intended_ns, began_ns, tokens);
+                session.goes_on().then(|| session.answered(&lane.plan.traffic, text.unwrap_or_default()))
+            }
+            Err(failure) => {
+                self.http1 = None;
+                lane.stats.borrow_mut().fail(now_ns, &failure.kind, &failure.detail);
+                None
+            }
         }
     }
 
-    async fn try_request(&mut self) -> Result<(), Failure> {
-        let messages = [Message::new("user", self.prompt())];
-        let mut checker = Checker::chat(&messages, self.options.tokens);
-        let body = self.body(&messages[0].content);
-        let started = Instant::now();
-        let response = self.send(body).await?;
-        let status = response.status();
-        if !status.is_success() {
-            let body = self.collect(response).await.unwrap_or_default();
-            let text = String::from_utf8_lossy(&body[..body.len().min(MAX_EXAMPLE)]).into_owned();
-            return Err(Failure::new(&format!("status {}", status.as_u16()), text));
+    async fn ask_http1(
+        &mut self,
+        lane: &Lane,
+        body: &[u8],
+        began: Began,
+        checker: Checker,
+    ) -> Result<Option<String>, Failure> {
+        let mut patience = Patience::new(lane.idle);
+        let kept = self.http1.take().and_then(|mut kept| kept.is_idle().then_some(kept));
+        let mut connection = match kept {
+            Some(kept) => kept,
+            None => Http1::new(Stream::open(lane).await?),
+        };
+        let mut request = Vec::with_capacity(lane.plan.head.len() + body.len() + 16);
+        request.extend_from_slice(&lane.plan.head);
+        request.extend_from_slice(format!("{}\r\n\r\n", body.len()).as_bytes());
+        request.extend_from_slice(body);
+        connection.write(lane, &request, &mut patience).await?;
+        drop(request);
+        let head = connection.head(lane, &mut patience).await?;
+        let mut reader = Reader::new(head.status, lane, began, checker);
+        let reusable = connection
+            .body(lane, head.framing, &mut patience, |bytes, now_ns| reader.take(bytes, now_ns, lane))
+            .await?;
+        if reusable && head.keep_alive {
+            self.http1 = Some(connection);
         }
-        if self.options.unary {
-            self.check_unary(response, &mut checker).await?;
-        } else {
-            self.check_stream(response, &mut checker, started).await?;
-        }
-        let mut stats = self.stats();
-        stats.good += 1;
-        stats.tokens += self.options.tokens;
-        note(&mut stats.total_us, started.elapsed());
-        Ok(())
+        reader.end(lane)
     }
 
-    fn prompt(&self) -> String {
-        let (seed, index, made) = (self.options.seed, self.index, self.made);
-        let mut text = format!("run {seed}, stream {index}, request {made}");
-        if self.options.prompt_bytes > 0 {
-            let padding = " The quick brown fox jumps over the lazy dog.";
-            text.extend(padding.chars().cycle().take(self.options.prompt_bytes));
-        }
-        text
-    }
-
-    fn body(&self, content: &str) -> Bytes {
-        let stream = !self.options.unary;
-        let mut body = json!({
-            "messages": [{"role": "user", "content": content}], "max_tokens": self.options.tokens, "ignore_eos": true,
-            "stream": stream,
-        });
-        if stream {
-            body["stream_options"] = json!({"include_usage": true});
-        }
-        if self.options.token_ids {
-            body["return_token_ids"] = true.into();
-        }
-        body["model"] = self.options.model.as_str().into();
-        Bytes::from(body.to_string())
-    }
-
-    async fn send(&mut self, body: Bytes) -> Result<Response<Incoming>, Failure> {
-        let fresh = !matches!(&self.sender, Some(sender) if !sender.is_closed());
-        if fresh {
-            self.connect().await?;
-        }
-        let idle = self.idle();
-        let Some(sender) = &mut self.sender else { return Err(Failure::new("connect", "no connection")) };
-        let mut request = Request::post(format!("{}/v1/chat/completions", self.target.base))
-            .header("host", &self.target.authority)
+    async fn ask_http2(
+        &mut self,
+        lane: &Lane,
+        body: Vec<u8>,
+        began: Began,
+        checker: Checker,
+    ) -> Result<Option<String>, Failure> {
+        let mut patience = Patience::new(lane.idle);
+        let mut sender = self.connection(lane).await?;
+        let scheme = if lane.plan.target.tls { "https" } else { "http" };
+        let (authority, base) = (&lane.plan.target.authority, &lane.plan.target.base);
+        let mut request = Request::post(format!("{scheme}://{authority}{base}/v1/chat/completions"))
             .header("content-type", "application/json");
-        if let Some(key) = &self.options.api_key {
+        if let Some(key) = &lane.plan.options.api_key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
-        let request = request.body(Full::new(body)).map_err(|e| Failure::new("request", e))?;
-        let sent = async {
+        let request = request.body(Full::new(Bytes::from(body))).map_err(|e| Failure::new("request", e))?;
+        let mut sending = std::pin::pin!(async {
             sender.ready().await?;
             sender.send_request(request).await
-        };
-        match tokio::time::timeout(idle, sent).await {
-            Ok(response) => response.map_err(|e| Failure::new("send", e)),
-            Err(_) => Err(Failure::new("timeout", "no response header")),
-        }
-    }
-
-    async fn connect(&mut self) -> Result<(), Failure> {
-        let stream =
-            TcpStream::connect(&self.target.authority).await.map_err(|e| Failure::new("connect", e))?;
-        stream.set_nodelay(true).map_err(|e| Failure::new("connect", e))?;
-        let (sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|e| Failure::new("connect", e))?;
-        self.connection.abort_all();
-        self.connection.spawn(async move {
-            // What breaks the connection is seen by the request on it.
-            connection.await.unwrap_or_default();
         });
-        self.sender = Some(sender);
-        Ok(())
-    }
-
-    async fn collect(&self, response: Response<Incoming>) -> Result<Bytes, Failure> {
-        let collected = tokio::time::timeout(self.idle(), response.into_body().collect()).await;
-        let body = collected.map_err(|_| Failure::new("timeout", "no body"))?;
-        Ok(body.map_err(|e| Failure::new("cut", e))?.to_bytes())
-    }
-
-    async fn check_unary(&self, response: Response<Incoming>, checker: &mut Checker) -> Result<(), Failure> {
-        let bytes = self.collect(response).await?;
-        self.stats().bytes += bytes.len() as u64;
-        let body: Value = serde_json::from_slice(&bytes).map_err(|e| Failure::new("garbage", e))?;
-        let choice = &body["choices"][0];
-        let text = choice["message"]["content"].as_str().unwrap_or("");
-        checker.text(text)?;
-        if self.options.token_ids {
-            checker.prompt_ids(&ids(&body["prompt_token_ids"]))?;
-            checker.ids(&ids(&choice["token_ids"]))?;
-            checker.end_of_ids()?;
-        }
-        let usage = &body["usage"];
-        let usage = usage["prompt_tokens"].as_u64().zip(usage["completion_tokens"].as_u64());
-        Ok(checker.end(choice["finish_reason"].as_str(), usage)?)
-    }
-
-    async fn check_stream(
-        &self,
-        response: Response<Incoming>,
-        checker: &mut Checker,
-        started: Instant,
-    ) -> Result<(), Failure> {
+        let response: Response<Incoming> = std::future::poll_fn(|cx| match sending.as_mut().poll(cx) {
+            Poll::Ready(sent) => Poll::Ready(sent.map_err(|e| Failure::new("send", e))),
+            Poll::Pending => patience.poll(cx, "response header"),
+        })
+        .await?;
+        patience.heard(now_ns());
+        let mut reader = Reader::new(response.status().as_u16(), lane, began, checker);
         let mut body = response.into_body();
-        let mut splitter = Splitter::default();
-        let mut progress = Progress {
-            started,
-            last: None,
-            finish: None,
-            usage: None,
-            done: false,
-            text: String::new(),
-            shape: Shape::default(),
-            ids: self.options.token_ids,
-        };
         loop {
-            let frame = tokio::time::timeout(self.idle(), body.frame()).await;
-            let frame = frame.map_err(|_| Failure::new("timeout", "no event"))?;
-            let Some(frame) = frame else { break };
-            let frame = frame.map_err(|e| Failure::new("cut", e))?;
-            let Some(data) = frame.data_ref() else { continue };
-            splitter.push(data).map_err(|_| Failure::new("garbage", "an endless event"))?;
-            let mut stats = self.stats();
-            stats.bytes += data.len() as u64;
-            while let Some(event) = splitter.next_event() {
-                progress.take(event, checker, &mut stats)?;
-            }
-        }
-        if splitter.pending() > 0 || !progress.done {
-            return Err(Failure::new("cut", "ended without [DONE]"));
-        }
-        if self.options.token_ids {
-            checker.end_of_ids()?;
-        }
-        checker.end(progress.finish.as_deref(), progress.usage)?;
-        Ok(progress.shape.end()?)
-    }
-
-    fn idle(&self) -> Duration {
-        Duration::from_secs_f64(self.options.idle_timeout_s)
-    }
-
-    fn stats(&self) -> MutexGuard<'_, Stats> {
-        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Progress {
-    fn take(&mut self, event: &[u8], checker: &mut Checker, stats: &mut Stats) -> Result<(), Failure> {
-        if self.done {
-            return Err(Failure::new("garbage", "an event after [DONE]"));
-        }
-        match sse::parse(event) {
-            Event::Delta { content, finish_reason } => {
-                self.shape.take(event)?;
-                if self.ids {
-                    check_ids(event, checker)?;
+            let frame = std::future::poll_fn(|cx| match Pin::new(&mut body).poll_frame(cx) {
+                Poll::Ready(frame) => {
+                    Poll::Ready(frame.transpose().map_err(|e| Failure::new("cut", with_source(&e))))
                 }
-                if !content.is_empty() {
-                    self.text.clear();
-                    sse::unescape(content, &mut self.text)
-                        .ok_or_else(|| Failure::new("garbage", lossy(event)))?;
-                    checker.text(&self.text)?;
-                    let now = Instant::now();
-                    match self.last.replace(now) {
-                        None => note(&mut stats.ttft_us, now - self.started),
-                        Some(last) => note(&mut stats.gap_us, now - last),
-                    }
-                }
-                if let Some(reason) = finish_reason {
-                    self.finish = Some(String::from_utf8_lossy(reason).into_owned());
-                }
+                Poll::Pending => patience.poll(cx, "event"),
+            });
+            let Some(frame) = frame.await? else { break };
+            let now_ns = now_ns();
+            patience.heard(now_ns);
+            if let Some(bytes) = frame.data_ref() {
+                reader.take(bytes, now_ns, lane)?;
             }
-            Event::Usage { prompt_tokens, completion_tokens } => {
-                self.shape.take(event)?;
-                self.usage = Some((prompt_tokens, completion_tokens));
-            }
-            Event::Done => self.done = true,
-            Event::Error(data) if sse::is_typed(data) => {
-                return Err(Failure::new(ERROR_EVENT, lossy(data)));
-            }
-            Event::Error(data) => return Err(Failure::new("error without a type", lossy(data))),
-            Event::Comment => {}
-            Event::Unknown => return Err(Failure::new("garbage", lossy(event))),
         }
-        Ok(())
+        reader.end(lane)
+    }
+
+    /// The connection of its group, which is opened if there is none.
+    async fn connection(&self, lane: &Lane) -> Result<http2::SendRequest<Full<Bytes>>, Failure> {
+        let slot = Rc::clone(lane.http2.borrow_mut().entry(self.group).or_default());
+        let mut slot = slot.lock().await;
+        if let Some(open) = slot.as_ref().filter(|open| !open.sender.is_closed()) {
+            return Ok(open.sender.clone());
+        }
+        let stream = Stream::open(lane).await?;
+        let (sender, driver) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(WINDOW_BYTES)
+            .initial_connection_window_size(WINDOW_BYTES)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| Failure::new("connect", with_source(&e)))?;
+        let mut connection = JoinSet::new();
+        connection.spawn(async move {
+            // What breaks the connection is seen by the requests on it.
+            driver.await.unwrap_or_default();
+        });
+        *slot = Some(Http2 { sender: sender.clone(), _connection: connection });
+        Ok(sender)
     }
 }
 
-/// Checks the ids that an event tells.
-fn check_ids(event: &[u8], checker: &mut Checker) -> Result<(), Failure> {
-    if let Some(prompt) = sse::numbers_after(event, b"\"prompt_token_ids\":") {
-        checker.prompt_ids(&prompt)?;
-    }
-    match sse::numbers_after(event, b"\"token_ids\":") {
-        Some(ids) => Ok(checker.ids(&ids)?),
-        None => Ok(()),
+/// An error with what is behind it: hyper says the better part there.
+fn with_source(error: &hyper::Error) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
     }
 }
 
-/// A list of ids in a body.
-fn ids(value: &Value) -> Vec<u32> {
-    let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
-    value.as_array().map(|ids| ids.iter().filter_map(id).collect()).unwrap_or_default()
-}
+impl Reader {
+    fn new(status: u16, lane: &Lane, began: Began, checker: Checker) -> Self {
+        let options = &lane.plan.options;
+        match status {
+            200..300 if options.unary => Self::Whole(Vec::new(), Box::new(checker)),
+            200..300 => Self::Stream(Box::new(Answer::new(began, checker, options.token_ids))),
+            _ => Self::Refusal(status, Vec::new()),
+        }
+    }
 
-fn lossy(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(&bytes[..bytes.len().min(MAX_EXAMPLE)]).into_owned()
+    fn take(&mut self, bytes: &[u8], now_ns: u64, lane: &Lane) -> Result<(), Failure> {
+        let mut stats = lane.stats.borrow_mut();
+        match self {
+            Self::Stream(answer) => answer.take(bytes, now_ns, &mut stats),
+            Self::Whole(body, _) | Self::Refusal(_, body) => {
+                stats.read(now_ns, bytes.len(), 0);
+                body.extend_from_slice(bytes);
+                let endless = body.len() > MAX_BODY_BYTES;
+                if endless { Err(Failure::new("garbage", "an endless body")) } else { Ok(()) }
+            }
+        }
+    }
+
+    /// The text of a right answer, if it was kept.
+    fn end(self, lane: &Lane) -> Result<Option<String>, Failure> {
+        match self {
+            Self::Stream(answer) => answer.end(),
+            Self::Whole(body, checker) => check_whole(&body, *checker, lane.plan.options.token_ids),
+            Self::Refusal(status, body) => Err(Failure::new(&format!("status {status}"), lossy(&body))),
+        }
+    }
 }

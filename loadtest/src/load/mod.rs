@@ -1,40 +1,140 @@
-//! The load generator: many concurrent streams, every token of each verified.
+//! The load generator: many concurrent requests, every token of each verified.
 //!
-//! Closed loop: `streams` workers, each with one connection and one request at a time. A worker knows from its request
-//! what the engine must say ([`crate::engine::generation`]) and compares as the bytes come; a stream counts as good only
-//! if every token was right, the finish reason and the usage are right, it was one stream from its first event to its last,
-//! and ended as it should; so a stream that a gateway continued on another engine must look like any other. Pacing is the
-//! engine's. One thread: two thousand streams cost it less than they cost what they pass through.
+//! A client knows from its request what the engine must say ([`crate::engine::generation`]) and compares as the bytes come; a
+//! stream counts as good only if every token was right, the finish reason and the usage are right, it was one stream from its
+//! first event to its last, and ended as it should; so a stream that a gateway continued on another engine must look like any
+//! other. Pacing is the engine's.
 //!
-//! `client` talks, [`sse`], [`shape`] and [`verify`] are pure, `report` counts. Absent for now: open-loop arrivals, length
-//! distributions, shared prefixes, turns.
+//! **Closed loop**: so many streams, each of which asks again when it was answered. **Open loop**: requests, or sessions of
+//! several turns, arrive when they arrive ([`arrivals`]), whatever the server does. One for which there is no place waits, and
+//! its times count from when it should have been sent: a server that stalls cannot hide it by being asked less (coordinated
+//! omission). The times from when it was sent stand beside them. What cannot even wait is counted.
+//!
+//! **Cheap**, as it shares its processors with what it measures: a thread of its own for all streams, one read and one
+//! comparison with the one right text for an event ([`sse`], `pattern`, `http1`), counts without locks, no timer for an event.
+//! The engine simulator's `--sim-stamp` tells when an event was written, by the clock that all processes share: the one-way
+//! latency is the difference.
+//!
+//! [`run`] and [`run_with`] are the library; the command is [`main`]. `lane` is a thread, `client` asks, `connection` reads and
+//! writes, `answer` checks, `stats` counts, `report`, `html` and `progress` tell. Pure: [`arrivals`], [`lengths`], [`trace`],
+//! `prompts`, `http1`, `pattern`, [`sse`], [`shape`], [`verify`], `stats`.
 
+mod answer;
+pub mod arrivals;
 mod client;
+mod connection;
+mod html;
+mod http1;
+mod lane;
+pub mod lengths;
 mod options;
+mod pattern;
+mod progress;
+mod prompts;
 mod report;
 pub mod shape;
 pub mod sse;
+mod stats;
+mod target;
+mod tls;
+pub mod trace;
 pub mod verify;
 
 use std::{
     ffi::OsString,
     io::Write,
+    net::SocketAddr,
     process::ExitCode,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use clap::Parser;
+use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
 use tokio::task::JoinSet;
+use tokio_rustls::TlsConnector;
+use tokio_util::sync::CancellationToken;
 
-use self::{client::Worker, report::Stats};
 pub use self::{
-    options::{BadUrl, Options, Target},
-    report::{ERROR_EVENT, Quantiles, Report},
+    answer::ERROR_EVENT,
+    arrivals::Arrivals,
+    options::Options,
+    report::{Report, Window},
+    stats::{Counts, Failed, Quantiles},
+    target::{BadUrl, Target},
 };
+use self::{
+    lane::Shared,
+    prompts::Traffic,
+    stats::{Span, Stats, ns},
+    trace::{BadTrace, Trace},
+};
+use crate::clock::now_ns;
+
+/// Files that are open beside the connections.
+const OTHER_FILES: u64 = 200;
+
+/// Why a run cannot begin. All that goes wrong later is counted in the report.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// `--url`.
+    #[error(transparent)]
+    Url(#[from] BadUrl),
+    /// The host of `--url` has no address.
+    #[error("--url: {host}: {why}")]
+    Host {
+        /// Its name.
+        host: String,
+        /// What the resolver said.
+        why: String,
+    },
+    /// `--trace` cannot be read.
+    #[error("--trace {file}: {why}")]
+    TraceFile {
+        /// The file.
+        file: String,
+        /// Why not.
+        why: std::io::Error,
+    },
+    /// `--trace` is wrong.
+    #[error("--trace {file}: {why}")]
+    Trace {
+        /// The file.
+        file: String,
+        /// Where and why.
+        why: BadTrace,
+    },
+    /// Options that do not go together.
+    #[error("{0}")]
+    Options(String),
+    /// A thread.
+    #[error("{0}")]
+    Thread(String),
+}
+
+/// A moment of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mark {
+    /// What follows is measured.
+    Began,
+    /// Nothing that follows is.
+    Ended,
+}
+
+/// All that the threads of a run have to know.
+struct Plan {
+    options: Options,
+    target: Target,
+    addresses: Vec<SocketAddr>,
+    tls: Option<TlsConnector>,
+    /// The head of every request, up to its length.
+    head: Vec<u8>,
+    traffic: Traffic,
+    start_ns: u64,
+    /// Nothing is begun after it.
+    deadline_ns: u64,
+    span: Span,
+}
 
 /// Runs the command line `argv`, program name first: 0 all good, 1 something was wrong, 2 usage.
 pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -46,7 +146,7 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
             return if e.print().is_ok() { ExitCode::from(code) } else { ExitCode::FAILURE };
         }
     };
-    let json = options.json;
+    let (json, markdown, html) = (options.json, options.markdown, options.html.clone());
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
@@ -54,56 +154,168 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let report = match runtime.block_on(run(options)) {
+    let report = match runtime.block_on(load(options, |_| (), progress::show)) {
         Ok(report) => report,
         Err(e) => {
             say(&e.to_string());
             return ExitCode::from(2);
         }
     };
-    let text = if json { report.json() + "\n" } else { report.table() };
+    let text = match (json, markdown) {
+        (true, _) => report.json() + "\n",
+        (_, true) => report.markdown(),
+        _ => report.table(),
+    };
     let printed = std::io::stdout().lock().write_all(text.as_bytes()).is_ok();
+    if let Some(path) = html
+        && let Err(e) = std::fs::write(&path, html::page(&report))
+    {
+        say(&format!("--html {}: {e}", path.display()));
+        return ExitCode::FAILURE;
+    }
     if printed && report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// Runs the load and reports.
 ///
 /// # Errors
-/// [`BadUrl`] if `--url` is not one; everything that goes wrong later is counted in the report.
-pub async fn run(options: Options) -> Result<Report, BadUrl> {
-    let target = Target::parse(&options.url)?;
-    let options = Arc::new(options);
-    let stats = Arc::new(Mutex::new(Stats::new()));
-    let started = Instant::now();
-    let deadline = (options.duration_s > 0.0).then(|| started + Duration::from_secs_f64(options.duration_s));
-    let tickets = Arc::new(AtomicU64::new(options.requests_to_make()));
-    let mut workers = JoinSet::new();
-    for index in 0..options.streams {
-        let delay = Duration::from_millis(options.connect_ramp_ms)
-            / u32::try_from(options.streams).unwrap_or(u32::MAX)
-            * u32::try_from(index).unwrap_or(u32::MAX);
-        let (tickets, stats, options, target) =
-            (tickets.clone(), stats.clone(), options.clone(), target.clone());
-        workers.spawn(async move {
-            tokio::time::sleep_until((started + delay).into()).await;
-            let mut worker = Worker::new(target, options, index, stats);
-            while deadline.is_none_or(|d| Instant::now() < d) && take(&tickets) {
-                worker.request().await;
-            }
-        });
-    }
-    while let Some(ended) = workers.join_next().await {
-        if ended.is_err() {
-            stats.lock().unwrap_or_else(PoisonError::into_inner).fail("worker", "a worker panicked");
-        }
-    }
-    let stats = stats.lock().unwrap_or_else(PoisonError::into_inner);
-    Ok(Report::new(&options, &stats, started.elapsed()))
+/// [`LoadError`], if it cannot begin; everything that goes wrong later is counted in the report.
+pub async fn run(options: Options) -> Result<Report, LoadError> {
+    run_with(options, |_| ()).await
 }
 
-/// Takes one of the requests to make; false if none is left.
-fn take(tickets: &AtomicU64) -> bool {
-    tickets.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
+/// Runs the load and calls `at` when the measured part begins and ends, so that the caller can read what is used then.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_with(options: Options, at: impl FnMut(Mark)) -> Result<Report, LoadError> {
+    load(options, at, |_, _| None).await
+}
+
+async fn load(
+    options: Options,
+    at: impl FnMut(Mark),
+    show: impl FnOnce(&Options, &Arc<Shared>) -> Option<JoinSet<()>>,
+) -> Result<Report, LoadError> {
+    let plan = Arc::new(Plan::new(options).await?);
+    let most =
+        if plan.options.arrivals.is_closed() { plan.options.streams } else { plan.options.max_in_flight };
+    raise_file_limit(most + OTHER_FILES);
+    let shared = Arc::new(Shared::default());
+    shared.tickets.store(plan.options.requests_to_make(), Ordering::Relaxed);
+    let cpu_before = cpu_s();
+    // Dropped with this future, it ends the threads.
+    let stop = CancellationToken::new();
+    let _stop = stop.clone().drop_guard();
+    let mut threads = JoinSet::new();
+    for thread in 0..plan.options.threads {
+        let (plan, shared, stop) = (Arc::clone(&plan), Arc::clone(&shared), stop.clone());
+        threads.spawn_blocking(move || lane::run(&plan, &shared, thread, &stop));
+    }
+    let _shown = show(&plan.options, &shared);
+    let mut stats: Option<Stats> = None;
+    marked(plan.span, at, async {
+        while let Some(ended) = threads.join_next().await {
+            let counted = ended.map_err(|_| LoadError::Thread("a thread panicked".into()))?;
+            let counted = counted.map_err(LoadError::Thread)?;
+            match &mut stats {
+                None => stats = Some(counted),
+                Some(stats) => stats.add(&counted),
+            }
+        }
+        Ok::<(), LoadError>(())
+    })
+    .await?;
+    let stats = stats.ok_or_else(|| LoadError::Thread("no thread ran".into()))?;
+    Ok(Report::new(&plan, &stats, now_ns(), cpu_s() - cpu_before))
+}
+
+/// Waits for `work` and tells both ends of the measured part, each once.
+async fn marked<T>(span: Span, mut at: impl FnMut(Mark), work: impl Future<Output = T>) -> T {
+    let until = |at_ns: u64| tokio::time::sleep(Duration::from_nanos(at_ns.saturating_sub(now_ns())));
+    let mut work = std::pin::pin!(work);
+    for (mark, at_ns) in [(Mark::Began, span.from_ns), (Mark::Ended, span.to_ns)] {
+        let ended = tokio::select! {
+            ended = &mut work => Some(ended),
+            () = until(at_ns) => None,
+        };
+        at(mark);
+        if let Some(ended) = ended {
+            if mark == Mark::Began {
+                at(Mark::Ended);
+            }
+            return ended;
+        }
+    }
+    work.await
+}
+
+impl Plan {
+    async fn new(options: Options) -> Result<Self, LoadError> {
+        if let Some(why) = options.contradiction() {
+            return Err(LoadError::Options(why.into()));
+        }
+        let target = Target::parse(&options.url)?;
+        let tls = if target.tls { Some(tls::connector(&options).map_err(LoadError::Options)?) } else { None };
+        let failed = |why: String| LoadError::Host { host: target.authority.clone(), why };
+        let found = tokio::net::lookup_host(&target.authority).await.map_err(|e| failed(e.to_string()))?;
+        let addresses: Vec<SocketAddr> = found.collect();
+        if addresses.is_empty() {
+            return Err(failed("no address".into()));
+        }
+        let trace = match &options.trace {
+            None => Trace::default(),
+            Some(path) => {
+                let file = path.display().to_string();
+                let text = tokio::fs::read_to_string(path)
+                    .await
+                    .map_err(|why| LoadError::TraceFile { file: file.clone(), why })?;
+                Trace::parse(&text).map_err(|why| LoadError::Trace { file, why })?
+            }
+        };
+        let key = options.api_key.as_deref().map(|key| format!("authorization: Bearer {key}\r\n"));
+        if key.as_ref().is_some_and(|line| line.trim_end().contains(['\r', '\n'])) {
+            return Err(LoadError::Options("--api-key has a line break in it".into()));
+        }
+        let head = format!(
+            "POST {}/v1/chat/completions HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\n{}content-length: ",
+            target.base,
+            target.authority,
+            key.unwrap_or_default()
+        );
+        let start_ns = now_ns();
+        let after = |seconds: f64| start_ns.saturating_add(ns(Duration::from_secs_f64(seconds)));
+        let deadline_ns = if options.duration_s > 0.0 { after(options.duration_s) } else { u64::MAX };
+        Ok(Self {
+            traffic: Traffic::new(&options, trace),
+            span: Span { from_ns: after(options.warmup_s), to_ns: deadline_ns },
+            head: head.into_bytes(),
+            target,
+            addresses,
+            tls,
+            start_ns,
+            deadline_ns,
+            options,
+        })
+    }
+}
+
+/// Files and sockets that this process may have open: the usual limit of 1,024 is there for programs that use select().
+fn raise_file_limit(wanted: u64) {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    // Beyond the hard limit for those who may; up to it for everybody. What is missing is told by the connections.
+    for (soft_wanted, hard_wanted) in [(wanted, hard.max(wanted)), (wanted.min(hard), hard)] {
+        if soft >= soft_wanted || setrlimit(Resource::RLIMIT_NOFILE, soft_wanted, hard_wanted).is_ok() {
+            return;
+        }
+    }
+}
+
+/// CPU time of this process so far, s.
+fn cpu_s() -> f64 {
+    let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) else { return 0.0 };
+    let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    seconds(usage.user_time()) + seconds(usage.system_time())
 }
 
 fn say(line: &str) {

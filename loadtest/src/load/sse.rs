@@ -5,6 +5,8 @@
 
 use memchr::memmem;
 
+pub(super) use crate::engine::render::{STAMP, STAMP_DIGITS};
+
 /// Longest event; beyond it the stream is broken.
 const MAX_EVENT_BYTES: usize = 16 << 20;
 
@@ -35,16 +37,48 @@ impl Splitter {
     /// The next whole event without its end; comments are events too.
     pub fn next_event(&mut self) -> Option<&[u8]> {
         let rest = &self.buffer[self.taken..];
-        let end = memmem::find(rest, b"\n\n")?;
+        let end = end_of_event(rest)?;
         let from = self.taken;
         self.taken += end + 2;
         Some(&self.buffer[from..from + end])
+    }
+
+    /// Takes received bytes and gives `each` the whole events, which are not copied if they came whole.
+    ///
+    /// # Errors
+    /// [`TooLong`], or what `each` says.
+    pub fn split<E: From<TooLong>>(
+        &mut self,
+        bytes: &[u8],
+        mut each: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut rest = bytes;
+        if self.pending() == 0 {
+            while let Some(end) = end_of_event(rest) {
+                each(rest.get(..end).unwrap_or_default())?;
+                rest = rest.get(end + 2..).unwrap_or_default();
+            }
+            if rest.is_empty() {
+                return Ok(());
+            }
+        }
+        self.push(rest)?;
+        while let Some(event) = self.next_event() {
+            each(event)?;
+        }
+        Ok(())
     }
 
     /// Bytes of an event that has not ended.
     pub fn pending(&self) -> usize {
         self.buffer.len() - self.taken
     }
+}
+
+/// Where the event that begins `bytes` ends: at its empty line.
+fn end_of_event(bytes: &[u8]) -> Option<usize> {
+    // There is seldom a line feed before it.
+    memchr::memchr_iter(b'\n', bytes).find(|at| bytes.get(at + 1) == Some(&b'\n'))
 }
 
 /// What one event of a chat stream says.
@@ -200,6 +234,16 @@ mod tests {
                 while let Some(event) = splitter.next_event() {
                     seen.push(String::from_utf8(event.to_vec()).unwrap());
                 }
+            }
+            prop_assert_eq!(splitter.pending(), 0);
+            prop_assert_eq!(&seen, &events);
+            let mut seen = Vec::new();
+            for chunk in bytes.chunks(cut) {
+                let each = |event: &[u8]| -> Result<(), TooLong> {
+                    seen.push(String::from_utf8(event.to_vec()).unwrap());
+                    Ok(())
+                };
+                splitter.split(chunk, each).unwrap();
             }
             prop_assert_eq!(splitter.pending(), 0);
             prop_assert_eq!(seen, events);

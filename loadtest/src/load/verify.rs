@@ -2,6 +2,7 @@
 
 use crate::engine::{
     generation::{Generation, Limits},
+    render::push_escaped,
     template::{Ending, Message, render},
     tokens::Prefix,
 };
@@ -67,6 +68,10 @@ pub struct Checker {
     prompt_tokens: u64,
     /// Text that must come next.
     expected: String,
+    /// The same as it is written in JSON, for a while.
+    escaped: Vec<u8>,
+    /// What was right so far, if it is to be kept.
+    said: Option<String>,
     prompt: Vec<u32>,
     /// The same answer again, followed by its ids.
     by_ids: Generation,
@@ -85,8 +90,43 @@ impl Checker {
             generation,
             wanted,
             expected: String::new(),
+            escaped: Vec::new(),
+            said: None,
             prompt,
         }
+    }
+
+    /// Keeps the text of the answer, for [`Checker::said`]; to be called before any came.
+    pub fn keep_text(&mut self) {
+        self.said = Some(String::new());
+    }
+
+    /// Forgets the prompt's ids, which a stream without ids does not need.
+    pub fn forget_ids(&mut self) {
+        self.prompt = Vec::new();
+    }
+
+    /// The text of the answer so far, if it was kept.
+    pub fn said(&mut self) -> Option<String> {
+        self.said.take()
+    }
+
+    /// Takes the text of an event, as it is written in JSON, if it is that of exactly one more token. If it is not, nothing
+    /// was taken, and [`Checker::text`] says what is wrong, if anything is.
+    pub fn one_token(&mut self, inside: &[u8]) -> bool {
+        if self.expected.is_empty() && self.generation.step(&mut self.expected).is_none() {
+            return false;
+        }
+        self.escaped.clear();
+        push_escaped(&mut self.escaped, &self.expected);
+        let right = self.escaped == inside;
+        if right {
+            if let Some(said) = &mut self.said {
+                said.push_str(&self.expected);
+            }
+            self.expected.clear();
+        }
+        right
     }
 
     /// Takes the prompt's ids as they came.
@@ -133,6 +173,9 @@ impl Checker {
             return Err(Wrong::Text { tokens, expected: self.expected.clone(), got: got.to_string() });
         }
         self.expected.drain(..got.len());
+        if let Some(said) = &mut self.said {
+            said.push_str(got);
+        }
         Ok(())
     }
 
@@ -187,6 +230,33 @@ mod tests {
         for tokens in 1..200 {
             assert_eq!(check(&answer(tokens), tokens), Ok(()), "{tokens}");
         }
+    }
+
+    #[test]
+    fn token_by_token_the_answer_is_the_same_and_is_kept() {
+        let mut checker = Checker::chat(&messages(), 60);
+        checker.keep_text();
+        let mut one = Generation::new(
+            Prefix::of(&render(&messages(), Ending::Answer)),
+            0,
+            Limits { max_tokens: 60, ..Limits::default() },
+        );
+        for at in 0..60 {
+            let (mut text, mut inside) = (String::new(), Vec::new());
+            one.step(&mut text).unwrap();
+            push_escaped(&mut inside, &text);
+            if at % 3 == 1 {
+                assert!(!checker.one_token(b"nonsense"));
+                // An event without text, before a character is whole, says nothing.
+                checker.text(&text).unwrap();
+            } else {
+                assert!(checker.one_token(&inside), "{at} {text:?}");
+            }
+        }
+        assert!(!checker.one_token(b""), "there are no more");
+        let prompt = checker.prompt_tokens;
+        assert_eq!(checker.end(Some("length"), Some((prompt, 60))), Ok(()));
+        assert_eq!(checker.said(), Some(answer(60)));
     }
 
     #[test]

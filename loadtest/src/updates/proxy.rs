@@ -12,15 +12,13 @@ use std::{
 use serde::Deserialize;
 use tempfile::TempDir;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
     process::{Child, Command},
     task::JoinHandle,
     time::{sleep, timeout},
 };
 
 use super::ads::Log;
-use crate::usage;
+use crate::{ask, usage};
 
 /// How long it may take to start, to use what it was told, and to stop.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -156,17 +154,8 @@ impl Proxy {
 
 /// The revision that the proxy at `private` says it uses.
 async fn revision(private: SocketAddr) -> Result<u64, String> {
-    let asked = async {
-        let mut stream = TcpStream::connect(private).await?;
-        stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: p\r\nconnection: close\r\n\r\n").await?;
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).await?;
-        std::io::Result::Ok(answer)
-    };
-    let answer = timeout(PATIENCE, asked).await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
-    let text = String::from_utf8_lossy(&answer);
-    let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-    let ready: Readyz = serde_json::from_str(body).map_err(|e| format!("/readyz: {e}"))?;
+    let ready: Readyz =
+        serde_json::from_value(ask::json(private, "/readyz").await?).map_err(|e| format!("/readyz: {e}"))?;
     let (_, revision) = ready.snapshot_version.split_once('.').ok_or("/readyz: no version")?;
     revision.parse().map_err(|_| "/readyz: no revision".to_owned())
 }

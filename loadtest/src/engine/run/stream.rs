@@ -118,6 +118,10 @@ impl Run<'_> {
         };
         let token =
             Token { choice, id: Some(step.id), text: &self.text, finish: step.finish.as_ref(), usage };
+        let every = self.engine.options.sim.stamp;
+        if every > 0 && self.sent.is_multiple_of(every) {
+            frame.stamp_next();
+        }
         self.render.token(frame, &token);
         if step.finish.is_some() {
             one.end();
@@ -131,6 +135,7 @@ impl Run<'_> {
         if frame.out.is_empty() {
             return Ok(());
         }
+        frame.fill_stamps(crate::clock::now_ns);
         std::mem::swap(&mut frame.out, &mut self.conn.out);
         self.conn.flush().await
     }

@@ -1,0 +1,11 @@
+//! `penstock-relay`: see [`penstock_loadtest::relay`].
+
+use std::process::ExitCode;
+
+/// As in the other binaries.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+fn main() -> ExitCode {
+    penstock_loadtest::relay::main(std::env::args_os())
+}
