@@ -29,9 +29,8 @@ pub(super) fn text(name: &str, once: &[String], twice: &[String], units: u64) ->
     }
     let units = units.max(1) as f64;
     let mut text = format!("{name}: instructions of one more, by function\n");
-    let kinds: [(&str, fn(&Cost) -> f64); 2] =
-        [("itself", |cost| cost.own), ("with all that it calls", |cost| cost.whole)];
-    for (kind, of) in kinds {
+    for (kind, is_own) in [("itself", true), ("with all that it calls", false)] {
+        let of = |cost: &Cost| if is_own { cost.own } else { cost.whole };
         let mut sorted: Vec<(&str, f64)> =
             costs.iter().map(|(function, cost)| (function.as_str(), of(cost) / units)).collect();
         sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(b.0)));
