@@ -10,8 +10,8 @@ use super::{
     valgrind::{self, Dump},
 };
 
-/// Nothing in there depends on time or chance.
-const TOLERANCE_PERCENT: f64 = 2.0;
+/// Nothing in there depends on time; what an allocation costs depends on those before it.
+const TOLERANCE_PERCENT: f64 = 3.0;
 
 /// One of them, as the program lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -32,7 +32,7 @@ pub(super) struct Pins {
 
 /// What the file begins with.
 const HEAD: &str = "\
-# What the proxy's hot path costs, in instructions, as `make count` has counted it; docs/benchmarks.md explains it.
+# What the proxy's hot path costs, in instructions, as `make count` has counted it; docs/instructions.md explains it.
 # Written by `make count ARGS=--pin`; only the tolerances are to be edited by hand.
 
 ";

@@ -124,7 +124,7 @@ const CELLS: &[Cell] = &[
         tokens: 300,
         prompt_bytes: 1_000,
         more: More::Tokens,
-        tolerance_percent: 5.0,
+        tolerance_percent: 12.0,
     },
 ];
 
