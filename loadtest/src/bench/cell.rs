@@ -152,8 +152,8 @@ impl Cell {
             tls_h2: None,
         };
         let paced = |streams: u32, rate: f64| {
-            // Two thousand a second: more are a test of something else.
-            let ramp_s = f64::from(streams) / 2_000.0;
+            // Fifteen hundred a second: more are a test of something else.
+            let ramp_s = f64::from(streams) / 1_500.0;
             let life_s = ramp_s + SETTLE_S + seconds + TAIL_S;
             Shape {
                 // Whole, and positive.
@@ -206,6 +206,14 @@ impl Shape {
         ]
     }
 
+    /// Events a second, if engines are to keep a pace.
+    pub(super) fn wanted_per_s(&self) -> Option<f64> {
+        match self.pace {
+            Pace::PerSecond(rate) => Some(rate * f64::from(self.streams)),
+            Pace::Full | Pace::Pause(_) => None,
+        }
+    }
+
     /// Seconds from the start that the generator leaves out of its times.
     pub(super) fn warmup_s(&self) -> f64 {
         self.window_s.0.min(self.duration_s.map_or(f64::MAX, |duration_s| duration_s / 2.0))
@@ -252,8 +260,11 @@ mod tests {
     #[test]
     fn the_figures_of_the_issue() {
         let paced = Cell::Paced.shape(Peer::Nginx, WHOLE);
-        assert_eq!((paced.streams, paced.pace, paced.tokens), (1_000, Pace::PerSecond(40.0), 260));
-        assert_eq!(paced.engine_flags()[0], "--sim-itl-ms=25");
+        assert_eq!((paced.streams, paced.pace, paced.tokens), (1_000, Pace::PerSecond(40.0), 267));
+        assert_eq!(
+            (paced.engine_flags()[0].as_str(), paced.wanted_per_s()),
+            ("--sim-itl-ms=25", Some(40_000.0))
+        );
         assert_eq!(Cell::Paced10k.shape(Peer::Envoy, WHOLE).streams, 10_000);
         assert_eq!(Cell::Paced10k.shape(Peer::Envoy, Scale { most_streams: 9_700, ..WHOLE }).streams, 9_700);
         assert_eq!(Cell::Paced.shape(Peer::Litellm, WHOLE).streams, 50);

@@ -143,7 +143,7 @@ mod tests {
         assert_eq!(all.iter().map(|one| one.streams).collect::<Vec<_>>(), [251, 251, 250, 250]);
         assert_eq!(all.iter().map(|one| one.seed).collect::<Vec<_>>(), [0, 1, 2, 3]);
         let one = options(&shape, &target(&["http://a:1"]));
-        assert_eq!((one[0].streams, one[0].connect_ramp_ms, one[0].duration_s), (1_002, 501, 0.0));
+        assert_eq!((one[0].streams, one[0].connect_ramp_ms, one[0].duration_s), (1_002, 668, 0.0));
         assert_eq!(one[0].api_key.as_deref(), Some("k"));
     }
 
