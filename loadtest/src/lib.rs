@@ -9,6 +9,7 @@
 //! - [`resume`]: a benchmark of what it costs a proxy to be ready to continue streams.
 //! - [`relay`]: a raw TCP relay, the floor that gateways are compared with.
 //! - [`bench`]: a benchmark of Penstock and its peers side by side.
+//! - [`instructions`]: how many instructions an event and a request cost the proxy, compared with what they did.
 //!
 //! The first two meet in [`engine::tokens`] and [`engine::generation`] only: what the engine will answer can be computed by
 //! anyone who has the request, so a lost, doubled, reordered or foreign token is found by comparison, not by trust.
@@ -18,6 +19,7 @@ pub mod bench;
 mod clock;
 pub mod engine;
 pub mod fanout;
+pub mod instructions;
 mod limits;
 pub mod load;
 pub mod relay;

@@ -11,7 +11,7 @@
 //! 5. [`endpoints`]: one immutable snapshot says where the model can go; [`routing::resolve`] in which order: the targets of
 //!    its route, then its fallbacks.
 //! 6. [`routing`] picks an endpoint by its policy and reserves a place: the ticket, held to the end of the answer.
-//! 7. [`upstream::client`] connects, sends, and waits for the answer's beginning. A failure here is invisible to the
+//! 7. [`upstream::client`] connects, sends, and waits for the answer's beginning ([`upstream::connection`] speaks HTTP). A failure here is invisible to the
 //!    client: [`health`] hears of it, [`upstream::retry`] decides, and 6 comes again.
 //! 8. [`streaming::relay`] hands the answer on, event by event, watching for a client that leaves.
 //!    An engine that is lost in the middle costs the client nothing where [`resume`] knows how another can go on.

@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, unreachable_pub)] // test code; the properties are public to the fuzz targets
 
+#[path = "../../fuzz/properties/answers.rs"]
+mod answers;
 #[path = "../../fuzz/properties/events.rs"]
 mod events;
 #[path = "../../fuzz/properties/request.rs"]
@@ -41,6 +43,11 @@ fn request_bodies() {
 #[test]
 fn event_streams() {
     replay("events", events::check);
+}
+
+#[test]
+fn answers_of_engines() {
+    replay("answers", answers::check);
 }
 
 #[test]

@@ -51,6 +51,19 @@ async fn the_engine_gets_the_clients_body_byte_for_byte_and_none_of_its_secrets(
 }
 
 #[tokio::test]
+async fn engines_that_all_failed_a_request_are_asked_once_more_a_little_later() {
+    let broken = |n: usize| match n {
+        0 => vec![Step::Send(json_answer("500 Internal Server Error", "{}").into())],
+        _ => vec![Step::Send(sse(&["hello"]).into())],
+    };
+    let (a, b) = (Engine::start(broken).await, Engine::start(broken).await);
+    let proxy = Proxy::start(ProxyConfig::default(), &[a.address, b.address]);
+    let answer = proxy.exchange(&post(CHAT, &chat(true))).await;
+    assert!(answer.contains("[DONE]"), "{answer}");
+    assert_eq!(a.served() + b.served(), 3, "each once, and one of them again");
+}
+
+#[tokio::test]
 async fn a_dead_engine_costs_nobody_a_request() {
     let alive = Engine::answering(sse(&["hello"])).await;
     let proxy = Proxy::start(ProxyConfig::default(), &[nobody().await, alive.address]);

@@ -1,6 +1,7 @@
 //! The proxy under test: a process of its own, looked at through /proc and its private port.
 
 use std::{
+    ffi::OsString,
     net::SocketAddr,
     path::Path,
     process::Stdio,
@@ -49,9 +50,22 @@ impl Proxy {
         ads: SocketAddr,
         settings: &[(&str, &str)],
     ) -> Result<Self, String> {
+        Self::start_under(&[], program, ads, settings).await
+    }
+
+    /// [`Self::start`] with another program and its flags in front: one that becomes the proxy, as valgrind does.
+    pub(crate) async fn start_under(
+        under: &[OsString],
+        program: &Path,
+        ads: SocketAddr,
+        settings: &[(&str, &str)],
+    ) -> Result<Self, String> {
         let folder = tempfile::tempdir().map_err(|e| format!("cannot make a folder: {e}"))?;
         let announce = folder.path().join("announce.json");
-        let child = Command::new(program)
+        let mut words = under.iter().map(OsString::as_os_str).chain([program.as_os_str()]);
+        let first = words.next().unwrap_or(program.as_os_str());
+        let child = Command::new(first)
+            .args(words)
             .args(["--listen", "127.0.0.1:0", "--private-listen", "127.0.0.1:0", "--log-level", "warn"])
             .arg("--controlplane")
             .arg(format!("http://{ads}"))
@@ -64,7 +78,7 @@ impl Proxy {
             .stdout(Stdio::null())
             .kill_on_drop(true)
             .spawn()
-            .map_err(|e| format!("cannot start {}: {e}", program.display()))?;
+            .map_err(|e| format!("cannot start {}: {e}", first.display()))?;
         let pid = child.id().ok_or("the proxy has ended at once")?;
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -110,6 +124,11 @@ impl Proxy {
                 sleep(Duration::from_millis(10)).await;
             }
         })
+    }
+
+    /// Its process id.
+    pub(crate) const fn pid(&self) -> u32 {
+        self.pid
     }
 
     /// CPU time it has used.

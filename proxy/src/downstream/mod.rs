@@ -2,6 +2,7 @@
 //! that it left.
 
 pub mod body;
+pub mod direct;
 pub mod peer;
 pub mod respond;
 

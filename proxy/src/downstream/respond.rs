@@ -1,14 +1,18 @@
 //! Answers that the gateway itself writes: errors, lists of models, and whole answers of engines.
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use penstock_config::proxy::LimitsConfig;
 use pingora_core::protocols::http::ServerSession;
-use pingora_error::Result;
+use pingora_error::{ErrorType::InvalidHTTPHeader, OrErr, Result};
 use pingora_http::ResponseHeader;
 
 use super::body;
-use crate::{error::GatewayError, openai::ErrorShape, upstream::headers::named_by_connection};
+use crate::{
+    error::GatewayError,
+    openai::ErrorShape,
+    upstream::{connection::head::Head, headers::named_by_connection},
+};
 
 /// The header that names a request; the same id is in our logs and goes to the engine. It is ours: two clients may choose
 /// the same name, and an engine that gets a name twice mixes up two requests.
@@ -50,7 +54,7 @@ pub async fn whole(
     request_id: &str,
     body: Bytes,
 ) -> Result<()> {
-    let mut head = ResponseHeader::build(status, Some(6))?;
+    let mut head = ResponseHeader::build_no_case(status, Some(6))?;
     head.insert_header(header::CONTENT_TYPE, content_type)?;
     head.insert_header(REQUEST_ID, request_id)?;
     whole_with_head(session, head, body).await
@@ -61,7 +65,7 @@ pub async fn whole(
 /// # Errors
 /// The client could not be written to.
 pub async fn options(session: &mut ServerSession, allow: &'static str, request_id: &str) -> Result<()> {
-    let mut head = ResponseHeader::build(StatusCode::NO_CONTENT, Some(4))?;
+    let mut head = ResponseHeader::build_no_case(StatusCode::NO_CONTENT, Some(4))?;
     head.insert_header(header::ALLOW, allow)?;
     head.insert_header(REQUEST_ID, request_id)?;
     echo_client_id(session, &mut head)?;
@@ -142,7 +146,7 @@ fn error_body(error: &GatewayError, shape: ErrorShape) -> Bytes {
 }
 
 fn error_head(error: &GatewayError, request_id: &str) -> Result<ResponseHeader> {
-    let mut head = ResponseHeader::build(error.status(), Some(8))?;
+    let mut head = ResponseHeader::build_no_case(error.status(), Some(8))?;
     head.insert_header(header::CONTENT_TYPE, "application/json")?;
     head.insert_header(REQUEST_ID, request_id)?;
     if let Some(seconds) = error.retry_after_s() {
@@ -189,14 +193,16 @@ const NOT_FORWARDED: &[&str] = &[
 ///
 /// # Errors
 /// A header that cannot be written; not to be expected of one that was read.
-pub fn head_from_engine(engine: &ResponseHeader, request_id: &str) -> Result<ResponseHeader> {
-    let mut head = ResponseHeader::build(engine.status, Some(engine.headers.len() + 4))?;
-    let named = named_by_connection(&engine.headers);
-    for (name, value) in &engine.headers {
+pub fn head_from_engine(engine: Head<'_>, request_id: &str) -> Result<ResponseHeader> {
+    let mut head = ResponseHeader::build_no_case(engine.status, Some(engine.fields.len() + 4))?;
+    let named = named_by_connection(engine.values("connection"));
+    for field in engine.fields {
         let stays =
             |name: &str| NOT_FORWARDED.contains(&name) || named.iter().any(|n| n.eq_ignore_ascii_case(name));
+        let name = HeaderName::from_bytes(field.name.as_bytes()).or_err(InvalidHTTPHeader, "a name")?;
         if !stays(name.as_str()) {
-            head.append_header(name.clone(), value.clone())?;
+            let value = HeaderValue::from_bytes(field.value).or_err(InvalidHTTPHeader, "a value")?;
+            head.append_header(name, value)?;
         }
     }
     if engine.status == StatusCode::SWITCHING_PROTOCOLS {
@@ -236,28 +242,28 @@ pub fn is_event_stream(head: &ResponseHeader) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::upstream::connection::head;
 
     #[test]
     fn what_belongs_to_the_engines_connection_stays_there() {
-        let mut engine = ResponseHeader::build(200, None).expect("a head");
-        for (name, value) in [
-            ("connection", "close, X-Inside"),
-            ("x-inside", "1"),
-            ("keep-alive", "timeout=5"),
-            ("transfer-encoding", "chunked"),
-            ("content-length", "3"),
-            ("server", "uvicorn"),
-            ("x-request-id", "theirs"),
-            ("endpoint-load-metrics", "TEXT x=1"),
-            ("set-cookie", "a=1"),
-            ("upgrade", "h2c"),
-            ("content-type", "application/json"),
-            ("x-kept", "1"),
-            ("x-kept", "2"),
-        ] {
-            engine.append_header(name, value).expect("a header");
-        }
-        let head = head_from_engine(&engine, "ours").expect("a head");
+        let engine = "HTTP/1.1 200 OK\r\n\
+            connection: close, X-Inside\r\n\
+            x-inside: 1\r\n\
+            keep-alive: timeout=5\r\n\
+            transfer-encoding: chunked\r\n\
+            server: uvicorn\r\n\
+            x-request-id: theirs\r\n\
+            endpoint-load-metrics: TEXT x=1\r\n\
+            set-cookie: a=1\r\n\
+            upgrade: h2c\r\n\
+            Content-Type: application/json\r\n\
+            x-kept: 1\r\n\
+            x-kept: 2\r\n\
+            \r\n";
+        let parsed = head::parse(engine.as_bytes(), |head| {
+            head_from_engine(head, "ours").map_err(|_| head::BadHead::Field)
+        });
+        let (_, head) = parsed.expect("good").expect("whole");
         let mut lines: Vec<_> =
             head.headers.iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap_or("?"))).collect();
         lines.sort_unstable();

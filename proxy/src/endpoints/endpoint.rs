@@ -14,8 +14,6 @@ use std::{
     time::Duration,
 };
 
-use penstock_config::proxy::UpstreamConfig;
-use pingora_core::upstreams::peer::HttpPeer;
 use tokio::time::Instant;
 
 use super::{
@@ -51,8 +49,8 @@ pub struct Endpoint {
     pub adapters: BTreeSet<String>,
     /// Of a full share of requests, 1 to 100.
     pub weight_percent: u32,
-    /// Prebuilt: a pool key that never varies, so that connections are reused.
-    pub peer: HttpPeer,
+    /// Where it listens.
+    pub resolved: SocketAddr,
     pub(super) live: Arc<Live>,
     /// What it was made from: the same again needs no work.
     pub(super) told: Arc<Told>,
@@ -90,13 +88,8 @@ impl Endpoint {
         address: &str,
         resolved: SocketAddr,
         generation: u64,
-        config: &UpstreamConfig,
         live: Arc<Live>,
     ) -> Self {
-        let mut peer = HttpPeer::new(resolved, false, String::new());
-        peer.options.connection_timeout = Some(Duration::from_millis(config.connect_ms));
-        peer.options.total_connection_timeout = Some(Duration::from_millis(config.connect_ms));
-        peer.options.idle_timeout = Some(Duration::from_millis(config.keepalive_ms));
         Self {
             id: id.into(),
             address: address.to_owned(),
@@ -105,7 +98,7 @@ impl Endpoint {
             zone: String::new(),
             adapters: BTreeSet::new(),
             weight_percent: 100,
-            peer,
+            resolved,
             live,
             told: Arc::default(),
         }
@@ -310,7 +303,7 @@ pub(crate) mod tests {
     /// An endpoint for tests of picks.
     pub(crate) fn endpoint(id: &str) -> Arc<Endpoint> {
         let resolved = SocketAddr::from(([127, 0, 0, 1], 9));
-        Arc::new(Endpoint::new(id, "127.0.0.1:9", resolved, 1, &UpstreamConfig::default(), Arc::default()))
+        Arc::new(Endpoint::new(id, "127.0.0.1:9", resolved, 1, Arc::default()))
     }
 
     #[test]

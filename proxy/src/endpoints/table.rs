@@ -295,8 +295,7 @@ impl EndpointTable {
             .unwrap_or_default();
         live.note_drain(wire.drain_ms);
         self.departures.order(&live, Order::of(wire.departure.as_ref()), now.into());
-        let mut endpoint =
-            Endpoint::new(&wire.id, &wire.address, resolved, wire.generation, &self.upstream, live);
+        let mut endpoint = Endpoint::new(&wire.id, &wire.address, resolved, wire.generation, live);
         endpoint.draining = draining;
         endpoint.adapters = wire.adapters.iter().cloned().collect();
         endpoint.weight_percent = wire.weight_percent.unwrap_or(100).clamp(1, 100);

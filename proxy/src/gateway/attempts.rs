@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{Done, Gateway};
 use crate::{
-    admission::queue::{Freed, Full, Number, Waiting},
+    admission::queue::{Freed, Full, Number, WaitQueue, Waiting},
     downstream::{self, respond},
     endpoints::{Endpoint, Pool, Ticket, table::Target},
     error::{GatewayError, UpstreamFailure},
@@ -241,7 +241,11 @@ impl Gateway {
     }
 
     /// Does nothing for so long, as long as anybody still wants the answer.
-    pub(super) async fn pause(&self, session: &mut ServerSession, length: Duration) -> Result<(), GatewayError> {
+    pub(super) async fn pause(
+        &self,
+        session: &mut ServerSession,
+        length: Duration,
+    ) -> Result<(), GatewayError> {
         tokio::select! {
             () = tokio::time::sleep(length) => Ok(()),
             () = downstream::gone(session) => Err(GatewayError::ClientGone),
@@ -266,6 +270,17 @@ impl Gateway {
                 picked => return Ok(picked),
             }
         }
+        Box::pin(self.wait_for_place(session, search, &queue, asleep, waits)).await
+    }
+
+    async fn wait_for_place(
+        &self,
+        session: &mut ServerSession,
+        search: &mut Search<'_>,
+        queue: &Arc<WaitQueue>,
+        asleep: bool,
+        waits: bool,
+    ) -> Result<Result<Place, Unpicked>, GatewayError> {
         search.forgive_busy();
         let now_ms = self.now_ms();
         if asleep {
@@ -365,10 +380,10 @@ impl Gateway {
                 }
                 self.write_whole(session, record, *whole).await
             }
-            Answer::Open(open) => self.stream(session, record, *open, place, errand).await,
+            Answer::Open(open) => Box::pin(self.stream(session, record, *open, place, errand)).await,
             Answer::Upgraded(upgraded) => {
                 self.note_beginning(&place.ticket, StatusCode::OK, false);
-                self.upgrade(session, record, *upgraded, place).await
+                Box::pin(self.upgrade(session, record, *upgraded, place)).await
             }
         }
     }

@@ -23,7 +23,7 @@ use crate::{
     record::Record,
     resume::{Answers, Loss, NoPlan, Question, Refusal, tracker::Plan},
     routing::Unpicked,
-    streaming::relay::{Leg, Relay},
+    streaming::{leg::Leg, relay::Relay},
     upstream::{
         client::{Answer, Failed},
         request::EngineRequest,

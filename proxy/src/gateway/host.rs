@@ -115,7 +115,7 @@ impl Gateway {
             if error != GatewayError::ClientGone {
                 let id = record.request_id();
                 // Nobody may be there to read it.
-                drop(respond::last_words(&mut session, &error, ErrorShape::OpenAi, id).await);
+                drop(Box::pin(respond::last_words(&mut session, &error, ErrorShape::OpenAi, id)).await);
             }
             return None;
         }
@@ -132,13 +132,14 @@ impl Gateway {
         }
         let handled = self.handle(&mut session, &mut record, &host.peer).await;
         if let Ok(Done::Upgraded(tunnel)) = handled {
-            self.tunnel(session, &mut record, *tunnel).await;
+            Box::pin(self.tunnel(session, &mut record, *tunnel)).await;
             return None;
         }
         if let Err(error) = handled {
             record.failed(&error);
             let shape = record.shape();
-            respond::error(&mut session, &error, shape, record.request_id(), limits).await.ok()?;
+            let told = respond::error(&mut session, &error, shape, record.request_id(), limits);
+            Box::pin(told).await.ok()?;
             if matches!(error, GatewayError::ClientGone | GatewayError::ClientStalled) {
                 return None;
             }

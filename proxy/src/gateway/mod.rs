@@ -121,6 +121,11 @@ impl Gateway {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// Closes connections to engines that have not been used for a while.
+    pub fn sweep_connections(&self) {
+        self.engines.sweep();
+    }
+
     /// How much a client may send, and how slowly.
     pub fn limits(&self) -> &LimitsConfig {
         &self.config.limits
@@ -142,6 +147,9 @@ impl Gateway {
     }
 
     /// From a parsed head to the end of the answer, or to the beginning of a tunnel.
+    ///
+    /// What most requests do not come to is boxed, here and below: a request's future is as large as its largest branch, is
+    /// moved when its task is made, and stays in memory as long as its stream.
     async fn handle(
         &self,
         session: &mut ServerSession,
@@ -172,7 +180,7 @@ impl Gateway {
                 let asked_for = take::Url { path, ..asked_for };
                 self.inference(session, record, api, asked_for, from).await
             }
-            Route::Realtime => self.realtime(session, record, asked_for, from).await,
+            Route::Realtime => Box::pin(self.realtime(session, record, asked_for, from)).await,
             Route::Models => self.say(session, record, "application/json", self.models()).await,
             Route::Model { id } => {
                 let model = self.model(&id)?;

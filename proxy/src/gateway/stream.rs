@@ -16,7 +16,10 @@ use crate::{
     error::{GatewayError, UpstreamFailure},
     record::Record,
     resume::{Loss, Refusal, body::Members, tracker::Tracker, unary::Assembly},
-    streaming::relay::{Interrupted, Leg, Relay, RelayContext},
+    streaming::{
+        leg::Leg,
+        relay::{Interrupted, Relay, RelayContext},
+    },
     upstream::client::{Failed, Open, Whole},
 };
 
@@ -37,6 +40,7 @@ impl Gateway {
         let context = RelayContext {
             idle: Duration::from_millis(idle_ms),
             stall: Duration::from_millis(self.config.resume.stall_ms),
+            write_stall: Duration::from_millis(self.config.limits.write_stall_ms),
             cut: self.lifecycle.cut(),
             shape: record.shape(),
             metrics: &self.metrics,
@@ -77,7 +81,7 @@ impl Gateway {
                 }
                 Err(Interrupted::Lost(loss)) => loss,
             };
-            match self.go_on(&mut relay, record, &place, errand, loss, &mut resumes).await {
+            match Box::pin(self.go_on(&mut relay, record, &place, errand, loss, &mut resumes)).await {
                 Ok(next) => {
                     place = next.place;
                     leg = next.leg;
@@ -103,7 +107,7 @@ impl Gateway {
             (Err(_), _) => {}
         }
         if let (Ok(()), Some(connection)) = (&relayed.outcome, leg.into_connection()) {
-            self.engines.release(connection, place.endpoint()).await;
+            self.engines.release(connection);
         }
         relayed.outcome?;
         if is_whole {

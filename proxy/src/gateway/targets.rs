@@ -44,13 +44,14 @@ impl Gateway {
         if let Some(target) = full {
             aim(&mut request, &target.served_model);
             let asked = Asked { adapter: target.adapter.as_deref(), ..*asked };
-            match self.attempts(session, record, (model, &target), &asked, &request, true).await? {
+            let waited = self.attempts(session, record, (model, &target), &asked, &request, true);
+            match Box::pin(waited).await? {
                 Outcome::Answered(done) => return Ok(done),
                 Outcome::Unanswered(failed) => last = failed.or(last),
                 Outcome::Full => {}
             }
         }
-        self.give_up(session, record, model, last).await
+        Box::pin(self.give_up(session, record, model, last)).await
     }
 
     /// Who may answer a request for `model`, in the order in which they are asked.

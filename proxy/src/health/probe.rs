@@ -9,19 +9,16 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{Method, StatusCode, header};
-use penstock_config::proxy::HealthConfig;
-use pingora_core::{
-    connectors::{ConnectorOptions, http::Connector},
-    protocols::http::client::HttpSession,
-};
-use pingora_error::{BError, Error, ErrorType};
-use pingora_http::RequestHeader;
+use http::StatusCode;
+use penstock_config::proxy::{HealthConfig, UpstreamConfig};
 use serde_json::json;
 use tokio::time::timeout;
 
 use super::progress::{Canary, Counters};
-use crate::endpoints::Endpoint;
+use crate::{
+    endpoints::Endpoint,
+    upstream::connection::{BodyError, Connection, HeadError},
+};
 
 /// Of an engine's metrics, in bytes: what comes behind is not looked at.
 const MOST_METRICS: usize = 4 << 20;
@@ -52,23 +49,39 @@ impl Probed {
 }
 
 /// Who asks.
+#[derive(Debug)]
 pub struct Prober {
-    connector: Connector,
+    connect: Duration,
     path: String,
     timeout: Duration,
     canary: Duration,
 }
 
-impl std::fmt::Debug for Prober {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Prober").field("path", &self.path).finish_non_exhaustive()
+/// Why there is no answer: nobody needs to know more.
+struct Unanswered;
+
+impl From<std::io::Error> for Unanswered {
+    fn from(_: std::io::Error) -> Self {
+        Self
+    }
+}
+
+impl From<HeadError> for Unanswered {
+    fn from(_: HeadError) -> Self {
+        Self
+    }
+}
+
+impl From<BodyError> for Unanswered {
+    fn from(_: BodyError) -> Self {
+        Self
     }
 }
 
 /// What an engine is asked.
 struct Question {
-    method: Method,
     path: String,
+    /// Empty for a `GET`.
     body: Bytes,
     /// How much of the answer's body is wanted.
     most: usize,
@@ -76,15 +89,28 @@ struct Question {
 
 impl Question {
     fn get(path: &str, most: usize) -> Self {
-        Self { method: Method::GET, path: path.to_owned(), body: Bytes::new(), most }
+        Self { path: path.to_owned(), body: Bytes::new(), most }
+    }
+}
+
+impl Question {
+    fn head(&self, host: &str) -> String {
+        let (method, body) = match self.body.len() {
+            0 => ("GET", String::new()),
+            length => ("POST", format!("content-type: application/json\r\ncontent-length: {length}\r\n")),
+        };
+        let path = &self.path;
+        format!(
+            "{method} {path} HTTP/1.1\r\nhost: {host}\r\nuser-agent: penstock-health\r\nconnection: close\r\n{body}\r\n"
+        )
     }
 }
 
 impl Prober {
     /// With the settings' path and patience.
-    pub fn new(config: &HealthConfig) -> Self {
+    pub fn new(config: &HealthConfig, upstream: &UpstreamConfig) -> Self {
         Self {
-            connector: Connector::new(Some(ConnectorOptions::new(1))),
+            connect: Duration::from_millis(upstream.connect_ms),
             path: config.probe_path.clone(),
             timeout: Duration::from_millis(config.probe_timeout_ms),
             canary: Duration::from_millis(config.canary_ms),
@@ -105,12 +131,7 @@ impl Prober {
     /// Asks for one token of `model`, by the name that the engine knows.
     pub async fn token(&self, endpoint: &Endpoint, model: &str) -> Canary {
         let body = json!({"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0});
-        let question = Question {
-            method: Method::POST,
-            path: "/v1/completions".into(),
-            body: body.to_string().into(),
-            most: 0,
-        };
+        let question = Question { path: "/v1/completions".into(), body: body.to_string().into(), most: 0 };
         match timeout(self.canary, self.ask(endpoint, question, || ())).await {
             Ok(Ok((status, _))) if status.is_success() => Canary::Answered,
             Ok(Ok(_)) => Canary::Refused,
@@ -131,34 +152,15 @@ impl Prober {
         endpoint: &Endpoint,
         question: Question,
         connected: impl FnOnce(),
-    ) -> Result<(StatusCode, Bytes), BError> {
-        let (session, _) = self.connector.get_http_session(&endpoint.peer).await?;
+    ) -> Result<(StatusCode, Bytes), Unanswered> {
+        let mut connection = Connection::connect(endpoint.resolved, self.connect).await?;
         connected();
-        let HttpSession::H1(mut connection) = session else {
-            return Error::e_explain(ErrorType::InvalidHTTPHeader, "not HTTP/1.1");
-        };
-        let mut head = RequestHeader::build(question.method, question.path.as_bytes(), Some(5))?;
-        head.insert_header(header::HOST, &endpoint.address)?;
-        head.insert_header(header::USER_AGENT, "penstock-health")?;
-        head.insert_header(header::CONNECTION, "close")?;
-        if !question.body.is_empty() {
-            head.insert_header(header::CONTENT_TYPE, "application/json")?;
-            head.insert_header(header::CONTENT_LENGTH, question.body.len())?;
-        }
-        connection.write_request_header(Box::new(head)).await?;
-        connection.write_body(&question.body).await?;
-        connection.finish_body().await?;
-        let status = loop {
-            connection.read_response().await?;
-            match connection.get_status() {
-                Some(status) if !status.is_informational() => break status,
-                _ => {}
-            }
-        };
+        connection.send(question.head(&endpoint.address).as_bytes(), &question.body).await?;
+        let status = connection.read_head(|head| Ok(head.status)).await?;
         let mut body = BytesMut::new();
         while body.len() < question.most {
-            let Some(chunk) = connection.read_body_ref().await? else { break };
-            body.extend_from_slice(chunk);
+            let Some(more) = connection.read_body().await? else { break };
+            body.extend_from_slice(&more);
         }
         Ok((status, body.freeze()))
     }

@@ -48,7 +48,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// would make it worse.
 const LATE: Duration = Duration::from_millis(300);
 
-/// Looks for each that compares.
+/// Looks for each that compares, and closes connections that nobody uses.
 const COMPARE_EVERY: u64 = 5;
 
 /// Time between the probes of an endpoint that has just failed, in milliseconds.
@@ -83,6 +83,7 @@ pub async fn run(gateway: Arc<Gateway>, stop: CancellationToken) {
                 if looked.is_multiple_of(COMPARE_EVERY) {
                     let now_ms = watch.gateway.now_ms();
                     snapshot.pools.values().for_each(|pool| watch.compare(pool, now_ms));
+                    watch.gateway.sweep_connections();
                 }
                 let late = last.elapsed() >= LATE;
                 last = Instant::now();
@@ -120,7 +121,7 @@ impl Watch {
     fn new(gateway: Arc<Gateway>) -> Self {
         let config = &gateway.config().health;
         Self {
-            prober: Prober::new(config),
+            prober: Prober::new(config, &gateway.config().upstream),
             compare: peers::Rules {
                 floor_rate: f64::from(config.success_rate_percent) / 100.0,
                 stdev_factor: f64::from(config.success_rate_stdev_percent) / 100.0,

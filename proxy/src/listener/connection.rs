@@ -16,7 +16,7 @@ use pingora_core::protocols::{
     UniqueID, UniqueIDType, raw_connect::ProxyDigest, tls::SslDigest,
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::TcpStream,
     time::timeout,
 };
@@ -24,8 +24,11 @@ use tokio_rustls::server::TlsStream;
 
 use super::HeadClock;
 
-/// Small writes are joined up to this many bytes, until they are flushed: about what fits a packet.
-const WRITE_BUFFER_BYTES: usize = 1_460;
+/// Small writes are joined up to this many bytes, until they are flushed or a larger one follows and takes them along.
+const WRITE_BUFFER_BYTES: usize = 4_096;
+
+/// Slices written at once, what waited included.
+const MOST_SLICES: usize = 8;
 
 /// Bytes read at most while looking for the protocol: a usual head.
 const FIRST_READ_BYTES: usize = 4_096;
@@ -107,7 +110,10 @@ impl AsyncWrite for Transport {
 /// A client's connection.
 #[derive(Debug)]
 pub struct Connection {
-    stream: BufWriter<Transport>,
+    stream: Transport,
+    /// Small writes that have not gone out yet. Given up with each flush: an idle connection, or one whose events pass it by,
+    /// holds no memory for it.
+    pending: BytesMut,
     /// Bytes that were read to learn the protocol, and are read again.
     first: BytesMut,
     alpn: Option<ALPN>,
@@ -134,7 +140,8 @@ impl Connection {
             Transport::Tls(stream) => Some(Arc::new(ssl_digest(stream))),
         };
         Self {
-            stream: BufWriter::with_capacity(WRITE_BUFFER_BYTES, transport),
+            stream: transport,
+            pending: BytesMut::new(),
             first: BytesMut::new(),
             alpn: None,
             digest,
@@ -148,7 +155,7 @@ impl Connection {
     /// # Errors
     /// The connection is broken.
     pub async fn protocol(&mut self, http2: bool) -> io::Result<Protocol> {
-        let negotiated = match self.stream.get_ref() {
+        let negotiated = match &self.stream {
             Transport::Tcp(_) => None,
             Transport::Tls(stream) => stream.get_ref().1.alpn_protocol().map(|alpn| alpn == b"h2"),
         };
@@ -202,36 +209,81 @@ impl AsyncRead for Connection {
             this.clock.bytes_came();
             return Poll::Ready(Ok(()));
         }
-        // Past the write buffer, which has nothing to do with reads.
-        ready!(Pin::new(this.stream.get_mut()).poll_read(cx, buf))?;
+        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
         this.clock.bytes_came();
         Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        while this.pending.has_remaining() {
+            let written = ready!(Pin::new(&mut this.stream).poll_write(cx, &this.pending))?;
+            this.went_out(written)?;
+        }
+        this.pending = BytesMut::new();
+        Pin::new(&mut this.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.as_mut().poll_flush(cx))?;
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        let this = self.get_mut();
+        let length: usize = bufs.iter().map(|buf| buf.len()).sum();
+        loop {
+            if this.pending.len() + length <= WRITE_BUFFER_BYTES {
+                bufs.iter().for_each(|buf| this.pending.put_slice(buf));
+                return Poll::Ready(Ok(length));
+            }
+            if this.pending.is_empty() {
+                return Pin::new(&mut this.stream).poll_write_vectored(cx, bufs);
+            }
+            // What waits and what comes, a head and its body, in one write.
+            let (ours, mut all) = (this.pending.len(), [io::IoSlice::new(&[]); MOST_SLICES]);
+            all[0] = io::IoSlice::new(&this.pending);
+            let taken = bufs.len().min(MOST_SLICES - 1);
+            all[1..=taken].copy_from_slice(&bufs[..taken]);
+            let written = ready!(Pin::new(&mut this.stream).poll_write_vectored(cx, &all[..=taken]))?;
+            this.went_out(written.min(ours))?;
+            if written > ours {
+                return Poll::Ready(Ok(written - ours));
+            }
+        }
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        true
+    }
+}
+
+impl Connection {
+    /// Takes note that so much of what waited has been written.
+    fn went_out(&mut self, written: usize) -> io::Result<()> {
+        if written == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        self.pending.advance(written);
+        Ok(())
+    }
+
+    /// The socket, where bytes may be written past this connection: it is in clear, and nothing waits to be written before.
+    pub fn clear_socket(&self) -> Option<&TcpStream> {
+        match &self.stream {
+            Transport::Tcp(socket) if self.pending.is_empty() => Some(socket),
+            _ => None,
+        }
     }
 }
 
@@ -251,7 +303,7 @@ impl UniqueID for Connection {
 
 impl AsRawFd for Connection {
     fn as_raw_fd(&self) -> RawFd {
-        self.stream.get_ref().tcp().as_raw_fd()
+        self.stream.tcp().as_raw_fd()
     }
 }
 

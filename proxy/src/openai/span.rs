@@ -24,7 +24,12 @@ pub fn is_json(text: &[u8]) -> bool {
 /// Where the value at `path` stands in `json`.
 #[must_use]
 pub fn find(json: &[u8], path: &[Step<'_>]) -> Option<Range<usize>> {
-    let mut range = value(json, 0)?;
+    let start = skip_blank(json, 0);
+    if path.is_empty() {
+        return value(json, start);
+    }
+    // Members are entered by where they start: what stands behind the one that is looked for is not looked at.
+    let mut range = start..json.len();
     for step in path {
         range = match *step {
             Step::Key(key) => members(json, &range).find(|(name, _)| *name == key.as_bytes())?.1,
@@ -97,6 +102,17 @@ fn skip_blank(json: &[u8], at: usize) -> usize {
     at + rest.iter().take_while(|byte| matches!(byte, b' ' | b'\n' | b'\r' | b'\t')).count()
 }
 
+/// Bytes that open or close something, by their value: a prompt's ids are a long value without any of them.
+const NESTS: [bool; 256] = {
+    let (mut table, mut at) = ([false; 256], 0);
+    let bytes = b"\"{[}]";
+    while at < bytes.len() {
+        table[bytes[at] as usize] = true;
+        at += 1;
+    }
+    table
+};
+
 /// Where the value that starts behind the blanks at `at` stands.
 fn value(json: &[u8], at: usize) -> Option<Range<usize>> {
     let start = skip_blank(json, at);
@@ -106,7 +122,7 @@ fn value(json: &[u8], at: usize) -> Option<Range<usize>> {
             let (mut depth, mut at) = (0usize, start);
             loop {
                 let rest = json.get(at..)?;
-                at += rest.iter().position(|byte| matches!(byte, b'"' | b'{' | b'[' | b'}' | b']'))?;
+                at += rest.iter().position(|byte| NESTS[usize::from(*byte)])?;
                 match json.get(at)? {
                     b'"' => at = string_end(json, at)?,
                     b'{' | b'[' => (depth, at) = (depth + 1, at + 1),

@@ -8,35 +8,44 @@
 //! An engine's part in an answer is a [`Leg`]. When one is lost the stream may go on with another: the relay, and what its
 //! tracker knows of the client, stay ([`crate::resume`]).
 //!
-//! Cost of an event: one read, one write, one allocation for its bytes, one atomic load, no timer set (one idle timer a stream
-//! is looked at when it fires, not when an event passes), no lock; what the tracker notes is a few comparisons.
+//! Cost of an event: one read, one write, no timer set (one idle timer a stream is looked at when it fires, not when an event
+//! passes), no lock; what else is waited for is polled when it has something to say ([`Bell`]); the write goes past the session
+//! where it can ([`direct`]); what the tracker notes is a few comparisons.
 
-use std::{future::Future, pin::pin, time::Duration};
+use std::{
+    future::{Future, poll_fn},
+    io,
+    pin::pin,
+    task::Poll,
+    time::Duration,
+};
 
-use bytes::{Bytes, BytesMut};
-use futures_util::FutureExt;
-use pingora_core::protocols::http::{ServerSession, v1::client::HttpSession as Http1Session};
+use bytes::Bytes;
+use pingora_core::protocols::http::ServerSession;
 use pingora_error::ErrorType;
 use pingora_http::ResponseHeader;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    downstream::{self, respond},
+    downstream::{self, direct, respond},
     error::{GatewayError, UpstreamFailure},
     health::Pulse,
     openai::{
         ErrorShape, error_body,
-        event::{EventSplitter, walk},
+        event::walk,
         usage::{StreamFacts, Usage},
     },
     resume::{Loss, Refusal, seam::Seam, tracker::Tracker, unary::Assembly},
+    streaming::{
+        bell::Bell,
+        leg::{After, Leg, Read},
+    },
     telemetry::metrics::Metrics,
-    upstream::client::Open,
 };
 
-/// A write is filled with what is already there up to about this size, in bytes: some seventy usual events.
-const COALESCE_BYTES: usize = 16 << 10;
+/// How long a stream keeps its counts to itself: all streams together write to the same two counters.
+const TELL_EVERY: Duration = Duration::from_millis(500);
 
 /// Most bytes of events that a whole answer is made of: a million tokens and more.
 const MOST_ASSEMBLED: usize = 512 << 20;
@@ -48,6 +57,8 @@ pub struct RelayContext<'a> {
     pub idle: Duration,
     /// The same for a stream that can go on elsewhere.
     pub stall: Duration,
+    /// Longest time in which a client takes nothing of what is written.
+    pub write_stall: Duration,
     /// Cancelled when the gateway will wait no longer.
     pub cut: &'a CancellationToken,
     /// Shape of an error event.
@@ -95,38 +106,6 @@ impl Relayed {
     }
 }
 
-/// One engine's part in an answer.
-pub struct Leg {
-    connection: Http1Session,
-    /// Present for a stream of events.
-    splitter: Option<EventSplitter>,
-    /// Present for a part that is not the first.
-    seam: Option<Seam>,
-    /// Whether anything has come of it.
-    begun: bool,
-    /// Whether the engine has ended it in order.
-    ended: bool,
-}
-
-impl Leg {
-    /// The first part, or the only one. What it begins with is handed to [`Relay::begin`].
-    pub fn first(open: Open) -> (Self, ResponseHeader, Bytes) {
-        let Open { head, first, connection, events } = open;
-        (Self { connection, splitter: events, seam: None, begun: false, ended: false }, head, first)
-    }
-
-    /// One that goes on where another was lost; what it begins with is handed to [`Relay::go_on`].
-    pub fn next(open: Open, seam: Seam) -> (Self, Bytes) {
-        let (leg, _, first) = Self::first(open);
-        (Self { seam: Some(seam), ..leg }, first)
-    }
-
-    /// The engine's connection, if it can be used again.
-    pub fn into_connection(self) -> Option<Http1Session> {
-        self.ended.then_some(self.connection)
-    }
-}
-
 /// Why a leg does not go on.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Interrupted {
@@ -144,13 +123,35 @@ impl From<GatewayError> for Interrupted {
     }
 }
 
-/// What follows the bytes that were there.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum After {
-    More,
-    End,
-    /// The connection broke. Not to be read again: a reader that has failed says "end" next.
-    Broken,
+/// What was waited for.
+enum Came {
+    Read(Read),
+    ClientGone,
+    LastCall,
+    Lost(Loss),
+    Silence,
+}
+
+/// What has passed since the process's counters were last told.
+struct Untold<'a> {
+    events: u64,
+    bytes: u64,
+    since: Instant,
+    metrics: &'a Metrics,
+}
+
+impl Untold<'_> {
+    fn tell(&mut self, now: Instant) {
+        self.since = now;
+        self.metrics.events.inc_by(std::mem::take(&mut self.events));
+        self.metrics.bytes_out.inc_by(std::mem::take(&mut self.bytes));
+    }
+}
+
+impl Drop for Untold<'_> {
+    fn drop(&mut self) {
+        self.tell(self.since);
+    }
 }
 
 /// An answer on its way to the client.
@@ -162,6 +163,7 @@ pub struct Relay<'a> {
     /// A whole answer in the making, for a client that wants one: it is not written to piece by piece.
     whole: Option<Assembly>,
     pace: Pace,
+    untold: Untold<'a>,
     /// Bytes of events that went into it.
     assembled: usize,
     last_read: Instant,
@@ -184,6 +186,7 @@ impl<'a> Relay<'a> {
             tracker,
             whole,
             pace: Pace::default(),
+            untold: Untold { events: 0, bytes: 0, since: now, metrics: context.metrics },
             assembled: 0,
             last_read: now,
             last_progress: now,
@@ -256,21 +259,42 @@ impl<'a> Relay<'a> {
         });
         let mut idle = pin!(sleep_until(self.last_progress + patience));
         let mut cut = pin!(self.context.cut.cancelled());
+        let bell = Bell::default();
         loop {
             if self.tracker.facts.is_over() && leg.seam.as_ref().is_some_and(Seam::is_over) {
                 return self.end(leg).await;
             }
-            let read = tokio::select! {
-                biased;
-                read = leg.connection.read_body_bytes() => read,
-                () = downstream::gone(self.session) => return Err(GatewayError::ClientGone.into()),
-                () = cut.as_mut() => return Err(GatewayError::Draining.into()),
-                loss = leave.as_mut() => return Err(Interrupted::Lost(loss)),
-                () = idle.as_mut() => {
-                    if self.last_progress.elapsed() >= patience {
-                        return Err(Interrupted::Lost(Loss::Stalled));
-                    }
+            let session = &mut *self.session;
+            let came = poll_fn(|cx| {
+                if let Poll::Ready(read) = leg.connection.poll_body(cx) {
+                    return Poll::Ready(Came::Read(read));
+                }
+                if !bell.has_rung(cx) {
+                    return Poll::Pending;
+                }
+                let cx = &mut bell.context();
+                if pin!(downstream::gone(session)).poll(cx).is_ready() {
+                    return Poll::Ready(Came::ClientGone);
+                }
+                if cut.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Came::LastCall);
+                }
+                if let Poll::Ready(loss) = leave.as_mut().poll(cx) {
+                    return Poll::Ready(Came::Lost(loss));
+                }
+                idle.as_mut().poll(cx).map(|()| Came::Silence)
+            });
+            let read = match came.await {
+                Came::Read(read) => read,
+                Came::ClientGone => return Err(GatewayError::ClientGone.into()),
+                Came::LastCall => return Err(GatewayError::Draining.into()),
+                Came::Lost(loss) => return Err(Interrupted::Lost(loss)),
+                Came::Silence if self.last_progress.elapsed() >= patience => {
+                    return Err(Interrupted::Lost(Loss::Stalled));
+                }
+                Came::Silence => {
                     idle.as_mut().reset(self.last_progress + patience);
+                    bell.ring();
                     continue;
                 }
             };
@@ -287,7 +311,7 @@ impl<'a> Relay<'a> {
             let gap = self.last_read.saturating_duration_since(before);
             self.pace.reading += gap;
             self.pace.longest_gap = self.pace.longest_gap.max(gap);
-            let (ready, after) = take_what_is_there(leg, chunk)?;
+            let (ready, after) = leg.take_what_is_there(chunk)?;
             if self.deliver(leg, ready, pulse).await? || leg.splitter.is_none() {
                 self.last_progress = self.last_read;
             }
@@ -319,7 +343,7 @@ impl<'a> Relay<'a> {
         let (before, came) = (self.tracker.facts.events, self.tracker.came());
         let sound = self.tracker.facts.error.is_none();
         let mut passed = self.tracker.pass(bytes);
-        self.context.metrics.events.inc_by(self.tracker.facts.events - before);
+        self.untold.events += self.tracker.facts.events - before;
         if sound && self.tracker.facts.error.is_some() {
             let shape = self.context.shape;
             passed.bytes = error_body::normalise_events(&passed.bytes, shape).unwrap_or(passed.bytes);
@@ -354,7 +378,18 @@ impl<'a> Relay<'a> {
 
     async fn write(&mut self, bytes: Bytes, pulse: &Pulse<'_>) -> Result<(), GatewayError> {
         self.pace.bytes += bytes.len() as u64;
-        self.context.metrics.bytes_out.inc_by(bytes.len() as u64);
+        self.untold.bytes += bytes.len() as u64;
+        if self.last_read.saturating_duration_since(self.untold.since) >= TELL_EVERY {
+            self.untold.tell(self.last_read);
+        }
+        if let Some(socket) = direct::socket(self.session) {
+            let left = direct::begin(socket, &bytes).map_err(|e| direct_error(&e))?;
+            if left == 0 {
+                return Ok(());
+            }
+            let rest = direct::rest(socket, &bytes, left, self.context.write_stall);
+            return pulse.while_written(rest).await.map_err(|e| direct_error(&e));
+        }
         pulse.while_written(self.session.write_response_body(bytes, false)).await.map_err(|e| write_error(&e))
     }
 
@@ -394,37 +429,12 @@ impl<'a> Relay<'a> {
     }
 }
 
-/// `chunk` and whatever else can be read without waiting, less an event that is not whole.
-fn take_what_is_there(leg: &mut Leg, chunk: Bytes) -> Result<(Bytes, After), Interrupted> {
-    let Leg { connection, splitter, .. } = leg;
-    let mut whole = |chunk: Bytes| match splitter.as_mut() {
-        None => Ok(Some(chunk)),
-        Some(splitter) => splitter.push(chunk).map_err(|_| Interrupted::Lost(Loss::Garbage)),
-    };
-    let first = whole(chunk)?.unwrap_or_default();
-    let mut joined = BytesMut::new();
-    let mut after = After::More;
-    while first.len().max(joined.len()) < COALESCE_BYTES {
-        match connection.read_body_bytes().now_or_never() {
-            None => break,
-            Some(Ok(None)) => {
-                after = After::End;
-                break;
-            }
-            Some(Err(_)) => {
-                after = After::Broken;
-                break;
-            }
-            Some(Ok(Some(chunk))) => {
-                let Some(next) = whole(chunk)? else { continue };
-                if joined.is_empty() {
-                    joined.extend_from_slice(&first);
-                }
-                joined.extend_from_slice(&next);
-            }
-        }
+/// Why bytes could not be written past the session.
+fn direct_error(error: &io::Error) -> GatewayError {
+    match error.kind() {
+        io::ErrorKind::TimedOut => GatewayError::ClientStalled,
+        _ => GatewayError::ClientGone,
     }
-    Ok((if joined.is_empty() { first } else { joined.freeze() }, after))
 }
 
 fn write_error(error: &pingora_error::Error) -> GatewayError {

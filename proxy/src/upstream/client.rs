@@ -8,25 +8,31 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::FutureExt;
-use http::{StatusCode, header};
+use http::StatusCode;
 use penstock_config::proxy::UpstreamConfig;
-use pingora_core::{
-    connectors::{ConnectorOptions, http::Connector},
-    protocols::http::{client::HttpSession, v1::client::HttpSession as Http1Session},
-};
-use pingora_error::BError;
+use pingora_core::protocols::l4;
 use pingora_http::ResponseHeader;
 use prometheus::IntCounter;
-use tokio::time::{Instant, timeout_at};
+use tokio::{
+    runtime,
+    time::{Instant, timeout_at},
+};
 
-use super::{answers, request::EngineRequest};
+use super::{
+    answers,
+    connection::{
+        BodyError, Connection, HeadError,
+        head::{BadHead, Head},
+        pool::{Pool, Taken},
+    },
+    request::EngineRequest,
+};
 use crate::{
     downstream::respond,
     endpoints::Endpoint,
     error::UpstreamFailure,
     openai::{
-        event::EventSplitter,
+        event::{EventSplitter, walk},
         usage::{FinishReason, StreamFacts},
     },
     streaming::tunnel::End,
@@ -68,7 +74,7 @@ pub struct Open {
     /// What has come so far: whole events of a stream, else any bytes.
     pub first: Bytes,
     /// Where the rest comes from.
-    pub connection: Http1Session,
+    pub connection: Connection,
     /// Present for a stream of events: holds back one that is not whole yet.
     pub events: Option<EventSplitter>,
 }
@@ -102,9 +108,10 @@ impl Failed {
 }
 
 /// The connections to all engines, and the limits on their use.
+#[derive(Debug)]
 pub struct EngineClient {
-    connector: Connector,
-    keepalive: Duration,
+    pool: Pool<Connection>,
+    connect: Duration,
     unary_buffer: usize,
     kept: IntCounter,
 }
@@ -128,19 +135,12 @@ impl Origin {
     }
 }
 
-impl std::fmt::Debug for EngineClient {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("EngineClient").field("keepalive", &self.keepalive).finish_non_exhaustive()
-    }
-}
-
 impl EngineClient {
     /// No connections yet. `kept` counts those put aside for reuse.
     pub fn new(config: &UpstreamConfig, kept: IntCounter) -> Self {
-        let connector = Connector::new(Some(ConnectorOptions::new(config.keepalive_connections)));
         Self {
-            connector,
-            keepalive: Duration::from_millis(config.keepalive_ms),
+            pool: Pool::new(config.keepalive_connections, Duration::from_millis(config.keepalive_ms)),
+            connect: Duration::from_millis(config.connect_ms),
             unary_buffer: config.unary_buffer_bytes,
             kept,
         }
@@ -162,42 +162,56 @@ impl EngineClient {
         on_connected(origin);
         let deadline = Instant::now() + first_byte;
         let begun = async {
-            let head = exchange(&mut connection, endpoint, request).await.map_err(|e| lost(&e, origin))?;
-            self.beginning(connection, head, endpoint, request).await
+            let head = exchange(&mut connection, endpoint, request).await.map_err(|e| lost(e, origin))?;
+            self.beginning(connection, head, request).await
         };
         timeout_at(deadline, begun).await.unwrap_or_else(|_| {
             Err(Failed::new(UpstreamFailure::FirstByteTimeout, format!("nothing within {first_byte:?}")))
         })
     }
 
-    /// Puts a connection whose answer has ended back into the pool.
-    pub async fn release(&self, connection: Http1Session, endpoint: &Endpoint) {
-        self.kept.inc();
-        self.connector
-            .release_http_session(HttpSession::H1(connection), &endpoint.peer, Some(self.keepalive))
-            .await;
+    /// Puts a connection whose answer has ended aside, if another request can be sent on it.
+    pub fn release(&self, mut connection: Connection) {
+        if connection.is_reusable() {
+            self.kept.inc();
+            connection.rest();
+            self.pool.put(connection.address(), connection, runtime::Handle::current().id(), Instant::now());
+        }
     }
 
-    async fn connect(&self, endpoint: &Endpoint) -> Result<(Http1Session, Origin), Failed> {
-        let connected = self.connector.get_http_session(&endpoint.peer).await;
-        match connected.map_err(|e| Failed::new(UpstreamFailure::Connect, e))? {
-            (HttpSession::H1(connection), true) => Ok((connection, Origin::Reused)),
-            (HttpSession::H1(connection), false) => Ok((connection, Origin::New)),
-            _ => Err(Failed::new(UpstreamFailure::Garbage, "the engine's connection is not HTTP/1.1")),
+    /// Closes connections that nobody has used for `upstream.keepalive_ms`.
+    pub fn sweep(&self) {
+        self.pool.sweep(Instant::now());
+    }
+
+    async fn connect(&self, endpoint: &Endpoint) -> Result<(Connection, Origin), Failed> {
+        let home = runtime::Handle::current().id();
+        while let Some(taken) = self.pool.take(endpoint.resolved, home, Instant::now()) {
+            let quiet = match taken {
+                Taken::Here(connection) => connection.is_quiet().then_some(connection),
+                Taken::Elsewhere(connection) if connection.is_quiet() => connection.move_here().ok(),
+                Taken::Elsewhere(_) => None,
+            };
+            if let Some(connection) = quiet {
+                return Ok((connection, Origin::Reused));
+            }
         }
+        let connected = Connection::connect(endpoint.resolved, self.connect).await;
+        connected
+            .map(|connection| (connection, Origin::New))
+            .map_err(|e| Failed::new(UpstreamFailure::Connect, e))
     }
 
     /// Waits for what can be given to the client: a whole answer, or the first bytes or events of one.
     async fn beginning(
         &self,
-        mut connection: Http1Session,
-        head: ResponseHeader,
-        endpoint: &Endpoint,
+        mut connection: Connection,
+        Begun { head, is_websocket }: Begun,
         request: &EngineRequest,
     ) -> Result<Answer, Failed> {
         let status = head.status;
         if status == StatusCode::SWITCHING_PROTOCOLS {
-            return upgraded(connection, head, request);
+            return upgraded(connection, head, is_websocket && request.upgrades());
         }
         if respond::is_event_stream(&head) {
             let mut events = EventSplitter::default();
@@ -208,7 +222,7 @@ impl EngineClient {
         if !ended {
             return Ok(Answer::Open(Box::new(Open { head, first: body, connection, events: None })));
         }
-        self.release(connection, endpoint).await;
+        self.release(connection);
         let mut whole = Box::new(Whole { head, body });
         match answers::judge(&mut whole, request) {
             Ok(()) => {}
@@ -234,65 +248,70 @@ impl EngineClient {
         }
     }
 
-    async fn read_up_to_buffer(&self, connection: &mut Http1Session) -> Result<(Bytes, bool), Failed> {
-        let mut body = BytesMut::new();
-        loop {
-            let chunk = connection.read_body_ref().await.map_err(|e| broken(&e))?;
-            let Some(chunk) = chunk else { return Ok((body.freeze(), true)) };
-            body.extend_from_slice(chunk);
+    /// The body, or more of it than is held; whether that is all. What came in one read stays where it lies.
+    async fn read_up_to_buffer(&self, connection: &mut Connection) -> Result<(Bytes, bool), Failed> {
+        let Some(first) = connection.read_body().await.map_err(broken)? else {
+            return Ok((Bytes::new(), true));
+        };
+        if first.len() > self.unary_buffer || connection.has_ended() {
+            let ended = first.len() <= self.unary_buffer;
+            return Ok((first, ended));
+        }
+        let left = connection.body_left().and_then(|left| usize::try_from(left).ok()).unwrap_or_default();
+        let mut body = BytesMut::with_capacity(first.len().saturating_add(left).min(self.unary_buffer));
+        body.extend_from_slice(&first);
+        drop(first);
+        while let Some(next) = connection.read_body().await.map_err(broken)? {
+            body.extend_from_slice(&next);
             if body.len() > self.unary_buffer {
                 return Ok((body.freeze(), false));
             }
         }
+        Ok((body.freeze(), true))
     }
+}
+
+/// The head of an answer.
+struct Begun {
+    /// For the client.
+    head: ResponseHeader,
+    /// Whether the engine means to change to a WebSocket.
+    is_websocket: bool,
 }
 
 /// Sends the request and reads the head of the final answer, made ready for the client.
 async fn exchange(
-    connection: &mut Http1Session,
+    connection: &mut Connection,
     endpoint: &Endpoint,
     request: &EngineRequest,
-) -> Result<ResponseHeader, BError> {
-    connection.write_request_header(Box::new(request.head(&endpoint.address)?)).await?;
-    // A WebSocket's handshake has no body; what would end one could end what follows the engine's consent (pingora #946).
-    if !request.upgrades() {
-        connection.write_body(&request.body).await?;
-        connection.finish_body().await?;
-    }
-    loop {
-        connection.read_response().await?;
-        let Some(head) = connection.resp_header() else { continue };
-        if !head.status.is_informational() || head.status == StatusCode::SWITCHING_PROTOCOLS {
-            return respond::head_from_engine(head, &request.request_id);
-        }
-    }
+) -> Result<Begun, HeadError> {
+    // A WebSocket's handshake has no body.
+    let body: &[u8] = if request.upgrades() { &[] } else { &request.body };
+    let sent = connection.send(&request.head(&endpoint.address), body).await;
+    sent.map_err(|error| HeadError::Lost { error, begun: false })?;
+    let begun = |head: Head<'_>| {
+        let is_websocket = head.values("upgrade").any(|value| value.eq_ignore_ascii_case(b"websocket"));
+        let head = respond::head_from_engine(head, &request.request_id).map_err(|_| BadHead::Field)?;
+        Ok(Begun { head, is_websocket })
+    };
+    connection.read_head(begun).await
 }
 
-/// The connection as bytes, once the engine has consented to a WebSocket that was asked for.
-fn upgraded(
-    mut connection: Http1Session,
-    head: ResponseHeader,
-    request: &EngineRequest,
-) -> Result<Answer, Failed> {
-    let websocket = connection
-        .get_header(header::UPGRADE)
-        .is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"websocket"));
-    if !request.upgrades() || !websocket {
+/// The connection as bytes, if the engine has consented to a WebSocket that was asked for.
+fn upgraded(connection: Connection, head: ResponseHeader, was_asked_for: bool) -> Result<Answer, Failed> {
+    if !was_asked_for {
         return Err(Failed::new(UpstreamFailure::Garbage, "a change of protocol that nobody asked for"));
     }
     // Frames may have come in the same read as the head.
-    let first = match connection.read_body_bytes().now_or_never() {
-        Some(Ok(Some(first))) => first,
-        _ => Bytes::new(),
-    };
-    let engine = End { stream: connection.into_inner(), first };
+    let (stream, first) = connection.into_parts();
+    let engine = End { stream: Box::new(l4::stream::Stream::from(stream)), first };
     Ok(Answer::Upgraded(Box::new(Upgraded { head, engine })))
 }
 
-async fn first_events(connection: &mut Http1Session, splitter: &mut EventSplitter) -> Result<Bytes, Failed> {
+async fn first_events(connection: &mut Connection, splitter: &mut EventSplitter) -> Result<Bytes, Failed> {
     let mut facts = StreamFacts::default();
     loop {
-        let chunk = connection.read_body_bytes().await.map_err(|e| broken(&e))?;
+        let chunk = connection.read_body().await.map_err(broken)?;
         let Some(chunk) = chunk else {
             return Err(Failed::new(
                 UpstreamFailure::BeforeFirstByte,
@@ -301,7 +320,10 @@ async fn first_events(connection: &mut Http1Session, splitter: &mut EventSplitte
         };
         let whole = splitter.push(chunk).map_err(|e| Failed::new(UpstreamFailure::Garbage, e))?;
         let Some(whole) = whole else { continue };
-        facts.observe(&whole);
+        // The first event alone: what came with it is the relay's, so that it makes no difference how reads fell.
+        if let Some(event) = walk(&whole, true).next() {
+            facts.on_event(event.name, &event.data);
+        }
         let failed = facts.finish_reason.filter(|reason| reason.is_failure()).map(FinishReason::label);
         return match facts.error.as_deref().or(failed) {
             None => Ok(whole),
@@ -313,20 +335,17 @@ async fn first_events(connection: &mut Http1Session, splitter: &mut EventSplitte
     }
 }
 
-/// A connection lost before any byte of the answer.
-fn lost(error: &BError, origin: Origin) -> Failed {
-    use pingora_error::ErrorType as E;
-    let failure = match error.etype() {
-        E::ConnectionClosed | E::ReadError | E::WriteError if origin == Origin::Reused => {
-            UpstreamFailure::StaleConnection
-        }
-        E::ConnectionClosed | E::ReadError | E::WriteError => UpstreamFailure::BeforeFirstByte,
-        _ => UpstreamFailure::Garbage,
+/// No head: the connection was lost, or what came is none.
+fn lost(error: HeadError, origin: Origin) -> Failed {
+    let failure = match &error {
+        HeadError::Lost { begun: false, .. } if origin == Origin::Reused => UpstreamFailure::StaleConnection,
+        HeadError::Lost { .. } => UpstreamFailure::BeforeFirstByte,
+        HeadError::Bad(_) => UpstreamFailure::Garbage,
     };
     Failed::new(failure, error)
 }
 
 /// A connection lost between the answer's head and anything for the client.
-fn broken(error: &BError) -> Failed {
+fn broken(error: BodyError) -> Failed {
     Failed::new(UpstreamFailure::BeforeFirstByte, error)
 }

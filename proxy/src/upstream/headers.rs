@@ -86,7 +86,7 @@ pub fn forwarded(
     request_id: &str,
     span_id: u64,
 ) -> HeaderMap {
-    let named = named_by_connection(client);
+    let named = named_by_connection(client.get_all(header::CONNECTION).iter().map(HeaderValue::as_bytes));
     let dropped = |name: &HeaderName| {
         let name = name.as_str();
         DROPPED.contains(&name)
@@ -116,10 +116,10 @@ pub fn forwarded(
     headers
 }
 
-/// The fields that `Connection` says are its own.
-pub fn named_by_connection(headers: &HeaderMap) -> Vec<&str> {
-    let values = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
-    values.flat_map(|value| value.split(',')).map(str::trim).filter(|name| !name.is_empty()).collect()
+/// The fields that the values of `Connection` say are its own.
+pub fn named_by_connection<'a>(values: impl Iterator<Item = &'a [u8]>) -> Vec<&'a str> {
+    let texts = values.filter_map(|value| std::str::from_utf8(value).ok());
+    texts.flat_map(|text| text.split(',')).map(str::trim).filter(|name| !name.is_empty()).collect()
 }
 
 fn tell_origin(headers: &mut HeaderMap, sender: &Sender<'_>) {
