@@ -1,5 +1,7 @@
 //! The cells: what load, at what pace of the engines, is put through each peer.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::peer::Peer;
@@ -83,6 +85,13 @@ pub(super) struct Scale {
     pub(super) most_streams: u32,
 }
 
+/// The next whole number above; the largest there is for what is beyond, and for what is no number.
+fn above(value: f64) -> u32 {
+    let whole =
+        Duration::try_from_secs_f64(value).map_or(u64::MAX, |whole| whole.as_secs().saturating_add(1));
+    u32::try_from(whole).unwrap_or(u32::MAX)
+}
+
 impl Cell {
     pub(super) const ALL: [Self; 11] = [
         Self::Unary,
@@ -156,8 +165,7 @@ impl Cell {
             let ramp_s = f64::from(streams) / 1_500.0;
             let life_s = ramp_s + SETTLE_S + seconds + TAIL_S;
             Shape {
-                // Whole, and positive.
-                tokens: (life_s * rate).ceil().clamp(2.0, 1e9) as u32,
+                tokens: above(life_s * rate).max(2),
                 pace: Pace::PerSecond(rate),
                 ramp_s,
                 duration_s: None,
@@ -237,6 +245,11 @@ mod tests {
             assert_eq!(Cell::named(cell.name()), Some(cell));
         }
         assert_eq!(Cell::named("x"), None);
+    }
+
+    #[test]
+    fn the_next_whole_number() {
+        assert_eq!([above(0.0), above(1.5), above(1e12), above(-1.0)], [1, 2, u32::MAX, u32::MAX]);
     }
 
     #[test]

@@ -68,7 +68,7 @@ fn cpu_us(sample: &Sample) -> f64 {
 }
 
 /// The samples of a peer in a cell, by round.
-fn samples<'a>(merged: &'a Merged, cell: Cell, peer: Peer) -> BTreeMap<Key, (&'a Turn, &'a Sample)> {
+fn samples(merged: &Merged, cell: Cell, peer: Peer) -> BTreeMap<Key, (&Turn, &Sample)> {
     let turns = merged.turns(cell.name()).filter(|(_, turn)| turn.peer == peer.name());
     turns.filter_map(|(part, turn)| Some(((part, turn.round), (turn, turn.sample.as_ref()?)))).collect()
 }

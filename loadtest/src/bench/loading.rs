@@ -39,7 +39,7 @@ pub(super) fn options(shape: &Shape, target: &Target) -> Vec<load::Options> {
             tokens: shape.tokens.into(),
             duration_s: shape.duration_s.unwrap_or(0.0),
             warmup_s: shape.warmup_s(),
-            connect_ramp_ms: Duration::from_secs_f64(shape.ramp_s).as_millis() as u64,
+            connect_ramp_ms: Duration::from_secs_f64(shape.ramp_s * 1e3).as_secs(),
             prompt_bytes: shape.prompt_bytes,
             unary: shape.unary,
             seed: index.into(),
@@ -117,7 +117,7 @@ fn latency(report: &load::Report, unit: Unit) -> Option<Latency> {
         Unit::Stream => return None,
     };
     let some = quantiles.count > 0;
-    some.then(|| Latency { p50_us: quantiles.p50_us as f64, p99_us: quantiles.p99_us as f64 })
+    some.then_some(Latency { p50_us: quantiles.p50_us as f64, p99_us: quantiles.p99_us as f64 })
 }
 
 #[cfg(test)]
