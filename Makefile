@@ -104,6 +104,11 @@ bench-resume: setup-build ## what it costs a proxy to be ready to continue strea
 	$(CARGO) build --locked --release -p penstock-proxy -p penstock-loadtest --bin penstock-proxy --bin penstock-engine-sim --bin penstock-bench-resume
 	@"$(TARGET)/release/penstock-bench-resume" --proxy "$(TARGET)/release/penstock-proxy" --engine-sim "$(TARGET)/release/penstock-engine-sim" $(ARGS)
 
+.PHONY: bench-scale
+bench-scale: setup-build ## how a proxy's CPU and memory grow, and the model of it, see docs/scaling.md; flags in ARGS="..."
+	$(CARGO) build --locked --release -p penstock-proxy -p penstock-loadtest --bin penstock-proxy --bin penstock-engine-sim --bin penstock-bench-scale
+	@"$(TARGET)/release/penstock-bench-scale" --proxy "$(TARGET)/release/penstock-proxy" --engine-sim "$(TARGET)/release/penstock-engine-sim" $(ARGS)
+
 .PHONY: drill-resume
 drill-resume: setup-build ## a thousand streams while engines are killed for a minute, see docs/drills.md; DRILL_SECONDS=60
 	PENSTOCK_DRILL_SECONDS=$(DRILL_SECONDS) $(CARGO) test --locked -p penstock --test drill_resume_storm -- --nocapture

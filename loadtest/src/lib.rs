@@ -7,6 +7,7 @@
 //! - [`updates`]: a benchmark of one proxy whose tables change all the time while it carries streams.
 //! - [`fanout`]: a benchmark of a control plane that tells many proxies of changes in a large fleet.
 //! - [`resume`]: a benchmark of what it costs a proxy to be ready to continue streams.
+//! - [`scale`]: how the cost of a proxy grows, and the line that it follows.
 //! - [`relay`]: a raw TCP relay, the floor that gateways are compared with.
 //! - [`bench`]: a benchmark of Penstock and its peers side by side.
 //! - [`instructions`]: how many instructions an event and a request cost the proxy, compared with what they did.
@@ -24,5 +25,6 @@ mod limits;
 pub mod load;
 pub mod relay;
 pub mod resume;
+pub mod scale;
 pub mod updates;
 mod usage;

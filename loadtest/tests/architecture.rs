@@ -74,6 +74,8 @@ const PURE: &[&str] = &[
     "loadtest/src/load/stats.rs",
     "loadtest/src/load/trace.rs",
     "loadtest/src/load/verify.rs",
+    "loadtest/src/scale/model.rs",
+    "loadtest/src/scale/report.rs",
     "proxy/src/admission/auth.rs",
     "proxy/src/error.rs",
     "proxy/src/health/peers.rs",

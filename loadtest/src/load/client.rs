@@ -62,6 +62,17 @@ impl Client {
         Self { stream: number, made: 0, group, http1: None }
     }
 
+    /// What it says in `authorization`; empty for nothing.
+    fn key<'a>(&self, lane: &'a Lane) -> &'a str {
+        let (keys, options) = (&lane.plan.keys, &lane.plan.options);
+        let count = keys.len().max(1) as u64;
+        // Streams that last begin apart, so that together they come through all keys.
+        let apart = options.arrivals.is_closed();
+        let first = if apart { self.stream.saturating_mul(count) / options.streams } else { self.stream };
+        let turn = first.wrapping_add(self.made) % count;
+        usize::try_from(turn).ok().and_then(|turn| keys.get(turn)).map_or("", String::as_str)
+    }
+
     /// Speaks for another stream from now on.
     pub(super) const fn is_stream(&mut self, stream: u64) {
         self.stream = stream;
@@ -123,9 +134,13 @@ impl Client {
             Some(kept) => kept,
             None => Http1::new(Stream::open(lane).await?),
         };
-        let mut request = Vec::with_capacity(lane.plan.head.len() + body.len() + 16);
+        let mut request = Vec::with_capacity(lane.plan.head.len() + body.len() + 160);
         request.extend_from_slice(&lane.plan.head);
-        request.extend_from_slice(format!("{}\r\n\r\n", body.len()).as_bytes());
+        let key = self.key(lane);
+        if !key.is_empty() {
+            request.extend_from_slice(format!("authorization: {key}\r\n").as_bytes());
+        }
+        request.extend_from_slice(format!("content-length: {}\r\n\r\n", body.len()).as_bytes());
         request.extend_from_slice(body);
         connection.write(lane, &request, &mut patience).await?;
         drop(request);
@@ -153,8 +168,9 @@ impl Client {
         let (authority, base) = (&lane.plan.target.authority, &lane.plan.target.base);
         let mut request = Request::post(format!("{scheme}://{authority}{base}/v1/chat/completions"))
             .header("content-type", "application/json");
-        if let Some(key) = &lane.plan.options.api_key {
-            request = request.header("authorization", format!("Bearer {key}"));
+        let key = self.key(lane);
+        if !key.is_empty() {
+            request = request.header("authorization", key);
         }
         let request = request.body(Full::new(Bytes::from(body))).map_err(|e| Failure::new("request", e))?;
         let mut sending = std::pin::pin!(async {

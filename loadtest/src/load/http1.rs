@@ -125,7 +125,15 @@ impl Framing {
             }
             Self::Chunked(chunk) => {
                 while !bytes.is_empty() && *chunk != Chunk::End {
-                    if let Chunk::Data(left) = *chunk {
+                    if *chunk == Chunk::Size(0, 0)
+                        && let Some((size, rest)) = whole_size(bytes)
+                    {
+                        (*chunk, bytes) = (Chunk::Data(size), rest);
+                    } else if *chunk == Chunk::DataEnd(2)
+                        && let Some(rest) = bytes.strip_prefix(b"\r\n")
+                    {
+                        (*chunk, bytes) = (Chunk::Size(0, 0), rest);
+                    } else if let Chunk::Data(left) = *chunk {
                         let (body, rest) = part(bytes, left);
                         each(body)?;
                         bytes = rest;
@@ -145,6 +153,14 @@ impl Framing {
 fn part(bytes: &[u8], length: u64) -> (&[u8], &[u8]) {
     let length = usize::try_from(length).unwrap_or(usize::MAX).min(bytes.len());
     bytes.split_at(length)
+}
+
+/// The size of a chunk, above 0, whose line came as most do: whole, short and without extensions; and what follows it.
+fn whole_size(bytes: &[u8]) -> Option<(u64, &[u8])> {
+    let length = bytes.iter().take(8).position(|byte| !byte.is_ascii_hexdigit())?;
+    let (digits, rest) = bytes.split_at_checked(length)?;
+    let size = digits.iter().try_fold(0, |size, digit| Some(size << 4 | hex(*digit)?))?;
+    rest.strip_prefix(b"\r\n").filter(|_| size > 0).map(|rest| (size, rest))
 }
 
 impl Chunk {

@@ -51,7 +51,7 @@ fn normal(rng: &mut fastrand::Rng) -> f64 {
 }
 
 /// The whole part; 0 for what is below.
-pub(super) fn whole(number: f64) -> u64 {
+pub(crate) fn whole(number: f64) -> u64 {
     #[allow(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,

@@ -50,7 +50,7 @@ use std::{
 };
 
 use clap::Parser;
-use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
+use nix::sys::resource::{UsageWho, getrusage};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
@@ -69,10 +69,7 @@ use self::{
     stats::{Span, Stats, ns},
     trace::{BadTrace, Trace},
 };
-use crate::clock::now_ns;
-
-/// Files that are open beside the connections.
-const OTHER_FILES: u64 = 200;
+use crate::{clock::now_ns, limits::raise_open_files};
 
 /// Why a run cannot begin. All that goes wrong later is counted in the report.
 #[derive(Debug, thiserror::Error)]
@@ -127,7 +124,9 @@ struct Plan {
     target: Target,
     addresses: Vec<SocketAddr>,
     tls: Option<TlsConnector>,
-    /// The head of every request, up to its length.
+    /// The values of `authorization`; at least one, which may be empty.
+    keys: Vec<String>,
+    /// The head of every request, up to the key.
     head: Vec<u8>,
     traffic: Traffic,
     start_ns: u64,
@@ -198,9 +197,7 @@ async fn load(
     show: impl FnOnce(&Options, &Arc<Shared>) -> Option<JoinSet<()>>,
 ) -> Result<Report, LoadError> {
     let plan = Arc::new(Plan::new(options).await?);
-    let most =
-        if plan.options.arrivals.is_closed() { plan.options.streams } else { plan.options.max_in_flight };
-    raise_file_limit(most + OTHER_FILES);
+    raise_open_files();
     let shared = Arc::new(Shared::default());
     shared.tickets.store(plan.options.requests_to_make(), Ordering::Relaxed);
     let cpu_before = cpu_s();
@@ -273,15 +270,10 @@ impl Plan {
                 Trace::parse(&text).map_err(|why| LoadError::Trace { file, why })?
             }
         };
-        let key = options.api_key.as_deref().map(|key| format!("authorization: Bearer {key}\r\n"));
-        if key.as_ref().is_some_and(|line| line.trim_end().contains(['\r', '\n'])) {
-            return Err(LoadError::Options("--api-key has a line break in it".into()));
-        }
+        let keys = keys(&options).await?;
         let head = format!(
-            "POST {}/v1/chat/completions HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\n{}content-length: ",
-            target.base,
-            target.authority,
-            key.unwrap_or_default()
+            "POST {}/v1/chat/completions HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\n",
+            target.base, target.authority
         );
         let start_ns = now_ns();
         let after = |seconds: f64| start_ns.saturating_add(ns(Duration::from_secs_f64(seconds)));
@@ -290,6 +282,7 @@ impl Plan {
             traffic: Traffic::new(&options, trace),
             span: Span { from_ns: after(options.warmup_s), to_ns: deadline_ns },
             head: head.into_bytes(),
+            keys,
             target,
             addresses,
             tls,
@@ -300,15 +293,22 @@ impl Plan {
     }
 }
 
-/// Files and sockets that this process may have open: the usual limit of 1,024 is there for programs that use select().
-fn raise_file_limit(wanted: u64) {
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
-    // Beyond the hard limit for those who may; up to it for everybody. What is missing is told by the connections.
-    for (soft_wanted, hard_wanted) in [(wanted, hard.max(wanted)), (wanted.min(hard), hard)] {
-        if soft >= soft_wanted || setrlimit(Resource::RLIMIT_NOFILE, soft_wanted, hard_wanted).is_ok() {
-            return;
+/// What requests say in `authorization`, in turns; one that is empty if they say nothing.
+async fn keys(options: &Options) -> Result<Vec<String>, LoadError> {
+    let keys: Vec<String> = match &options.api_keys {
+        None => options.api_key.iter().cloned().collect(),
+        Some(path) => {
+            let of = |why: &str| LoadError::Options(format!("--api-keys {}: {why}", path.display()));
+            let text = tokio::fs::read_to_string(path).await.map_err(|e| of(&e.to_string()))?;
+            let keys: Vec<String> = text.split_whitespace().map(String::from).collect();
+            if keys.is_empty() { Err(of("it holds no key")) } else { Ok(keys) }?
         }
+    };
+    if keys.iter().any(|key| http::HeaderValue::from_str(key).is_err()) {
+        return Err(LoadError::Options("an API key has characters that a header cannot have".into()));
     }
+    let values: Vec<String> = keys.iter().map(|key| format!("Bearer {key}")).collect();
+    Ok(if values.is_empty() { vec![String::new()] } else { values })
 }
 
 /// CPU time of this process so far, s.

@@ -22,6 +22,9 @@ pub struct Options {
     /// API key to send
     #[arg(long, env = "PENSTOCK_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,
+    /// File with API keys, one a line, which the streams share among them; in place of --api-key
+    #[arg(long, value_name = "FILE", conflicts_with = "api_key")]
+    pub api_keys: Option<PathBuf>,
 
     /// Closed loop: concurrent streams, each on a connection of its own unless --http2 says otherwise
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]

@@ -50,7 +50,12 @@ impl Proxy {
         ads: SocketAddr,
         settings: &[(&str, &str)],
     ) -> Result<Self, String> {
-        Self::start_under(&[], program, ads, settings).await
+        Self::launch(&[], program, ads, settings, &[]).await
+    }
+
+    /// The same, with a file of settings.
+    pub(crate) async fn start_with(program: &Path, ads: SocketAddr, file: &Path) -> Result<Self, String> {
+        Self::launch(&[], program, ads, &[], &["--config".into(), file.into()]).await
     }
 
     /// [`Self::start`] with another program and its flags in front: one that becomes the proxy, as valgrind does.
@@ -59,6 +64,16 @@ impl Proxy {
         program: &Path,
         ads: SocketAddr,
         settings: &[(&str, &str)],
+    ) -> Result<Self, String> {
+        Self::launch(under, program, ads, settings, &[]).await
+    }
+
+    async fn launch(
+        under: &[OsString],
+        program: &Path,
+        ads: SocketAddr,
+        settings: &[(&str, &str)],
+        args: &[OsString],
     ) -> Result<Self, String> {
         let folder = tempfile::tempdir().map_err(|e| format!("cannot make a folder: {e}"))?;
         let announce = folder.path().join("announce.json");
@@ -74,6 +89,7 @@ impl Proxy {
             .env("PENSTOCK_PROXY__DISCOVERY__SNAPSHOT_FILE", folder.path().join("snapshot"))
             .env("PENSTOCK_PROXY__DRAIN__DEADLINE_MS", "1")
             .envs(settings.iter().copied())
+            .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .kill_on_drop(true)
