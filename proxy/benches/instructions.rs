@@ -294,8 +294,7 @@ fn head() -> Step {
             resume: None,
             whole: None,
         };
-        let head = request.head("127.0.0.1:8000");
-        assert!(black_box(head).is_ok());
+        assert!(!black_box(request.head("127.0.0.1:8000")).is_empty());
     })
 }
 

@@ -1,5 +1,7 @@
 //! The cells: what load, at what pace of the engines, is put through each peer.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::peer::Peer;
@@ -83,6 +85,13 @@ pub(super) struct Scale {
     pub(super) most_streams: u32,
 }
 
+/// The next whole number above; the largest there is for what is beyond, and for what is no number.
+fn above(value: f64) -> u32 {
+    let whole =
+        Duration::try_from_secs_f64(value).map_or(u64::MAX, |whole| whole.as_secs().saturating_add(1));
+    u32::try_from(whole).unwrap_or(u32::MAX)
+}
+
 impl Cell {
     pub(super) const ALL: [Self; 11] = [
         Self::Unary,
@@ -152,12 +161,11 @@ impl Cell {
             tls_h2: None,
         };
         let paced = |streams: u32, rate: f64| {
-            // Two thousand a second: more are a test of something else.
-            let ramp_s = f64::from(streams) / 2_000.0;
+            // Fifteen hundred a second: more are a test of something else.
+            let ramp_s = f64::from(streams) / 1_500.0;
             let life_s = ramp_s + SETTLE_S + seconds + TAIL_S;
             Shape {
-                // Whole, and positive.
-                tokens: (life_s * rate).ceil().clamp(2.0, 1e9) as u32,
+                tokens: above(life_s * rate).max(2),
                 pace: Pace::PerSecond(rate),
                 ramp_s,
                 duration_s: None,
@@ -206,6 +214,14 @@ impl Shape {
         ]
     }
 
+    /// Events a second, if engines are to keep a pace.
+    pub(super) fn wanted_per_s(&self) -> Option<f64> {
+        match self.pace {
+            Pace::PerSecond(rate) => Some(rate * f64::from(self.streams)),
+            Pace::Full | Pace::Pause(_) => None,
+        }
+    }
+
     /// Seconds from the start that the generator leaves out of its times.
     pub(super) fn warmup_s(&self) -> f64 {
         self.window_s.0.min(self.duration_s.map_or(f64::MAX, |duration_s| duration_s / 2.0))
@@ -232,6 +248,11 @@ mod tests {
     }
 
     #[test]
+    fn the_next_whole_number() {
+        assert_eq!([above(0.0), above(1.5), above(1e12), above(-1.0)], [1, 2, u32::MAX, u32::MAX]);
+    }
+
+    #[test]
     fn streams_outlive_the_window_in_which_they_are_counted() {
         for cell in Cell::ALL {
             for seconds in [1.0, 5.0] {
@@ -252,8 +273,11 @@ mod tests {
     #[test]
     fn the_figures_of_the_issue() {
         let paced = Cell::Paced.shape(Peer::Nginx, WHOLE);
-        assert_eq!((paced.streams, paced.pace, paced.tokens), (1_000, Pace::PerSecond(40.0), 260));
-        assert_eq!(paced.engine_flags()[0], "--sim-itl-ms=25");
+        assert_eq!((paced.streams, paced.pace, paced.tokens), (1_000, Pace::PerSecond(40.0), 267));
+        assert_eq!(
+            (paced.engine_flags()[0].as_str(), paced.wanted_per_s()),
+            ("--sim-itl-ms=25", Some(40_000.0))
+        );
         assert_eq!(Cell::Paced10k.shape(Peer::Envoy, WHOLE).streams, 10_000);
         assert_eq!(Cell::Paced10k.shape(Peer::Envoy, Scale { most_streams: 9_700, ..WHOLE }).streams, 9_700);
         assert_eq!(Cell::Paced.shape(Peer::Litellm, WHOLE).streams, 50);

@@ -38,6 +38,8 @@ pub(super) struct Summary {
     pub(super) of_penstock: Option<f64>,
     pub(super) of_relay: Option<f64>,
     pub(super) per_s: Option<Spread>,
+    /// Less than was wanted of them, in the worst round: how many came, and how many should have.
+    pub(super) behind: Option<(f64, f64)>,
     pub(super) p50_us: Option<Spread>,
     pub(super) p99_us: Option<Spread>,
     /// Beyond those without a gateway in the same rounds.
@@ -54,6 +56,9 @@ pub(super) struct Summary {
     pub(super) why_not: Option<String>,
 }
 
+/// Engines vary their pace by some percent; with less than this share of the events something could not carry the load.
+const KEPT_PACE: f64 = 0.95;
+
 /// A round of a part.
 type Key = (usize, u32);
 
@@ -63,7 +68,7 @@ fn cpu_us(sample: &Sample) -> f64 {
 }
 
 /// The samples of a peer in a cell, by round.
-fn samples<'a>(merged: &'a Merged, cell: Cell, peer: Peer) -> BTreeMap<Key, (&'a Turn, &'a Sample)> {
+fn samples(merged: &Merged, cell: Cell, peer: Peer) -> BTreeMap<Key, (&Turn, &Sample)> {
     let turns = merged.turns(cell.name()).filter(|(_, turn)| turn.peer == peer.name());
     turns.filter_map(|(part, turn)| Some(((part, turn.round), (turn, turn.sample.as_ref()?)))).collect()
 }
@@ -95,6 +100,9 @@ pub(super) fn summary(merged: &Merged, cell: Cell, peer: Peer) -> Option<Summary
     for (kind, (count, example)) in all().flat_map(|sample| &sample.failures) {
         failures.entry(kind).or_insert((0, example)).0 += count;
     }
+    let shares =
+        own.values().filter_map(|(turn, sample)| Some((sample.units / sample.seconds, turn.wanted_per_s?)));
+    let behind = shares.filter(|(came, wanted)| *came < wanted * KEPT_PACE);
     let worst = failures.into_iter().max_by_key(|(_, (count, _))| *count);
     Some(Summary {
         turns: own.len(),
@@ -103,6 +111,7 @@ pub(super) fn summary(merged: &Merged, cell: Cell, peer: Peer) -> Option<Summary
         of_penstock: against(Peer::Penstock).filter(|_| is_process && peer != Peer::Penstock),
         of_relay: against(Peer::Relay).filter(|_| is_process && peer != Peer::Relay),
         per_s: Spread::of(all().map(|sample| sample.units / sample.seconds)),
+        behind: behind.min_by(|(a, _), (b, _)| a.total_cmp(b)),
         p50_us: Spread::of(all().filter_map(p50)),
         p99_us: Spread::of(all().filter_map(p99)),
         added_p50_us: added(p50),
@@ -145,6 +154,7 @@ mod tests {
             peer: peer.name().into(),
             round,
             streams: 64,
+            wanted_per_s: Some(if round == 2 { 1_000.0 } else { 500.0 }),
             sample: Some(sample),
             why_not: None,
         }
@@ -177,7 +187,7 @@ mod tests {
         assert_eq!(penstock.cpu_us, Some(Spread { median: 30.0, least: 15.0, most: 30.0 }));
         assert_eq!((penstock.of_penstock, penstock.of_relay), (None, Some(1.5)));
         assert_eq!(penstock.added_p50_us, Some(Spread { median: 25.0, least: 20.0, most: 30.0 }));
-        assert_eq!(penstock.per_s.unwrap().median, 500.0);
+        assert_eq!((penstock.per_s.unwrap().median, penstock.behind), (500.0, Some((500.0, 1_000.0))));
         assert_eq!((penstock.stream_kib.unwrap().median, penstock.peak_mib.unwrap().median), (32.0, 3.0));
         assert_eq!((penstock.good, penstock.failed), (30, 1));
         assert_eq!(penstock.failure, Some(("cut".into(), "x".into())));
@@ -198,7 +208,7 @@ mod tests {
         let turns = vec![Turn { sample: None, ..turn }];
         let merged = Merged::of(vec![Results { turns, ..Results::default() }]);
         let nginx = summary(&merged, Cell::Paced, Peer::Nginx).unwrap();
-        assert_eq!((nginx.turns, nginx.cpu_us), (0, None));
+        assert_eq!((nginx.turns, nginx.cpu_us, nginx.behind), (0, None, None));
         assert_eq!(nginx.why_not.as_deref(), Some("not installed: no apt-get"));
     }
 }

@@ -39,7 +39,7 @@ pub(super) fn options(shape: &Shape, target: &Target) -> Vec<load::Options> {
             tokens: shape.tokens.into(),
             duration_s: shape.duration_s.unwrap_or(0.0),
             warmup_s: shape.warmup_s(),
-            connect_ramp_ms: Duration::from_secs_f64(shape.ramp_s).as_millis() as u64,
+            connect_ramp_ms: Duration::from_secs_f64(shape.ramp_s * 1e3).as_secs(),
             prompt_bytes: shape.prompt_bytes,
             unary: shape.unary,
             seed: index.into(),
@@ -117,7 +117,7 @@ fn latency(report: &load::Report, unit: Unit) -> Option<Latency> {
         Unit::Stream => return None,
     };
     let some = quantiles.count > 0;
-    some.then(|| Latency { p50_us: quantiles.p50_us as f64, p99_us: quantiles.p99_us as f64 })
+    some.then_some(Latency { p50_us: quantiles.p50_us as f64, p99_us: quantiles.p99_us as f64 })
 }
 
 #[cfg(test)]
@@ -143,7 +143,7 @@ mod tests {
         assert_eq!(all.iter().map(|one| one.streams).collect::<Vec<_>>(), [251, 251, 250, 250]);
         assert_eq!(all.iter().map(|one| one.seed).collect::<Vec<_>>(), [0, 1, 2, 3]);
         let one = options(&shape, &target(&["http://a:1"]));
-        assert_eq!((one[0].streams, one[0].connect_ramp_ms, one[0].duration_s), (1_002, 501, 0.0));
+        assert_eq!((one[0].streams, one[0].connect_ramp_ms, one[0].duration_s), (1_002, 668, 0.0));
         assert_eq!(one[0].api_key.as_deref(), Some("k"));
     }
 

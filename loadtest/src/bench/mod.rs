@@ -168,7 +168,7 @@ async fn turns(
     let mut absent: BTreeMap<Peer, ()> = BTreeMap::new();
     for round in 1..=rounds {
         for peer in peers.iter().copied() {
-            let (streams, started) = (stage.shape(cell, peer).streams, Instant::now());
+            let (shape, started) = (stage.shape(cell, peer), Instant::now());
             let measured = match peer.takes_part(cell) {
                 Err(None) => continue,
                 // What it cannot, and what failed before, is said once.
@@ -176,7 +176,7 @@ async fn turns(
                 Err(Some(why)) => Err(why.to_owned()),
                 Ok(()) => {
                     // As fresh as the peer, so that no turn finds what the one before has left.
-                    let engines = Engines::start(stage.programs, engines, &stage.shape(cell, peer)).await?;
+                    let engines = Engines::start(stage.programs, engines, &shape).await?;
                     stage.turn(cell, peer, &engines).await
                 }
             };
@@ -189,7 +189,8 @@ async fn turns(
                 Err(why) => (None, Some(why)),
             };
             let (cell, peer) = (cell.name().to_owned(), peer.name().to_owned());
-            turns.push(Turn { cell, peer, round, streams, sample, why_not });
+            let (streams, wanted_per_s) = (shape.streams, shape.wanted_per_s());
+            turns.push(Turn { cell, peer, round, streams, wanted_per_s, sample, why_not });
         }
     }
     Ok(())

@@ -29,6 +29,8 @@ pub(super) struct Turn {
     pub(super) peer: String,
     pub(super) round: u32,
     pub(super) streams: u32,
+    /// Events a second, if engines were to keep a pace.
+    pub(super) wanted_per_s: Option<f64>,
     /// None: it did not come to it.
     pub(super) sample: Option<Sample>,
     /// Why it did not.

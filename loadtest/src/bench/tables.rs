@@ -88,7 +88,7 @@ fn table(merged: &Merged, cell: Cell) -> String {
     text.push('\n');
     let mut notes = Vec::new();
     for (peer, summary) in &rows {
-        let mark = if summary.failed > 0 { " (!)" } else { "" };
+        let mark = if summary.failed > 0 || summary.behind.is_some() { " (!)" } else { "" };
         text += &format!("| {}{mark} |", peer.title());
         for (_, of) in &columns {
             text += &format!(" {} |", of(summary));
@@ -147,6 +147,13 @@ fn note(peer: Peer, summary: &Summary, streams: u32) -> Option<String> {
         let kind =
             kind.map(|(kind, example)| format!(", most of them \"{}\": {}", plain(kind), plain(example)));
         said.push(format!("(!) {} of {all} requests failed{}", summary.failed, kind.unwrap_or_default()));
+    }
+    if let Some((came, wanted)) = summary.behind {
+        said.push(format!(
+            "(!) fell behind: {} of {} events a second; what it costs where it keeps the pace is not known from this",
+            number(came),
+            number(wanted)
+        ));
     }
     if summary.turns > 0 && summary.streams < streams {
         said.push(format!("with {} streams instead of {streams}", summary.streams));

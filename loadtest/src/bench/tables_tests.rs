@@ -21,6 +21,7 @@ fn turn(cell: Cell, peer: Peer, cpu_s: f64, latency: f64) -> Turn {
         peer: peer.name().into(),
         round: 1,
         streams: 1_000,
+        wanted_per_s: (cell == Cell::Paced).then_some(40_000.0),
         sample: Some(sample),
         why_not: None,
     }
@@ -101,6 +102,15 @@ fn failures_and_absence_are_told() {
     assert!(text.contains("| nginx | – | – | – | – | – | – | – |\n"));
     assert!(text.contains("- nginx: not installed: apt-get knows no nginx.\n"));
     assert!(text.contains("- LiteLLM: with 50 streams instead of 1000; one round.\n"));
+}
+
+#[test]
+fn whoever_falls_behind_is_marked() {
+    let mut slow = turn(Cell::Paced, Peer::Smg, 1.0, 1.0);
+    slow.sample.as_mut().unwrap().units = 60_000.0;
+    let text = page(vec![slow]);
+    assert!(text.contains("| SMG (!) | 16.7 |"), "{text}");
+    assert!(text.contains("- SMG: (!) fell behind: 30,000 of 40,000 events a second; "), "{text}");
 }
 
 #[test]

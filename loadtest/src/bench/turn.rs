@@ -243,10 +243,11 @@ async fn measure(
     let began = Instant::now();
     let mut loading = loading::start(shape, &serving.target);
     let from = Duration::from_secs_f64(shape.window_s.0);
-    let until = from + Duration::from_secs_f64(shape.window_s.1);
-    let (mut first, mut last) = (None, None);
+    let length = Duration::from_secs_f64(shape.window_s.1);
+    let (mut first, mut last) = (None::<Mark>, None::<Mark>);
     while last.is_none() {
-        let wanted = if first.is_none() { from } else { until };
+        // From the first mark on, however late that is on a busy machine.
+        let wanted = first.as_ref().map_or(from, |first| first.at.saturating_duration_since(began) + length);
         let left = wanted.saturating_sub(began.elapsed());
         if loading.ends_within(left.min(LOOK)).await? {
             break;

@@ -26,9 +26,14 @@ use tokio::process::Command;
 
 pub use self::options::Options;
 use self::{
-    pins::{Pins, Setting, complaint},
+    pins::{Counted, Pins, Setting, complaint},
     report::{middles, table},
 };
+
+/// The least number of runs of which a pin is the middle.
+const PINNED_RUNS: u32 = 3;
+/// How often a count that is too far from its pin is made again before that is believed.
+const MORE_RUNS: u32 = 2;
 
 /// Runs the command line `argv`, program name first: 0 as before, 1 not as before or not counted, 2 usage.
 pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -59,19 +64,24 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
 async fn run(options: &Options) -> Result<(String, Option<String>), String> {
     let before = read(&options.pins, options.pin)?;
     let setting = setting().await?;
-    let folder = TempDir::new().map_err(|e| format!("cannot make a folder: {e}"))?;
+    let some = !options.only.is_empty();
+    let was = before.unwrap_or(Pins { setting: setting.clone(), counts: Vec::new() });
     let mut runs = Vec::new();
-    for _ in 0..options.runs {
-        let mut counted = parts::count(options, folder.path()).await?;
-        counted.extend(process::count(options, folder.path()).await?);
-        runs.push(counted);
+    for _ in 0..if options.pin { options.runs.max(PINNED_RUNS) } else { options.runs } {
+        runs.push(count(options).await?);
     }
-    let (counted, spreads) = middles(&runs);
+    let (mut counted, mut spreads) = middles(&runs);
     if counted.is_empty() {
         return Err(format!("nothing is called {:?}", options.only));
     }
-    let some = !options.only.is_empty();
-    let was = before.clone().unwrap_or(Pins { setting: setting.clone(), counts: Vec::new() });
+    let doubtful = was.doubtful(&counted);
+    if !options.pin && !doubtful.is_empty() {
+        let again = Options { only: doubtful, ..options.clone() };
+        for _ in 0..MORE_RUNS {
+            runs.push(count(&again).await?);
+        }
+        (counted, spreads) = middles(&runs);
+    }
     let compared = was.compare(&counted, some);
     let text = table(&compared, &spreads);
     if options.pin {
@@ -81,6 +91,14 @@ async fn run(options: &Options) -> Result<(String, Option<String>), String> {
     }
     let wrong = complaint(&compared, &was.setting, &setting);
     Ok((text, wrong))
+}
+
+/// Counts all that is wanted, once.
+async fn count(options: &Options) -> Result<Vec<Counted>, String> {
+    let folder = TempDir::new().map_err(|e| format!("cannot make a folder: {e}"))?;
+    let mut counted = parts::count(options, folder.path()).await?;
+    counted.extend(process::count(options, folder.path()).await?);
+    Ok(counted)
 }
 
 /// What was pinned. To pin for the first time there need be nothing.

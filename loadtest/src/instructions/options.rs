@@ -28,7 +28,7 @@ pub struct Options {
     /// Only what has one of these in its name; may be repeated
     #[arg(long, value_name = "TEXT")]
     pub only: Vec<String>,
-    /// How often each is counted; the middle is taken, and the spread shown
+    /// How often each is counted, with --pin at least three times; the middle is taken, and the spread shown
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub runs: u32,
     /// Write there, for each, which functions the instructions are spent in
@@ -42,11 +42,12 @@ impl Options {
         self.only.is_empty() || self.only.iter().any(|text| name.contains(text.as_str()))
     }
 
-    /// Writes where the difference of two dumps comes from, if that is wanted.
-    pub(super) fn keep(&self, name: &str, [once, twice]: [&Dump; 2], units: u64) -> Result<(), String> {
+    /// Writes which functions `twice`, less `once`, was spent in, if that is wanted.
+    pub(super) fn keep(&self, name: &str, once: &[Dump], twice: &[Dump], units: u64) -> Result<(), String> {
         let Some(folder) = &self.keep else { return Ok(()) };
         let file = folder.join(format!("{}.txt", file_name(name)));
-        let text = profile::text(name, &once.text()?, &twice.text()?, units);
+        let texts = |dumps: &[Dump]| dumps.iter().map(Dump::text).collect::<Result<Vec<_>, _>>();
+        let text = profile::text(name, &texts(once)?, &texts(twice)?, units);
         std::fs::create_dir_all(folder)
             .and_then(|()| std::fs::write(&file, text))
             .map_err(|e| format!("{}: {e}", file.display()))

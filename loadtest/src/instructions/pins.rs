@@ -32,7 +32,7 @@ pub(super) struct Pins {
 
 /// What the file begins with.
 const HEAD: &str = "\
-# What the proxy's hot path costs, in instructions, as `make count` has counted it; docs/benchmarks.md explains it.
+# What the proxy's hot path costs, in instructions, as `make count` has counted it; docs/instructions.md explains it.
 # Written by `make count ARGS=--pin`; only the tolerances are to be edited by hand.
 
 ";
@@ -125,6 +125,13 @@ impl Pins {
             }
         }
         Self { setting, counts }
+    }
+
+    /// The names of those that are too far from their pins.
+    pub(super) fn doubtful(&self, counted: &[Counted]) -> Vec<String> {
+        let compared = self.compare(counted, true).into_iter();
+        let doubtful = compared.filter(|line| matches!(line.verdict, Verdict::More | Verdict::Less));
+        doubtful.map(|line| line.name).collect()
     }
 
     /// Each of the new counts beside the old one. `some`: not all were to be made.
@@ -226,6 +233,12 @@ mod tests {
         ] {
             assert_eq!(verdicts(&[counted("scan", now)], true), [("scan".to_owned(), verdict)], "{now}");
         }
+    }
+
+    #[test]
+    fn what_is_too_far_from_its_pin_is_doubted() {
+        let now = [counted("scan", 1_060), counted("pick", 200), counted("new", 1)];
+        assert_eq!(pins().doubtful(&now), ["scan"]);
     }
 
     #[test]

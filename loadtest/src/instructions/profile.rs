@@ -1,5 +1,5 @@
-//! Which functions the instructions of one more event or request are spent in: two dumps of callgrind, one less the
-//! other. Pure.
+//! Which functions the instructions of one more event or request are spent in: dumps of callgrind, less those of another
+//! time. Pure.
 //!
 //! callgrind_annotate shows one dump, with all that happens once and with whatever was under way when it was written.
 
@@ -18,18 +18,19 @@ struct Cost {
 }
 
 /// The costliest functions of one more of `units`, by what they cost themselves and by what they cost in all.
-pub(super) fn text(name: &str, once: &str, twice: &str, units: u64) -> String {
-    let (once, mut costs) = (costs_of(once), costs_of(twice));
-    for (function, before) in once {
-        let cost = costs.entry(function).or_default();
-        cost.own -= before.own;
-        cost.whole -= before.whole;
+pub(super) fn text(name: &str, once: &[String], twice: &[String], units: u64) -> String {
+    let mut costs: HashMap<String, Cost> = HashMap::new();
+    for (dumps, sign) in [(once, -1.0), (twice, 1.0)] {
+        for (function, one) in dumps.iter().flat_map(|dump| costs_of(dump)) {
+            let cost = costs.entry(function).or_default();
+            cost.own += sign * one.own;
+            cost.whole += sign * one.whole;
+        }
     }
     let units = units.max(1) as f64;
     let mut text = format!("{name}: instructions of one more, by function\n");
-    let kinds: [(&str, fn(&Cost) -> f64); 2] =
-        [("itself", |cost| cost.own), ("with all that it calls", |cost| cost.whole)];
-    for (kind, of) in kinds {
+    for (kind, is_own) in [("itself", true), ("with all that it calls", false)] {
+        let of = |cost: &Cost| if is_own { cost.own } else { cost.whole };
         let mut sorted: Vec<(&str, f64)> =
             costs.iter().map(|(function, cost)| (function.as_str(), of(cost) / units)).collect();
         sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(b.0)));
@@ -55,6 +56,9 @@ fn costs_of(dump: &str) -> HashMap<String, Cost> {
         } else if line.starts_with("calls=") {
             is_call = true;
         } else if line.starts_with(|c: char| c.is_ascii_digit() || "+-*".contains(c)) {
+            if function.is_empty() {
+                continue;
+            }
             // A position, then the count.
             let Some(count) = line.split(' ').nth(1).and_then(|count| count.parse::<f64>().ok()) else {
                 continue;
@@ -94,7 +98,7 @@ mod tests {
 
     #[test]
     fn one_dump_less_the_other_is_divided_by_the_units() {
-        let text = text("scans", ONCE, TWICE, 2);
+        let text = text("scans", &[ONCE.into()], &[TWICE.into()], 2);
         let lines: Vec<&str> = text.lines().collect();
         let wanted = [
             "scans: instructions of one more, by function",
@@ -114,8 +118,8 @@ mod tests {
 
     #[test]
     fn what_is_no_dump_has_no_costs() {
-        for broken in ["", "fn=\n0\ncalls=\n", "calls=1 0\n* x\n", "+ 1"] {
-            let shown = text("x", broken, broken, 0);
+        for broken in ["", "fn=\n0\ncalls=\n", "calls=1 0\n* x\n", "+ 1", "fn=(1) f\n+ x"] {
+            let shown = text("x", &[], &[broken.into()], 0);
             assert_eq!(shown.lines().filter(|line| line.starts_with(' ')).count(), 0, "{broken:?}: {shown}");
         }
     }

@@ -118,6 +118,7 @@ fn value(json: &[u8], at: usize) -> Option<Range<usize>> {
     let start = skip_blank(json, at);
     let end = match json.get(start)? {
         b'"' => string_end(json, start)?,
+        b'[' if let Some(end) = flat_array_end(json, start) => end,
         b'{' | b'[' => {
             let (mut depth, mut at) = (0usize, start);
             loop {
@@ -142,6 +143,13 @@ fn value(json: &[u8], at: usize) -> Option<Range<usize>> {
         }
     };
     (end > start).then_some(start..end)
+}
+
+/// Behind the array that starts there, if it holds neither strings nor arrays nor objects: a prompt's ids are long.
+fn flat_array_end(json: &[u8], start: usize) -> Option<usize> {
+    let inside = json.get(start + 1..)?;
+    let length = memchr::memchr(b']', inside)?;
+    memchr::memchr3(b'"', b'[', b'{', inside.get(..length)?).is_none().then_some(start + 1 + length + 1)
 }
 
 /// Behind the closing quote of the string whose opening one is at `start`.

@@ -219,7 +219,8 @@ impl Seen {
             let is_end = self.finished || self.several || !self.tells_ends;
             return if is_end { Verdict::Pass } else { Verdict::Lost(Loss::Unfinished) };
         }
-        let Ok(chunk) = serde_json::from_slice::<Chunk>(data) else {
+        let prompt = self.prompt_at(data);
+        let Ok(chunk) = parse(data, &prompt) else {
             // JSON that is no chunk is somebody's extension; what is no JSON was cut.
             self.unknown = true;
             return if span::is_json(data) { Verdict::Pass } else { Verdict::Lost(Loss::Garbage) };
@@ -229,7 +230,9 @@ impl Seen {
             return if is_failure(data) { Verdict::Lost(Loss::ErrorEvent) } else { Verdict::Pass };
         };
         self.note_names(data);
-        self.take_prompt(data, changes);
+        if let Some(prompt) = prompt {
+            self.take_prompt(prompt, changes);
+        }
         match <[Choice; 1]>::try_from(choices) {
             Ok([choice]) if choice.index == 0 && !self.several => self.on_choice(data, &choice, changes),
             // The usage of all, behind the last choice.
@@ -359,27 +362,45 @@ impl Seen {
         }
     }
 
-    /// The prompt's ids come once, and are the client's only if it asked for them: a long prompt's are long.
-    fn take_prompt(&mut self, data: &[u8], changes: &mut Vec<Change>) {
+    fn prompt_at(&self, data: &[u8]) -> Option<Prompt> {
         let path: &[span::Step<'_>] = match self.wishes.chat {
             true => &[Key("prompt_token_ids")],
             false => &[Key("choices"), At(0), Key("prompt_token_ids")],
         };
-        let Some(range) = span::find(data, path) else { return };
-        let array = data.get(range.clone()).unwrap_or_default();
-        if array == b"null" {
-            return;
-        }
+        let range = span::find(data, path)?;
+        let array = data.get(range.clone()).filter(|array| *array != b"null")?;
+        let mut ids = Vec::new();
+        let plain = push_ids(array, &mut ids);
+        Some(Prompt { range, ids: plain.then_some(ids) })
+    }
+
+    /// The prompt's ids come once, and are the client's only if it asked for them: a long prompt's are long.
+    fn take_prompt(&mut self, prompt: Prompt, changes: &mut Vec<Change>) {
         let known = !self.prompt.is_empty();
         if known || !self.wishes.ids {
-            changes.push(null(range));
+            changes.push(null(prompt.range));
         }
         if !known {
-            let mut ids = Vec::new();
-            if push_ids(array, &mut ids) {
-                self.prompt = ids;
-            }
+            self.prompt = prompt.ids.unwrap_or_default();
         }
+    }
+}
+
+/// The ids of the prompt in a chunk.
+struct Prompt {
+    /// Where they stand.
+    range: Range<usize>,
+    /// Themselves, unless there is something else.
+    ids: Option<Vec<u32>>,
+}
+
+/// The chunk, read past the ids of its prompt: those are looked at already, and may be most of it.
+fn parse(data: &[u8], prompt: &Option<Prompt>) -> serde_json::Result<Chunk> {
+    let around = |range: &Range<usize>| Some((data.get(..range.start)?, data.get(range.end..)?));
+    let read = prompt.as_ref().filter(|prompt| prompt.ids.is_some());
+    match read.and_then(|prompt| around(&prompt.range)) {
+        Some((before, behind)) => serde_json::from_slice(&[before, b"null", behind].concat()),
+        None => serde_json::from_slice(data),
     }
 }
 

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use crate::openai::{
     request::{Edit, rewrite},
-    span::{self, Step::At, Step::Key},
+    span::{self, Step::Key},
 };
 
 /// The JSON of a plain chunk: text, no finish reason, no log probabilities, no usage.
@@ -49,17 +49,21 @@ impl Sample {
     /// The form of `json`, if it is plain. `chat`: a chunk of a chat completion, else of a text completion.
     #[must_use]
     pub fn learn(json: &[u8], chat: bool) -> Option<Self> {
-        let choice = [Key("choices"), At(0)];
-        let whole = span::find(json, &choice)?;
-        let at = |path: &[span::Step<'_>]| span::find(json, &[&choice, path].concat());
-        let text_path: &[span::Step<'_>] =
-            if chat { &[Key("delta"), Key("content")] } else { &[Key("text")] };
-        let text = at(text_path)?;
+        let choices = span::find(json, &[Key("choices")])?;
+        let whole = span::elements(json, &choices).next()?;
+        let choice = json.get(whole.clone())?;
+        let at = |path: &[span::Step<'_>]| {
+            span::find(choice, path).map(|range| range.start + whole.start..range.end + whole.start)
+        };
+        // Cheapest first: a stream's first chunk has the prompt's ids and is no form, as it tells a role.
+        if chat && span::members(json, &at(&[Key("delta")])?).count() != 1 {
+            return None;
+        }
+        let text = at(if chat { &[Key("delta"), Key("content")] } else { &[Key("text")] })?;
         let is_null = |range: &Range<usize>| json.get(range.clone()) == Some(b"null");
         let finish = at(&[Key("finish_reason")]).filter(is_null)?;
         let ids = at(&[Key("token_ids")]).filter(|range| !is_null(range));
-        let alone = span::elements(json, &span::find(json, &[Key("choices")])?).count() == 1;
-        let plain_delta = !chat || span::members(json, &at(&[Key("delta")])?).count() == 1;
+        let alone = span::elements(json, &choices).count() == 1;
         let nothing_else =
             ["logprobs", "stop_reason"].iter().all(|key| at(&[Key(key)]).is_none_or(|range| is_null(&range)))
                 && ["usage", "system_fingerprint"]
@@ -67,8 +71,13 @@ impl Sample {
                     .all(|key| span::find(json, &[Key(key)]).is_none_or(|range| is_null(&range)));
         let in_order = ids.as_ref().is_none_or(|ids| ids.start > text.end && ids.end < whole.end);
         let is_string = json.get(text.start) == Some(&b'"');
-        (alone && plain_delta && nothing_else && in_order && is_string && finish.start > text.end)
-            .then(|| Self { json: json.to_vec(), chat, text: text.start + 1..text.end - 1, ids, finish })
+        (alone && nothing_else && in_order && is_string && finish.start > text.end).then(|| Self {
+            json: json.to_vec(),
+            chat,
+            text: text.start + 1..text.end - 1,
+            ids,
+            finish,
+        })
     }
 
     /// Whether it is a chunk of a chat.
@@ -128,7 +137,10 @@ pub fn event(json: &[u8]) -> Vec<u8> {
     [b"data: ", json, b"\n\n"].concat()
 }
 
-/// The ids of an array that is nothing but digits and commas, appended to `ids`; whether it was.
+/// Digits of the largest id.
+const MOST_DIGITS: u32 = 10;
+
+/// The ids of an array that is nothing but digits and commas, with blanks behind these at most, appended to `ids`; whether it was.
 #[inline]
 pub fn push_ids(array: &[u8], ids: &mut Vec<u32>) -> bool {
     let Some(inside) = array.strip_prefix(b"[").and_then(|rest| rest.strip_suffix(b"]")) else {
@@ -137,21 +149,27 @@ pub fn push_ids(array: &[u8], ids: &mut Vec<u32>) -> bool {
     if inside.is_empty() {
         return true;
     }
-    for number in inside.split(|byte| *byte == b',') {
-        let mut id = 0u32;
-        let digits = number.trim_ascii();
-        if digits.is_empty() {
-            return false;
-        }
-        for byte in digits {
-            let digit = byte.wrapping_sub(b'0');
-            match id.checked_mul(10).and_then(|tens| tens.checked_add(u32::from(digit))) {
-                Some(next) if digit < 10 => id = next,
-                _ => return false,
+    let (mut id, mut digits) = (0u64, 0u32);
+    for byte in inside {
+        match byte {
+            b'0'..=b'9' => {
+                id = id * 10 + u64::from(byte - b'0');
+                digits += 1;
+                if digits > MOST_DIGITS {
+                    return false;
+                }
             }
+            b',' => {
+                let (Ok(whole), 1..) = (u32::try_from(id), digits) else { return false };
+                ids.push(whole);
+                (id, digits) = (0, 0);
+            }
+            b' ' if digits == 0 => {}
+            _ => return false,
         }
-        ids.push(id);
     }
+    let (Ok(last), 1..) = (u32::try_from(id), digits) else { return false };
+    ids.push(last);
     true
 }
 
@@ -175,6 +193,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::openai::span::Step::At;
 
     const CHAT: &str = r#"{"id":"c","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"a\"b"},"logprobs":null,"finish_reason":null,"token_ids":[7]}]}"#;
     const TEXT: &str = r#"{"id":"c","choices":[{"index":0,"text":" x","logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":[7]}],"usage":null}"#;
