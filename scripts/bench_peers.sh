@@ -9,6 +9,10 @@
 # the exit code is 0 as long as the folder can be written.
 set -euo pipefail
 
+if [[ ${1:-} == -* ]]; then
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
 dir=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/penstock/peers}
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
