@@ -14,8 +14,8 @@ pub struct Options {
     /// The engine simulator's binary
     #[arg(long, value_name = "FILE")]
     pub engine_sim: PathBuf,
-    /// Numbers of streams that are open; none leaves them out
-    #[arg(long, value_delimiter = ',', num_args = 0.., default_value = "250,1000,2500,5000,10000")]
+    /// Numbers of streams that are open; none leaves them out. The proxy needs two open files for each
+    #[arg(long, value_delimiter = ',', num_args = 0.., default_value = "250,1000,2500,5000,9000")]
     pub streams: Vec<u32>,
     /// Events a second on all of these streams together
     #[arg(long, default_value_t = 10_000.0, value_parser = rate)]
