@@ -202,9 +202,11 @@ impl Gateway {
             let how = (search.rules.policy, place.how);
             record.picked(&place.pool, place.ticket.endpoint(), how, place.seen.take());
             let first_byte = Duration::from_millis(patience.first_byte_ms);
+            // Boxed, and gone with its memory before a stream begins.
+            let asking = self.engines.ask(place.endpoint(), request, first_byte, |o| record.connected(o));
             let answered = tokio::select! {
                 biased;
-                answered = self.engines.ask(place.endpoint(), request, first_byte, |origin| record.connected(origin)) => answered,
+                answered = Box::pin(asking) => answered,
                 () = downstream::gone(session) => return Err(GatewayError::ClientGone),
                 () = self.lifecycle.cut().cancelled() => return Err(GatewayError::Draining),
             };
@@ -378,7 +380,7 @@ impl Gateway {
                 if self.note_beginning(&place.ticket, whole.head.status, false) {
                     self.note_end(&place.ticket);
                 }
-                self.write_whole(session, record, *whole).await
+                Box::pin(self.write_whole(session, record, *whole)).await
             }
             Answer::Open(open) => Box::pin(self.stream(session, record, *open, place, errand)).await,
             Answer::Upgraded(upgraded) => {

@@ -57,7 +57,7 @@ impl Gateway {
         let mut relay = Relay::new(session, &context, tracker, whole);
         let (mut leg, first_head, first) = Leg::first(open);
         let mut interrupted =
-            relay.begin(first_head, &mut leg, first, &place.ticket().pulse(self.started)).await;
+            Box::pin(relay.begin(first_head, &mut leg, first, &place.ticket().pulse(self.started))).await;
         let mut resumes = Resumes::default();
         let outcome = loop {
             let copied = match interrupted {
@@ -86,7 +86,7 @@ impl Gateway {
                     place = next.place;
                     leg = next.leg;
                     let pulse = place.ticket().pulse(self.started);
-                    interrupted = relay.go_on(&mut leg, next.first, &pulse).await;
+                    interrupted = Box::pin(relay.go_on(&mut leg, next.first, &pulse)).await;
                 }
                 Err(NotOn::Refused(_)) if loss.is_optional() && !resumes.stays() => {
                     // The engine is still there: the stream stays as long as that lasts.
@@ -97,7 +97,7 @@ impl Gateway {
                 Err(NotOn::Failed(error)) => break Err(error),
             }
         };
-        let relayed = relay.finish(is_stream, outcome).await;
+        let relayed = Box::pin(relay.finish(is_stream, outcome)).await;
         record.relayed(&relayed);
         match (&relayed.outcome, &relayed.facts.error) {
             (Ok(()), None) => self.note_end(place.ticket()),
@@ -113,7 +113,8 @@ impl Gateway {
         if is_whole {
             let lost =
                 GatewayError::Lost { failure: UpstreamFailure::MidStream, refusal: Refusal::Unreadable };
-            return self.write_assembled(session, record, head, relayed.whole.ok_or(lost)?).await;
+            let written = self.write_assembled(session, record, head, relayed.whole.ok_or(lost)?);
+            return Box::pin(written).await;
         }
         Ok(Done::Answered)
     }

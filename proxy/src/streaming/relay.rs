@@ -388,9 +388,11 @@ impl<'a> Relay<'a> {
                 return Ok(());
             }
             let rest = direct::rest(socket, &bytes, left, self.context.write_stall);
-            return pulse.while_written(rest).await.map_err(|e| direct_error(&e));
+            return pulse.while_written(Box::pin(rest)).await.map_err(|e| direct_error(&e));
         }
-        pulse.while_written(self.session.write_response_body(bytes, false)).await.map_err(|e| write_error(&e))
+        // Boxed: thousands of streams would keep room for a future that most never have.
+        let write = Box::pin(self.session.write_response_body(bytes, false));
+        pulse.while_written(write).await.map_err(|e| write_error(&e))
     }
 
     /// Ends an answer of which the client has all: its engine's end did not come.

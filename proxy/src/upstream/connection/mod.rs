@@ -33,8 +33,8 @@ use self::{
     head::{BadHead, Head},
 };
 
-/// The buffer of a connection at first: an event of a stream fits in several times.
-const LEAST_ROOM: usize = 4 << 10;
+/// The buffer of a connection at first: an event of a stream fits in several times, and thousands of streams have one each.
+const LEAST_ROOM: usize = 2 << 10;
 
 /// The largest buffer.
 const MOST_ROOM: usize = 64 << 10;
