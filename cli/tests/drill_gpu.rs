@@ -140,7 +140,8 @@ async fn an_endpoint_on_a_broken_gpu_is_pulled_replaced_elsewhere_and_nobody_fai
     up.wait_for_ready(3);
     let waits = || up.run_json(&["describe", "deployment", "sim-model"])["waits_for"].to_string();
     until("one waits", LONGEST, async || waits().contains("waits for a GPU").then_some(())).await;
-    assert!(pulled() && known(&up, &gpu)["memory_used_mib"] == 0);
+    let is_empty = || pulled() && known(&up, &gpu)["memory_used_mib"] == 0;
+    until("nothing is left on it", LONGEST, async || is_empty().then_some(())).await;
 
     let cleared = up.run(&["gpu", "clear", &gpu]);
     let said = String::from_utf8(cleared.stdout).unwrap();
