@@ -9,7 +9,7 @@
 //! - [`resume`]: a benchmark of what it costs a proxy to be ready to continue streams.
 //! - [`scale`]: how the cost of a proxy grows, and the line that it follows.
 //! - [`relay`]: a raw TCP relay, the floor that gateways are compared with.
-//! - [`bench`]: a benchmark of Penstock and its peers side by side.
+//! - [`mod@bench`]: a benchmark of Penstock and its peers side by side.
 //! - [`instructions`]: how many instructions an event and a request cost the proxy, compared with what they did.
 //!
 //! The first two meet in [`engine::tokens`] and [`engine::generation`] only: what the engine will answer can be computed by

@@ -44,13 +44,13 @@ pub struct Leg {
 }
 
 impl Leg {
-    /// The first part, or the only one. What it begins with is handed to [`Relay::begin`].
+    /// The first part, or the only one. What it begins with is handed to [`Relay::begin`](super::relay::Relay::begin).
     pub fn first(open: Open) -> (Self, ResponseHeader, Bytes) {
         let Open { head, first, connection, events } = open;
         (Self { connection, splitter: events, seam: None, begun: false, ended: false }, head, first)
     }
 
-    /// One that goes on where another was lost; what it begins with is handed to [`Relay::go_on`].
+    /// One that goes on where another was lost; what it begins with is handed to [`Relay::go_on`](super::relay::Relay::go_on).
     pub fn next(open: Open, seam: Seam) -> (Self, Bytes) {
         let (leg, _, first) = Self::first(open);
         (Self { seam: Some(seam), ..leg }, first)
